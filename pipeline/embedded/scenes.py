@@ -1,0 +1,213 @@
+"""Rendered scenes and sentences about them: what the embedded checkpoint is pretrained on.
+
+A scene is one or two coloured things on a pale ground. The sentences name, place, count and compare
+them, and state true or false things of them; none is a question in easy-VQA's words, and no picture
+of easy-VQA is read.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 64  # pixels a side
+PATCH_SIZE = 8  # pixels a side
+SMALLEST, LARGEST = 8, 34  # side of a thing's bounding box, in pixels
+LARGE = 400  # square pixels of a bounding box, from which a thing is called large
+MAX_JITTER = 24  # of a colour channel, out of 255
+
+SHAPES = ("circle", "rectangle", "triangle", "cross", "ring", "star")
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "teal": (0, 128, 128),
+    "brown": (165, 42, 42),
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+    "orange": (255, 150, 0),
+    "purple": (128, 0, 128),
+    "pink": (255, 105, 180),
+}
+COLOUR_NAMES = tuple(COLOURS)
+COUNTS = ("none", "one", "two")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene; `box` is (left, top, right, bottom) in pixels."""
+
+    shape: str
+    colour: str
+    box: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        """Its corner of the picture, in words."""
+        left, top, right, bottom = self.box
+        row = "top" if top + bottom < IMAGE_SIZE else "bottom"
+        column = "left" if left + right < IMAGE_SIZE else "right"
+        return f"{row} {column}"
+
+    @property
+    def area(self) -> int:
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`pixels` (64, 64, 3) uint8; `owner` (64, 64) uint8: 0 is ground, k the k-th thing."""
+
+    pixels: np.ndarray
+    owner: np.ndarray
+    things: tuple[Thing, ...]
+
+    def patch_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The shape and the colour that most of each patch's thing pixels belong to.
+
+        Both (64,) int64, a label a patch, row by row; 0 where the patch is ground alone, else 1 + the
+        index into `SHAPES` and `COLOUR_NAMES`.
+        """
+        side = IMAGE_SIZE // PATCH_SIZE
+        patches = self.owner.reshape(side, PATCH_SIZE, side, PATCH_SIZE).swapaxes(1, 2).reshape(side * side, -1)
+        counts = np.stack([(patches == k + 1).sum(1) for k in range(len(self.things))])
+        winner = np.where(counts.sum(0) > 0, 1 + counts.argmax(0), 0)
+        shape = np.array([0, *(1 + SHAPES.index(thing.shape) for thing in self.things)])
+        colour = np.array([0, *(1 + COLOUR_NAMES.index(thing.colour) for thing in self.things)])
+        return shape[winner], colour[winner]
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """A scene of one thing (seven times in ten) or two that do not touch."""
+    wanted = 1 if rng.random() < 0.7 else 2
+    things: list[Thing] = []
+    while len(things) < wanted:
+        thing = Thing(rng.choice(SHAPES), rng.choice(COLOUR_NAMES), _random_box(rng))
+        if all(thing.name != other.name and not _touch(thing.box, other.box) for other in things):
+            things.append(thing)
+    scale = rng.choice((1, 1, 3))  # drawn larger and shrunk, edges are soft; else hard
+    size = (IMAGE_SIZE * scale, IMAGE_SIZE * scale)
+    picture = Image.new("RGB", size, tuple(rng.randint(225, 255) for _ in range(3)))
+    owner = Image.new("L", size, 0)
+    for number, thing in enumerate(things, start=1):
+        fill = tuple(min(255, max(0, c + rng.randint(-MAX_JITTER, MAX_JITTER))) for c in COLOURS[thing.colour])
+        box = tuple(scale * edge for edge in thing.box)
+        _draw(ImageDraw.Draw(picture), thing.shape, box, fill)
+        _draw(ImageDraw.Draw(owner), thing.shape, box, number)
+    if scale > 1:
+        picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+        owner = owner.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
+    return Scene(np.asarray(picture), np.asarray(owner), tuple(sorted(things, key=lambda thing: thing.box)))
+
+
+def sentence(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A prompt and its continuation, true of the scene; the continuation begins with a space."""
+    kind = rng.random()
+    if kind < 0.25:
+        return _caption(scene, rng)
+    if kind < 0.75:
+        return _statement(scene, rng)
+    return _question(scene, rng)
+
+
+def _caption(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    prompt = rng.choice(("A picture of", "This image shows", "Question: what do you see? Answer:"))
+    return prompt, " " + " and ".join(_with_article(thing.name) for thing in scene.things)
+
+
+def _statement(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A statement that names a colour, a shape or both, plain or denied, to be judged."""
+    colour, shape = rng.choice(COLOUR_NAMES), rng.choice(SHAPES)
+    if rng.random() < 0.5:
+        thing = rng.choice(scene.things)
+        colour, shape = thing.colour, thing.shape
+    form = rng.random()
+    if form < 0.4:
+        holds, noun = any(t.colour == colour for t in scene.things), rng.choice((f"{colour} shape", f"{colour} thing"))
+    elif form < 0.8:
+        holds, noun = any(t.shape == shape for t in scene.things), shape
+    else:
+        holds, noun = any((t.colour, t.shape) == (colour, shape) for t in scene.things), f"{colour} {shape}"
+    denied, thing_named = rng.random() < 0.5, _with_article(noun)
+    text = rng.choice(
+        (f"the image does not contain {thing_named}", f"there is no {noun}", f"{thing_named} is not here")
+        if denied
+        else (f"the image contains {thing_named}", f"there is {thing_named}", f"{thing_named} is here")
+    )
+    return f"True or false: {text}. Answer:", " true" if holds != denied else " false"
+
+
+def _question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    thing = rng.choice(scene.things)
+    places = {other.place for other in scene.things}
+    asked = [
+        (f"where is the {thing.name}?", thing.place),
+        ("how many things are there?", COUNTS[len(scene.things)]),
+        (f"is the {thing.name} large?", "yes" if thing.area > LARGE else "no"),
+    ]
+    if len(places) == len(scene.things):
+        asked.append((f"what is in the {thing.place} corner?", thing.name))
+    if len(scene.things) == 1:
+        asked.append(_choice(thing, rng))
+    text, answer = rng.choice(asked)
+    return f"Question: {text} Answer:", " " + answer
+
+
+def _choice(thing: Thing, rng: random.Random) -> tuple[str, str]:
+    right, names = rng.choice(((thing.shape, SHAPES), (thing.colour, COLOUR_NAMES)))
+    pair = [right, rng.choice([name for name in names if name != right])]
+    rng.shuffle(pair)
+    return f"{pair[0]} or {pair[1]}?", right
+
+
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _random_box(rng: random.Random) -> tuple[int, int, int, int]:
+    width, height = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
+    if rng.random() < 0.6:
+        height = width
+    left, top = rng.randint(0, IMAGE_SIZE - width), rng.randint(0, IMAGE_SIZE - height)
+    return left, top, left + width, top + height
+
+
+def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
+
+
+def _draw(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, ...], fill) -> None:
+    """Fill one shape into `box`; circle, ring, cross and star take a square of its shorter side."""
+    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
+    if shape == "rectangle":
+        draw.rectangle((left, top, right, bottom), fill=fill)
+        return
+    if shape == "triangle":
+        draw.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill=fill)
+        return
+    side = min(right - left, bottom - top)
+    square = (left, top, left + side, top + side)
+    if shape == "circle":
+        draw.ellipse(square, fill=fill)
+    elif shape == "ring":
+        draw.ellipse(square, outline=fill, width=max(2, side // 5))
+    elif shape == "cross":
+        arm = max(2, side // 3)
+        middle_x, middle_y = left + side / 2, top + side / 2
+        draw.rectangle((left, middle_y - arm / 2, left + side, middle_y + arm / 2), fill=fill)
+        draw.rectangle((middle_x - arm / 2, top, middle_x + arm / 2, top + side), fill=fill)
+    else:
+        draw.polygon(_star(left + side / 2, top + side / 2, side / 2), fill=fill)
+
+
+def _star(x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    angles = np.pi / 5 * np.arange(10) - np.pi / 2
+    radii = np.where(np.arange(10) % 2 == 0, radius, 0.4 * radius)
+    return [(x + r * np.cos(a), y + r * np.sin(a)) for r, a in zip(radii, angles, strict=True)]
