@@ -1,0 +1,1 @@
+"""The feature cache: Q-Former query features and question text on disk, and their writer and reader."""

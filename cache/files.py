@@ -1,0 +1,68 @@
+"""Bytes to disk so that a kill or a power cut at any moment leaves either the old file or the new one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEMPORARY = ".tmp"
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file descriptor of `path`, closed at the end. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable: those just created, renamed or removed."""
+    with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+        os.fsync(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames within one folder, durably; an existing `target` is replaced in one step."""
+    source.replace(target)
+    fsync_folder(target.parent)
+
+
+def temporary(path: Path) -> Path:
+    """Where `path` is built before it gets its name."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replaces the file at `path` by `text` in UTF-8, in one step. Raises OSError."""
+    with opened(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+        pwrite_all(descriptor, text.encode(), 0)
+        os.fsync(descriptor)
+    rename(temporary(path), path)
+
+
+def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
+    """The memory of an array, byte by byte; a copy only if it is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset` bytes. Raises OSError; then any first part of it may be written."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
+    """Fills `data` from `offset` bytes on. Raises OSError, also where the file ends too early."""
+    while data:
+        read = os.preadv(descriptor, [data], offset)
+        if read == 0:
+            raise OSError(f"file ends at byte {offset}, {len(data)} bytes too early")
+        data, offset = data[read:], offset + read

@@ -1,0 +1,185 @@
+"""The bytes of the cache's HDF5 files: laid out and checked by h5py, filled by `pwrite`. See FORMAT.md."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from cache.files import as_bytes, opened, pwrite_all, rename, temporary
+from cache.spec import CacheError, CacheSpec
+
+PAGE = 4096
+DIGEST_BYTES = 32
+NOT_WRITTEN = -1
+PART_NAME = re.compile(r"features-(\d{5,})\.h5(\.partial)?")
+
+Array = np.ndarray[Any, Any]
+Attributes = Mapping[str, str | int]
+Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class PartLayout:
+    """Where things are in one part that was found to be sound, and which rows are written."""
+
+    path: Path
+    spec: CacheSpec
+    rows: int
+    features_offset: int
+    """Where the rows begin, in bytes; row i is `spec.row_bytes` long, at i times that from there."""
+    crc_offset: int
+    digests: Array
+    """(rows, 32) uint8: SHA-256 of the image file of each row, also of those not written yet."""
+    crc32: Array
+    """(rows,) int64: CRC-32 of each row's bytes; -1 where the row is not written."""
+
+
+def part_name(index: int, sealed: bool = True) -> str:
+    """File name of part `index`, counted from 0."""
+    return f"features-{index:05d}.h5" + ("" if sealed else ".partial")
+
+
+def create_part(path: Path, spec: CacheSpec, digests: Array) -> None:
+    """Creates a part for the images `digests` (rows, 32) uint8, without any row written.
+
+    The file gets its name once it is complete and on disk. Raises CacheError, OSError.
+    """
+    rows = len(digests)
+    arrays = {"image_digest": digests, "crc32": np.full(rows, NOT_WRITTEN, "<i8")}
+    _create(path, _part_shapes(spec, rows), arrays, spec.to_attributes())
+
+
+def inspect_part(path: Path) -> PartLayout:
+    """Opens a part, sealed or not, and checks all that reading it by offset relies on.
+
+    Raises CacheError if it does not open, is not laid out as FORMAT.md says, or lacks bytes.
+    """
+    with _reading(path) as file:
+        spec = CacheSpec.from_attributes(_attributes(file))
+        datasets = _plain_datasets(file)
+        if set(datasets) != set(_part_shapes(spec, 1)):
+            raise CacheError(f"holds the data sets {sorted(datasets)}, not those of a part")
+        rows = int(datasets["crc32"].size)
+        for name, (shape, dtype) in _part_shapes(spec, rows).items():
+            found = datasets[name]
+            if rows < 1 or found.shape != shape or found.dtype != dtype:
+                raise CacheError(f"{name} is {found.shape} {found.dtype}, must be {shape} {dtype} with rows >= 1")
+        return PartLayout(
+            path=path,
+            spec=spec,
+            rows=rows,
+            features_offset=datasets["query_features"].id.get_offset(),
+            crc_offset=datasets["crc32"].id.get_offset(),
+            digests=datasets["image_digest"][()],
+            crc32=datasets["crc32"][()],
+        )
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array], attributes: Attributes) -> None:
+    """Writes arrays of numbers and attributes to an HDF5 file; `path` appears, or is replaced, in one step.
+
+    Raises CacheError, OSError.
+    """
+    _create(path, {name: (array.shape, array.dtype) for name, array in arrays.items()}, arrays, attributes)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str | int]]:
+    """The inverse of `write_arrays`. Raises CacheError as `inspect_part` does."""
+    with _reading(path) as file:
+        arrays = {name: dataset[()] for name, dataset in _plain_datasets(file).items()}
+        return arrays, _attributes(file)
+
+
+def _part_shapes(spec: CacheSpec, rows: int) -> Shapes:
+    return {
+        "query_features": ((rows, spec.query_tokens, spec.width), spec.storage_dtype),
+        "image_digest": ((rows, DIGEST_BYTES), np.dtype(np.uint8)),
+        "crc32": ((rows,), np.dtype("<i8")),
+    }
+
+
+def _create(path: Path, shapes: Shapes, arrays: Mapping[str, Array], attributes: Attributes) -> None:
+    building = temporary(path)
+    offsets = _lay_out(building, shapes, attributes)
+    with opened(building, os.O_RDWR) as descriptor:
+        for name, array in arrays.items():
+            if array.size:
+                pwrite_all(descriptor, as_bytes(array), offsets[name])
+        os.fsync(descriptor)
+    rename(building, path)
+
+
+def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, int]:
+    """Creates the file with room for every data set; -> the offset of each, in bytes. No number is written by HDF5."""
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_layout(h5py.h5d.CONTIGUOUS)
+    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    try:
+        with h5py.File(path, "w", locking="best-effort", libver=("v108", "v108"), **_ALIGNED) as file:
+            file.attrs.update(attributes)
+            for name, (shape, dtype) in shapes.items():
+                file.create_dataset(name, shape=shape, dtype=dtype, dcpl=plan, track_times=False)
+            return {name: file[name].id.get_offset() for name in shapes}
+    except (RuntimeError, ValueError, TypeError) as error:  # what h5py raises beside OSError
+        raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
+
+
+_ALIGNED = {"alignment_threshold": PAGE, "alignment_interval": PAGE}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """An h5py.File to look into; whatever is wrong with it comes out as a CacheError that begins with the path."""
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            yield file
+    except (CacheError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        advice = "If it is damaged, delete it and run `pipe precompute` again: only what was in it is made anew."
+        raise CacheError(f"{path}: {error}. {advice}") from error
+
+
+def _attributes(file: Any) -> dict[str, str | int]:
+    attributes: dict[str, str | int] = {}
+    for name, value in file.attrs.items():
+        if isinstance(value, np.integer):
+            value = int(value)
+        if not isinstance(value, str | int):
+            raise CacheError(f"attribute {name} is {value!r}, neither text nor a whole number")
+        attributes[name] = value
+    return attributes
+
+
+def _plain_datasets(file: Any) -> dict[str, Any]:
+    """The data sets at the root, each found to be plain bytes inside this very file."""
+    if file.userblock_size:
+        raise CacheError("has an HDF5 user block, which a cache file never has")
+    for name in file:
+        link = file.get(name, getlink=True)
+        if type(link) is not h5py.HardLink:
+            raise CacheError(f"{name} is a {type(link).__name__}: refused, a cache file must not point elsewhere")
+    return {name: _plain_dataset(name, file[name], Path(file.filename).stat().st_size) for name in file}
+
+
+def _plain_dataset(name: str, dataset: Any, file_size: int) -> Any:
+    if not isinstance(dataset, h5py.Dataset):
+        raise CacheError(f"{name} is a {type(dataset).__name__}, must be a data set")
+    plan = dataset.id.get_create_plist()
+    if plan.get_layout() == h5py.h5d.VIRTUAL:
+        raise CacheError(f"{name} is a virtual data set: refused, a cache file must not point elsewhere")
+    if plan.get_external_count():
+        raise CacheError(f"{name} has external storage: refused, a cache file must not point elsewhere")
+    if plan.get_layout() != h5py.h5d.CONTIGUOUS or plan.get_nfilters():
+        raise CacheError(f"{name} is chunked, compact or filtered, must be contiguous")
+    if dataset.dtype.kind not in "iuf" or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
+        raise CacheError(f"{name} is of type {dataset.dtype}, must be plain numbers")
+    offset = dataset.id.get_offset()
+    if dataset.size and (offset is None or offset + dataset.nbytes > file_size):
+        raise CacheError(f"{name} is not wholly inside the file of {file_size} bytes: it was cut short")
+    return dataset

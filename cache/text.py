@@ -1,0 +1,120 @@
+"""The text beside the features: the questions of one split, raw and as tokens, and the row of each one's image."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from cache.format import read_arrays, write_arrays
+from cache.spec import FORMAT_VERSION, CacheError
+
+_RAGGED = {"records": np.dtype(np.uint8), "prompt_ids": np.dtype("<i4"), "target_ids": np.dtype("<i4")}
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """n rows of unequal length in one array: row i is `values[offsets[i]:offsets[i + 1]]`.
+
+    Raises CacheError on construction if the offsets do not cut `values` (1-D) into rows.
+    """
+
+    values: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any]
+    """(n + 1,) int64, rising from 0 to `len(values)`."""
+
+    def __post_init__(self) -> None:
+        offsets = self.offsets
+        if self.values.ndim != 1 or offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:
+            raise CacheError(f"ragged rows need 1-D values and int64 offsets, found {offsets.dtype} {offsets.shape}")
+        if offsets[0] != 0 or offsets[-1] != len(self.values) or np.any(offsets[1:] < offsets[:-1]):
+            raise CacheError(f"offsets of ragged rows must rise from 0 to {len(self.values)}")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray[Any, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        row: np.ndarray[Any, Any] = self.values[self.offsets[i] : self.offsets[i + 1]]
+        return row
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Sequence[int]], dtype: DTypeLike) -> "Ragged":
+        """Puts rows of whole numbers (`bytes` count as such) one after the other."""
+        arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else np.asarray(row, dtype) for row in rows]
+        offsets = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum([len(array) for array in arrays], out=offsets[1:])
+        return cls(np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype), offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class TextTable:
+    """The n questions of one split.
+
+    Raises CacheError on construction if the columns are not of n rows or not of their types.
+    """
+
+    records: Ragged
+    """uint8: one question each, a JSON object in UTF-8 (question_id, image, question, answers, ...)."""
+    image_row: np.ndarray[Any, Any]
+    """(n,) int64: the image's row in the cache, as `FeatureReader.gather` takes it."""
+    prompt_ids: Ragged
+    """int32: tokens of the filled-in prompt."""
+    target_ids: Ragged
+    """int32: tokens of the answer to be learnt."""
+    prompt: str
+    """The template that the prompts were made from."""
+    tokenizer: str
+    """Fingerprint of the tokenizer that the tokens are of."""
+
+    def __post_init__(self) -> None:
+        for name, dtype in _RAGGED.items():
+            column: Ragged = getattr(self, name)
+            if len(column) != len(self) or column.values.dtype != dtype:
+                raise CacheError(f"{name} is {len(column)} rows of {column.values.dtype}, not {len(self)} of {dtype}")
+        if self.image_row.ndim != 1 or self.image_row.dtype != np.int64 or np.any(self.image_row < 0):
+            raise CacheError("image_row must be 1-D int64 and not negative")
+
+    def __len__(self) -> int:
+        return len(self.image_row)
+
+    def record(self, i: int) -> dict[str, Any]:
+        """Question i as it was given. Raises CacheError if it is not a JSON object."""
+        try:
+            record = json.loads(self.records[i].tobytes())
+        except ValueError as error:
+            raise CacheError(f"record {i} of the text is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise CacheError(f"record {i} of the text is not a JSON object")
+        return record
+
+    def save(self, path: Path) -> None:
+        """Writes the table; `path` appears, or is replaced, in one step. Raises CacheError, OSError."""
+        arrays = {"image_row": self.image_row}
+        for name in _RAGGED:
+            column: Ragged = getattr(self, name)
+            arrays |= {name: column.values, f"{name}_offsets": column.offsets}
+        attributes: dict[str, str | int] = {
+            "format_version": FORMAT_VERSION,
+            "prompt": self.prompt,
+            "tokenizer": self.tokenizer,
+        }
+        write_arrays(path, arrays, attributes)
+
+    @classmethod
+    def load(cls, path: Path) -> "TextTable":
+        """The inverse of `save`. Raises CacheError, with the path, if the file is not a sound table."""
+        arrays, attributes = read_arrays(path)
+        try:
+            if attributes["format_version"] != FORMAT_VERSION:
+                raise CacheError(f"format version {attributes['format_version']}, this program knows {FORMAT_VERSION}")
+            columns = {name: Ragged(arrays[name], arrays[f"{name}_offsets"]) for name in _RAGGED}
+            prompt, tokenizer = str(attributes["prompt"]), str(attributes["tokenizer"])
+            return cls(image_row=arrays["image_row"], prompt=prompt, tokenizer=tokenizer, **columns)
+        except (CacheError, KeyError) as error:
+            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CacheError(f"{path}: {problem}. Run `pipe precompute` again: it writes the text anew.") from error

@@ -1,0 +1,150 @@
+import time
+
+import h5py
+import numpy as np
+import pytest
+from cache_fakes import D, Q, digests, spec
+
+from cache.format import create_part, inspect_part, read_arrays, write_arrays
+from cache.spec import CacheError
+
+ROWS = 4
+
+
+def make(path, kind=None, rows=ROWS):
+    create_part(path, kind or spec(), np.frombuffer(b"".join(digests(rows)), np.uint8).reshape(-1, 32))
+    return path
+
+
+def tampered(tmp_path, name, replace):
+    """A part in which the data set `name` gave way to what `replace(file, name)` makes."""
+    path = make(tmp_path / "part.h5")
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        replace(file, name)
+    return path
+
+
+def test_new_part(tmp_path):
+    layout = inspect_part(make(tmp_path / "part.h5"))
+    assert (layout.spec, layout.rows) == (spec(), ROWS)
+    assert [row.tobytes() for row in layout.digests] == digests(ROWS)
+    assert layout.crc32.tolist() == [-1] * ROWS
+    assert list(tmp_path.iterdir()) == [layout.path]
+
+
+def test_features_are_page_aligned(tmp_path):
+    layout = inspect_part(make(tmp_path / "part.h5", spec(query_tokens=32, width=768)))
+    assert layout.features_offset % 4096 == 0
+
+
+def test_bytes_do_not_depend_on_the_time(tmp_path):
+    first = make(tmp_path / "a.h5").read_bytes()
+    write_arrays(tmp_path / "c.h5", {"x": np.arange(3)}, {"y": "z"})
+    time.sleep(1.1)  # HDF5 keeps times in seconds
+    assert make(tmp_path / "b.h5").read_bytes() == first
+    write_arrays(tmp_path / "d.h5", {"x": np.arange(3)}, {"y": "z"})
+    assert (tmp_path / "c.h5").read_bytes() == (tmp_path / "d.h5").read_bytes()
+
+
+def external_link(file, name):
+    file[name] = h5py.ExternalLink("other.h5", name)
+
+
+def soft_link(file, name):
+    file[name] = h5py.SoftLink("/crc32")
+
+
+def virtual(file, name):
+    layout = h5py.VirtualLayout(shape=(ROWS, Q, D), dtype="<f2")
+    layout[:] = h5py.VirtualSource("other.h5", name, shape=(ROWS, Q, D))
+    file.create_virtual_dataset(name, layout)
+
+
+def external_storage(file, name):
+    file.create_dataset(name, (ROWS, Q, D), "<f2", external=[("/etc/hostname", 0, ROWS * Q * D * 2)])
+
+
+def chunked(file, name):
+    file.create_dataset(name, data=np.zeros((ROWS, Q, D), "<f2"), chunks=(1, Q, D))
+
+
+def compressed(file, name):
+    file.create_dataset(name, data=np.zeros((ROWS, Q, D), "<f2"), compression="gzip")
+
+
+def wrong_shape(file, name):
+    file.create_dataset(name, data=np.zeros((ROWS - 1, Q, D), "<f2"))
+
+
+def big_endian(file, name):
+    file.create_dataset(name, data=np.zeros((ROWS, Q, D), ">f2"))
+
+
+def group(file, name):
+    file.create_group(name)
+
+
+def text(file, name):
+    file.create_dataset(name, data=["a", "b"])
+
+
+def unallocated(file, name):
+    file.create_dataset(name, (ROWS, Q, D), "<f2")
+
+
+REFUSED = {
+    external_link: "ExternalLink",
+    soft_link: "SoftLink",
+    virtual: "virtual",
+    external_storage: "external storage",
+    chunked: "chunked",
+    compressed: "chunked",
+    wrong_shape: r"\(3, 2, 5\)",
+    big_endian: ">f2",
+    group: "Group",
+    text: "plain numbers",
+    unallocated: "cut short",
+}
+
+
+@pytest.mark.parametrize(("trick", "words"), REFUSED.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_refused(tmp_path, trick, words):
+    path = tampered(tmp_path, "query_features", trick)
+    with pytest.raises(CacheError, match=words) as caught:
+        inspect_part(path)
+    assert str(caught.value).startswith(str(path))
+    if trick not in (wrong_shape, big_endian):  # what is wrong in a part only
+        with pytest.raises(CacheError, match=words):
+            read_arrays(path)
+
+
+def test_missing_and_additional_data_sets_are_refused(tmp_path):
+    with pytest.raises(CacheError, match="data sets"):
+        inspect_part(tampered(tmp_path, "crc32", lambda file, name: None))
+    with pytest.raises(CacheError, match="data sets"):
+        inspect_part(tampered(tmp_path, "crc32", lambda file, name: file.update({name: [1], "more": [1]})))
+
+
+def test_cut_file_is_refused(tmp_path):
+    path = make(tmp_path / "part.h5", spec(query_tokens=32, width=768))
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(CacheError, match=r"part\.h5"):
+        inspect_part(path)
+
+
+def test_foreign_and_absent_files_are_cache_errors(tmp_path):
+    (tmp_path / "text.h5").write_text("no HDF5")
+    for name in ("text.h5", "absent.h5"):
+        with pytest.raises(CacheError, match=name):
+            inspect_part(tmp_path / name)
+
+
+def test_arrays_round_trip(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.uint8).reshape(2, 3), "none": np.empty(0, np.int64)}
+    write_arrays(tmp_path / "x.h5", arrays, {"text": "Grüße", "number": 3})
+    found, attributes = read_arrays(tmp_path / "x.h5")
+    assert attributes == {"text": "Grüße", "number": 3}
+    assert {name: (a.dtype, a.tolist()) for name, a in found.items()} == {
+        name: (a.dtype, a.tolist()) for name, a in arrays.items()
+    }
