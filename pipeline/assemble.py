@@ -1,0 +1,69 @@
+"""What training and evaluation start from, put together from a config: the cache, checked, and the language half."""
+
+from pathlib import Path
+
+from cache.reader import FeatureReader
+from pipeline.batching import Batcher
+from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, has_half, public_name
+from pipeline.config import Config
+from pipeline.device import pick_device, pick_dtype
+from pipeline.errors import PipelineError
+from pipeline.identity import encoder_spec
+from pipeline.language_model import Blip2LanguageHalf, load_language_half
+from pipeline.progress import say
+from pipeline.text import PromptTokenizer, retokenize
+
+
+def open_batcher(config: Config, split: str) -> Batcher:
+    """One split of the cache, after a check that it holds what `config` would put there.
+
+    A changed prompt or tokenizer is no difference: the tokens are remade from the cached text. Raises
+    `CacheError` if there is no finished cache, `PipelineError` with every difference of its features.
+    """
+    features = FeatureReader(config.cache.dir, config.cache.io)
+    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
+    _check_features(features, config, folder)
+    text = features.text(split)
+    tokenizer = PromptTokenizer(folder, config.data.prompt)
+    if (text.prompt, text.tokenizer) != (tokenizer.prompt, tokenizer.identity()):
+        say(f"{config.cache.dir}: the prompt or the tokenizer has changed; making the tokens of {split} again")
+        text = retokenize(text, tokenizer)
+    return Batcher(features, text)
+
+
+def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf:
+    """The language half that `config` names, quantised and on this machine's device, without an adapter."""
+    model, quantization = config.model, config.quantization
+    device = pick_device()
+    base = load_language_half(
+        fetch_checkpoint(model.checkpoint, model.revision, LANGUAGE_HALF),
+        device,
+        pick_dtype(quantization.compute_dtype, device),
+        quantization.bits,
+        quantization.quant_type,
+        quantization.double_quant,
+        dropout,
+    )
+    base.name_or_path = public_name(model.checkpoint)  # an adapter's config names its base model by this
+    return base
+
+
+def load_tokenizer(config: Config) -> PromptTokenizer:
+    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
+    return PromptTokenizer(folder, config.data.prompt)
+
+
+def _check_features(features: FeatureReader, config: Config, folder: Path) -> None:
+    found = features.spec
+    known = ""
+    if not has_half(folder, ENCODER_HALF):
+        known = found.encoder_fingerprint
+        say(f"{folder}: the encoder's tensors are not on this machine; the cache is taken to be made from them")
+    encoder_dtype = found.encoder_dtype if config.precompute.dtype == "auto" else config.precompute.dtype
+    differences = found.diff(encoder_spec(folder, encoder_dtype, config.cache.dtype, known))
+    if differences:
+        raise PipelineError(
+            f"{config.cache.dir}: the cache holds other features than this config makes:\n  "
+            + "\n  ".join(differences)
+            + "\nMend the config, or run `pipe precompute` with another cache.dir"
+        )

@@ -1,0 +1,175 @@
+"""The command: words in, one call, a summary out. What the stages do is imported when it is asked for."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+CONFIG = click.argument("config", type=click.Path(path_type=Path))
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+RUN = click.argument("run", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="blip2-vqa-pipeline")
+def main() -> None:
+    """Fine-tune BLIP-2 for visual question answering with LoRA, from cached query features.
+
+    \b
+    Try it, offline, in minutes:   pipe quickstart
+    With your own config:          pipe precompute CONFIG
+                                   pipe train CONFIG
+                                   pipe evaluate RUN
+
+    Exit status: 0 done; 1 failed, with what, where and what to do next; 2 wrong usage or config.
+    """
+
+
+def stage(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """A command that returns a summary, with --json and --debug, and errors told in a line or two."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @wraps(command)
+    def run(as_json: bool, debug: bool, **arguments: Any) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        with redirect_stdout(sys.stderr):  # stdout carries the summary alone
+            summary = _guarded(lambda: command(**arguments), debug)
+        print(json.dumps(summary) if as_json else _table(summary))
+
+    return run
+
+
+def _guarded(call: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
+    from cache.spec import CacheError
+    from pipeline.errors import ConfigError, PipelineError
+
+    try:
+        _quiet_libraries()
+        return call()
+    except (PipelineError, CacheError, OSError) as error:
+        if debug:
+            raise
+        click.echo(f"pipe: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        click.echo("\npipe: interrupted; what is written stays good, see --help for how to go on", err=True)
+        sys.exit(1)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and notes out of ours; their warnings stay."""
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _table(summary: dict[str, Any], indent: str = "") -> str:
+    lines = []
+    for key, value in summary.items():
+        name = indent + key.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [name, _table(value, indent + "  ")]
+        elif value is not None:
+            lines.append(f"{name:<28}{_number(key, value)}")
+    return "\n".join(lines)
+
+
+def _number(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+@main.command()
+@OVERRIDES
+@stage
+def quickstart(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Run the whole job on what is inside the package: precompute, train, evaluate before and after.
+
+    The small BLIP-2 of this package on the data set easy-VQA (5,000 pictures, 48,248 questions), no network.
+    The cache goes to caches/easy_vqa, the run to runs/easy_vqa-N, both below the folder you are in.
+
+    \b
+    Example:  pipe quickstart
+              pipe quickstart train.seed=1
+    """
+    from pipeline.quickstart import quickstart
+
+    return quickstart(overrides)
+
+
+@main.command()
+@CONFIG
+@OVERRIDES
+@stage
+def precompute(config: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Stage one: run the frozen encoder once over the pictures that CONFIG names, into its cache.
+
+    A killed or repeated run goes on where the last one stopped; only pictures that the cache lacks are
+    encoded. By default 64 pictures at a time, features in float16.
+
+    \b
+    Example:  pipe precompute configs/easy_vqa.yaml
+              pipe precompute configs/your_data.yaml cache.dir=/data/caches/mine
+    """
+    from pipeline.config import load_config
+    from pipeline.precompute import precompute
+
+    return precompute(load_config(config, overrides))
+
+
+@main.command()
+@CONFIG
+@OVERRIDES
+@click.option("--name", help="Of the run folder below train.output_dir; default: the config's name and a number.")
+@click.option("--resume", is_flag=True, help="Go on with the run --name from its last checkpoint.")
+@stage
+def train(config: Path, overrides: tuple[str, ...], name: str | None, resume: bool) -> dict[str, Any]:
+    """Stage two: train LoRA on the 4-bit language model, from the cache alone, into a run folder.
+
+    By default 3 epochs of 64 questions a step, r=16, alpha=32, learning rate 2e-4 with cosine decay.
+
+    \b
+    Example:  pipe train configs/easy_vqa.yaml
+              pipe train configs/easy_vqa.yaml lora.r=32 --name wide
+              pipe train configs/easy_vqa.yaml lora.r=32 --name wide --resume
+    """
+    from pipeline.config import load_config
+    from pipeline.run_folder import RunFolder, next_run
+    from pipeline.train import train
+
+    if resume and name is None:
+        raise click.UsageError("--resume needs the --name of the run")
+    loaded = load_config(config, overrides)
+    folder = loaded.train.output_dir
+    return train(loaded, RunFolder(folder / name) if name else next_run(folder, config.stem), resume)
+
+
+@main.command()
+@RUN
+@OVERRIDES
+@click.option("--adapter", type=click.Choice(["trained", "none"]), default="trained", show_default=True,
+              help="none: the model as it was before training.")  # fmt: skip
+@stage
+def evaluate(run: Path, overrides: tuple[str, ...], adapter: str) -> dict[str, Any]:
+    """Answer the questions of a split from the cache, and score the answers.
+
+    By default the split, beams and method that RUN's config names. Writes the answers to
+    RUN/results-SPLIT.json in the official VQA results form.
+
+    \b
+    Example:  pipe evaluate runs/easy_vqa-1
+              pipe evaluate runs/easy_vqa-1 evaluate.num_beams=5 --adapter none
+    """
+    from pipeline.evaluate import evaluate
+    from pipeline.run_folder import RunFolder
+
+    return evaluate(RunFolder(run), overrides, adapter == "trained")

@@ -1,0 +1,239 @@
+"""The config: YAML -> checked, typed, frozen. The only home of defaults."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+SPLITS = ("train", "val", "test")
+
+
+class Section(BaseModel):
+    """A mapping in which every key is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    checkpoint: str = "Salesforce/blip2-opt-2.7b"
+    """BLIP-2 with an OPT language model, in safetensors: a hub id, a folder, or `embedded` (the small one inside)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is its main branch."""
+
+
+class SplitFiles(Section):
+    """Where one split lies; which of the keys a data format needs is said in the README."""
+
+    annotations: Path | None = None
+    questions: Path | None = None
+    images: Path | None = None
+    """Folder of the pictures."""
+
+
+class DataConfig(Section):
+    format: str = "jsonl"
+    """The published form that the files are in: easy_vqa, jsonl, vqav2."""
+    prompt: str = "Question: {question} Answer:"
+    """The same in training and in evaluation; `{question}` is replaced."""
+    train: SplitFiles | None = None
+    val: SplitFiles | None = None
+    test: SplitFiles | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _names_the_question(cls, prompt: str) -> str:
+        if prompt.count("{question}") != 1 or prompt.replace("{question}", "").count("{"):
+            raise ValueError("must contain {question} once and no other brace")
+        return prompt
+
+    @model_validator(mode="after")
+    def _has_a_split(self) -> "DataConfig":
+        if not self.splits:
+            raise ValueError(f"needs at least one of {', '.join(SPLITS)}")
+        return self
+
+    @property
+    def splits(self) -> dict[str, SplitFiles]:
+        """The splits that are named, in the order train, val, test."""
+        named = {name: getattr(self, name) for name in SPLITS}
+        return {name: files for name, files in named.items() if files is not None}
+
+
+class CacheConfig(Section):
+    dir: Path
+    """Folder of the feature cache."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of the stored query features."""
+    part_rows: Positive = 4096
+    """Pictures a file."""
+    io: Literal["memmap", "pread"] = "memmap"
+    """How rows are read; pread is slower and safe on network mounts."""
+
+
+class PrecomputeConfig(Section):
+    batch_size: Positive = 64
+    """Pictures."""
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode pictures; 0 decodes in the main process."""
+    dtype: Precision = "auto"
+    """Of the encoder; auto is bfloat16 where the device computes in it, else float16 on CUDA and float32 on a CPU."""
+    on_missing: Literal["error", "skip"] = "error"
+    """What to do about questions whose picture is not there."""
+
+
+class QuantizationConfig(Section):
+    """Of the language model's linear layers; everything else stays unquantised."""
+
+    bits: Literal[4] | None = 4
+    """null is unquantised."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Precision = "auto"
+    """As `precompute.dtype`."""
+
+
+class LoraConfig(Section):
+    r: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Share = 0.05
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    """Names of linear layers of the language model."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+
+class TrainConfig(Section):
+    epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: Positive | None = None
+    """Optimizer steps; overrides epochs."""
+    batch_size: Positive = 64
+    """Questions an optimizer step."""
+    micro_batch: Positive | None = None
+    """Questions a forward pass; divides batch_size (the rest is gradient accumulation); null is batch_size."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
+    dropout: Share | None = None
+    """The language model's own dropout; null keeps the checkpoint's."""
+    save_steps: Positive = 500
+    """Optimizer steps between checkpoints that a killed run resumes from."""
+    logging_steps: Positive = 10
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output_dir: Path = Path("runs")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainConfig":
+        if self.batch_size % (self.micro_batch or 1):
+            raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch_size ({self.batch_size})")
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.batch_size // (self.micro_batch or self.batch_size)
+
+
+class EvaluateConfig(Section):
+    split: Literal["train", "val", "test"] = "val"
+    batch_size: Positive = 64
+    """Questions."""
+    num_beams: Positive = 1
+    max_new_tokens: Positive = 10
+    method: Literal["official", "exact"] = "official"
+    """official: VQAv2's, for ten answers a question; exact: the one right answer or not."""
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    cache: CacheConfig
+    precompute: PrecomputeConfig = PrecomputeConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `key.sub=value` overrides (values are YAML) laid over it.
+
+    Raises `ConfigError` that names the file and every offending key.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; the examples are in configs/, easy_vqa.yaml the smallest")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config is a mapping of {', '.join(Config.model_fields)}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"{override!r} is not an override: write KEY.SUB=VALUE, as in train.epochs=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
+    for name in names[:-1]:
+        nested = values.setdefault(name, {})
+        if nested is None:
+            nested = values[name] = {}
+        if not isinstance(nested, dict):
+            raise ConfigError(f"{override!r}: {name} is a value, not a section")
+        values = nested
+    values[names[-1]] = value
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        names = [str(name) for name in problem["loc"]]
+        key = ".".join(names)
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(names[:-1])
+            near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+            yield f"unknown key {key}; {hint}"
+        elif problem["type"] == "missing":
+            yield f"{key} is missing"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            yield f"{key}: {message[0].lower()}{message[1:]}{found}"
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    model: Any = Config
+    for name in section:
+        annotation = model.model_fields[name].annotation
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,155 @@
+"""The trained half: frozen projection, 4-bit OPT, LoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Blip2Config, Blip2PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from pipeline.checkpoint import LANGUAGE_HALF, only_half
+from pipeline.errors import PipelineError
+
+IGNORED = -100  # a label that is not trained
+
+
+class Blip2LanguageHalf(Blip2PreTrainedModel):
+    """`Blip2ForConditionalGeneration` without its encoder, under the same parameter names.
+
+    A LoRA adapter trained on it therefore has the keys that PEFT expects on the full model.
+    """
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # the Trainer passes the number of labels of the whole optimizer step
+    _keys_to_ignore_on_load_unexpected = (r"^vision_model\.", r"^qformer\.", r"^query_tokens$")
+
+    def __init__(self, config: Blip2Config):
+        super().__init__(config)
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def embed(self, query_features: Tensor, input_ids: Tensor, image_mask: Tensor) -> Tensor:
+        """(images, Q, D), (B, S), (B, S) -> (B, S, H): the projected features, in order, where `image_mask` is set."""
+        text = self.get_input_embeddings()(input_ids)
+        image = self.language_projection(query_features.to(self.language_projection.weight.dtype))
+        return text.masked_scatter(image_mask.unsqueeze(-1), image.to(text.dtype))
+
+    def forward(
+        self,
+        query_features: Tensor,
+        input_ids: Tensor,
+        image_mask: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutput:
+        """The cross-entropy of the labelled tokens; logits are computed at these alone.
+
+        Args:
+            query_features: (images, Q, D).
+            input_ids: (B, S), any valid id where `image_mask` (B, S) is set.
+            attention_mask: (B, S), or (B, 1, S, S) additive.
+            labels: (B, S), `IGNORED` where nothing is trained; position t is predicted from t - 1.
+            num_items_in_batch: what the summed loss is divided by; None is the number of labels here.
+        """
+        hidden = self.language_model.base_model(
+            inputs_embeds=self.embed(query_features, input_ids, image_mask),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        labelled = labels[:, 1:] != IGNORED
+        logits = self.get_output_embeddings()(hidden[:, :-1][labelled]).float()
+        loss = functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="sum")
+        return CausalLMOutput(loss=loss / (labelled.sum() if num_items_in_batch is None else num_items_in_batch))
+
+    @torch.no_grad()
+    def generate(
+        self, query_features: Tensor, input_ids: Tensor, image_mask: Tensor, attention_mask: Tensor, **settings: Any
+    ) -> Tensor:
+        """Token ids (B, new tokens) that follow prompts padded on the left; `settings` are those of `generate`."""
+        tokens: Tensor = self.language_model.generate(
+            inputs_embeds=self.embed(query_features, input_ids, image_mask),
+            attention_mask=attention_mask,
+            eos_token_id=self.config.text_config.eos_token_id,
+            pad_token_id=self.config.text_config.pad_token_id,
+            do_sample=False,
+            **settings,
+        )
+        return tokens
+
+
+def load_language_half(
+    folder: Path,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    bits: int | None = 4,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    dropout: float | None = None,
+) -> Blip2LanguageHalf:
+    """The language half of the checkpoint in `folder`, frozen; no tensor of the other half is read.
+
+    With `bits=4` the linear layers of OPT's decoder are quantised by bitsandbytes, nothing else is;
+    the rest is held in `compute_dtype`. `dropout` replaces the checkpoint's own.
+    """
+    config = Blip2Config.from_pretrained(folder)
+    if dropout is not None:
+        config.text_config.dropout = dropout
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=["language_projection", "lm_head"],
+    )
+    with only_half(folder, LANGUAGE_HALF) as view:
+        model = Blip2LanguageHalf.from_pretrained(
+            view,
+            config=config,
+            dtype=compute_dtype,
+            device_map={"": device},
+            quantization_config=quantization if bits else None,
+        )
+    return model.eval().requires_grad_(False)
+
+
+def add_lora(
+    model: Blip2LanguageHalf, r: int, alpha: float, dropout: float, target_modules: tuple[str, ...], bias: str
+) -> PeftModel:
+    """`model` with a fresh LoRA adapter; its weights are float32 and alone trained."""
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias=bias)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise PipelineError(
+            f"lora.target_modules {list(target_modules)} do not fit the language model: {error}"
+        ) from None
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter in PEFT's form; `folder` appears when it is whole.
+
+    The same adapter gives the same bytes: PEFT would write the set of target modules in any order.
+    """
+    config = model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def load_adapter(model: Blip2LanguageHalf, adapter: Path) -> PeftModel:
+    """`model` with the adapter that `pipe train` wrote to `adapter`, for answering."""
+    return PeftModel.from_pretrained(model, adapter).eval()

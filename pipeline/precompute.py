@@ -1,0 +1,144 @@
+"""Stage one: read -> encode -> write. Every distinct picture goes once through the frozen encoder."""
+
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.spec import CacheSpec
+from cache.writer import FeatureWriter
+from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
+from pipeline.config import Config, DataConfig
+from pipeline.device import dtype_name, pick_device, pick_dtype
+from pipeline.encoder import load_encoder
+from pipeline.errors import PipelineError
+from pipeline.identity import encoder_spec
+from pipeline.images import Preprocessor, image_digest, load_batches
+from pipeline.progress import progress_bar, say
+from pipeline.text import PromptTokenizer, tokenize
+from pipeline.vqa import VQAExample, read_examples
+
+PATHS_NAMED = 3  # of the missing pictures, in an error
+
+
+def precompute(config: Config) -> dict[str, Any]:
+    """Fill the cache that `config` names, and return the summary.
+
+    Goes on where an earlier run stopped, encodes only pictures that are not in the cache yet, and remakes
+    the text each time. Raises `PipelineError` or `CacheError`; what is written stays good.
+    """
+    started = time.perf_counter()
+    splits = read_splits(config.data)
+    digests = _digest_pictures({example.image for examples in splits.values() for example in examples})
+    splits, missing = _drop_missing(splits, digests, config.precompute.on_missing)
+
+    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
+    device = pick_device()
+    dtype = pick_dtype(config.precompute.dtype, device)
+    spec = encoder_spec(folder, dtype_name(dtype), config.cache.dtype)
+    paths = {digests[example.image]: example.image for examples in splits.values() for example in examples}
+    with FeatureWriter(config.cache.dir, spec, list(paths), config.cache.part_rows) as writer:
+        pending, reused = list(writer.pending), writer.reused
+        encoding_started = time.perf_counter()
+        if pending:
+            say(
+                f"{len(paths)} distinct pictures, {reused} in the cache already; encoding on {device} in {spec.encoder_dtype}"
+            )
+            batch_size = config.precompute.batch_size
+            batches = load_batches(
+                [paths[digest] for digest in pending], Preprocessor(folder), batch_size, config.precompute.num_workers
+            )
+            encoder = load_encoder(folder, device, dtype)
+            _encode(encoder, batches, writer, pending, device)
+        encoding_seconds = time.perf_counter() - encoding_started
+        tokenizer = PromptTokenizer(folder, config.data.prompt)
+        texts = {
+            split: tokenize(examples, [writer.rows[digests[e.image]] for e in examples], tokenizer)
+            for split, examples in splits.items()
+        }
+        writer.finish(texts, {"checkpoint": config.model.checkpoint, "revision": config.model.revision or ""})
+    return {
+        "cache": str(config.cache.dir),
+        "cache_bytes": sum(file.stat().st_size for file in config.cache.dir.iterdir()),
+        "images": len(paths),
+        "encoded": len(pending),
+        "reused": reused,
+        "failed": missing,
+        "questions": {split: len(text) for split, text in texts.items()},
+        "seconds": time.perf_counter() - started,
+        "images_per_second": len(pending) / encoding_seconds if pending else None,
+    }
+
+
+def read_splits(data: DataConfig) -> dict[str, list[VQAExample]]:
+    """The examples of every split that the config names."""
+    return {
+        split: read_examples(data.format, split, files.annotations, files.images, files.questions)
+        for split, files in data.splits.items()
+    }
+
+
+def _digest_pictures(paths: set[Path]) -> dict[Path, bytes]:
+    """Digest of every picture that is there; those that are not are left out."""
+    ordered = sorted(paths)
+    found: dict[Path, bytes] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(ordered), "pictures") as bar:
+        for path, digest in zip(ordered, pool.map(_digest_or_none, ordered), strict=True):
+            if digest is not None:
+                found[path] = digest
+            bar.update()
+    return found
+
+
+def _digest_or_none(path: Path) -> bytes | None:
+    try:
+        return image_digest(path)
+    except OSError:
+        return None
+
+
+def _drop_missing(
+    splits: dict[str, list[VQAExample]], digests: dict[Path, bytes], on_missing: str
+) -> tuple[dict[str, list[VQAExample]], int]:
+    """The splits without questions on missing pictures, and the number of these pictures; or an error."""
+    missing = sorted({e.image for examples in splits.values() for e in examples if e.image not in digests})
+    if not missing:
+        return splits, 0
+    named = ", ".join(str(path) for path in missing[:PATHS_NAMED]) + (", ..." if len(missing) > PATHS_NAMED else "")
+    kept = {split: [e for e in examples if e.image in digests] for split, examples in splits.items()}
+    lost = sum(map(len, splits.values())) - sum(map(len, kept.values()))
+    if on_missing == "error" or not digests:
+        raise PipelineError(
+            f"{len(missing)} pictures of {lost} questions are not there or not readable: {named}. "
+            "Check data.*.images, or leave those questions out with precompute.on_missing=skip"
+        )
+    say(f"left out: {lost} questions on {len(missing)} pictures that are not there or not readable: {named}")
+    return kept, len(missing)
+
+
+def _encode(
+    encoder: torch.nn.Module,
+    batches: Iterable[Tensor],
+    writer: FeatureWriter,
+    pending: list[bytes],
+    device: torch.device,
+) -> None:
+    done = 0
+    storage = getattr(torch, writer.spec.dtype)
+    with progress_bar("encoding", len(pending), "pictures") as bar, torch.inference_mode():
+        for pixel_values in batches:
+            features = encoder(pixel_values.to(device)).to(storage).cpu()
+            writer.write(pending[done : done + len(features)], _as_numpy(features, writer.spec))
+            done += len(features)
+            bar.update(len(features))
+
+
+def _as_numpy(features: Tensor, spec: CacheSpec) -> np.ndarray:
+    """The tensor as numpy stores it: bfloat16, which numpy lacks, as uint16."""
+    return (features.view(torch.uint16) if spec.dtype == "bfloat16" else features).numpy()

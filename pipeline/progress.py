@@ -1,0 +1,26 @@
+"""Progress bars: one look for every stage, always on stderr."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
+    """A bar with rate and time left; on a terminal it is redrawn, in a log file it is a line now and then."""
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        desc=f"{what:<10}",
+        total=total,
+        initial=done,
+        unit=f" {unit}",
+        file=sys.stderr,
+        dynamic_ncols=on_terminal,
+        ncols=None if on_terminal else 100,
+        mininterval=0.1 if on_terminal else 10,
+    )
+
+
+def say(line: str) -> None:
+    """A line of log on stderr."""
+    tqdm.write(line, file=sys.stderr)

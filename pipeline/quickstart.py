@@ -1,0 +1,39 @@
+"""The whole job on what comes with the package: easy-VQA, the embedded checkpoint, no network."""
+
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import load_config
+from pipeline.evaluate import evaluate
+from pipeline.precompute import precompute
+from pipeline.progress import say
+from pipeline.run_folder import next_run
+from pipeline.train import train
+
+CONFIG_NAME = "easy_vqa.yaml"
+
+
+def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Precompute, evaluate, train, evaluate again; the summary of all four."""
+    started = time.perf_counter()
+    config_path = Path(str(files("pipeline.configs") / CONFIG_NAME))
+    config = load_config(config_path, overrides)
+    run = next_run(config.train.output_dir, config_path.stem)
+    say("1/4 The frozen encoder runs once over every picture")
+    encoded = precompute(config)
+    say("2/4 Training LoRA on the 4-bit language model, from the cache")
+    trained = train(config, run)
+    say("3/4 Answering the test questions without the adapter")
+    before = evaluate(run, with_adapter=False)
+    say("4/4 Answering them with it")
+    after = evaluate(run)
+    return {
+        "accuracy_before": before["accuracy"],
+        "accuracy": after["accuracy"],
+        "run": str(run.path),
+        "cache": encoded["cache"],
+        "seconds": time.perf_counter() - started,
+        "stages": {"precompute": encoded, "train": trained, "evaluate_before": before, "evaluate": after},
+    }

@@ -1,0 +1,80 @@
+"""Prompt, tokens and label mask: questions and answers -> the token rows of a `TextTable`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
+
+from cache.text import Ragged, TextTable
+from pipeline.vqa import VQAExample
+
+TOKENISED_AT_ONCE = 10_000  # questions
+
+
+class PromptTokenizer:
+    """A checkpoint's tokenizer with OPT's habits: BOS before the text, the end token after the answer.
+
+    A prompt is BOS and the filled-in template. A target is a space, the answer and the end token ("\\n" in
+    BLIP-2's OPT checkpoints): what the model is trained to say, and nothing else is.
+    """
+
+    def __init__(self, checkpoint_folder: Path, prompt: str):
+        text_config = Blip2Config.from_pretrained(checkpoint_folder).text_config
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint_folder)
+        self.prompt = prompt
+        self.bos_token_id: int = text_config.bos_token_id
+        self.eos_token_id: int = text_config.eos_token_id
+
+    def identity(self) -> str:
+        """SHA-256 (hex) of the tokenizer and of the special tokens used."""
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(f"{backend} {self.bos_token_id} {self.eos_token_id}".encode()).hexdigest()
+
+    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        filled = [self.prompt.format(question=question) for question in questions]
+        return [[self.bos_token_id, *ids] for ids in self._encode(filled)]
+
+    def targets(self, answers: Sequence[str]) -> list[list[int]]:
+        return [[*ids, self.eos_token_id] for ids in self._encode([f" {answer.strip()}" for answer in answers])]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The answer that generated tokens spell."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.strip()
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def retokenize(text: TextTable, tokenizer: PromptTokenizer) -> TextTable:
+    """The same questions under another prompt or tokenizer."""
+    examples = [VQAExample.from_record(text.record(i)) for i in range(len(text))]
+    return tokenize(examples, text.image_row, tokenizer)
+
+
+def tokenize(
+    examples: Sequence[VQAExample], image_rows: Sequence[int] | np.ndarray, tokenizer: PromptTokenizer
+) -> TextTable:
+    """The text of one split; an example without an answer gets an empty target."""
+    prompts: list[list[int]] = []
+    targets: list[list[int]] = []
+    for start in range(0, len(examples), TOKENISED_AT_ONCE):
+        part = examples[start : start + TOKENISED_AT_ONCE]
+        prompts += tokenizer.prompts([example.question for example in part])
+        spelled = iter(tokenizer.targets([example.target for example in part if example.answers]))
+        targets += [next(spelled) if example.answers else [] for example in part]
+    records = [json.dumps(example.to_record(), ensure_ascii=False).encode() for example in examples]
+    return TextTable(
+        records=Ragged.from_rows(records, np.uint8),
+        image_row=np.asarray(image_rows, np.int64),
+        prompt_ids=Ragged.from_rows(prompts, np.int32),
+        target_ids=Ragged.from_rows(targets, np.int32),
+        prompt=tokenizer.prompt,
+        tokenizer=tokenizer.identity(),
+    )

@@ -1,0 +1,141 @@
+"""Stage two: LoRA on the 4-bit language model, from the cache alone."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from pipeline.assemble import load_base, open_batcher
+from pipeline.config import Config, TrainConfig
+from pipeline.device import pick_device
+from pipeline.errors import PipelineError
+from pipeline.language_model import add_lora, save_adapter
+from pipeline.progress import progress_bar
+from pipeline.run_folder import RunFolder
+
+
+def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
+    """Train a LoRA adapter into the run folder `run`, and return the summary.
+
+    The folder must not exist, unless `resume`: then training goes on from its last checkpoint. Raises
+    `PipelineError` or `CacheError` before anything is written if the config, the checkpoint and the
+    cache do not fit together.
+    """
+    started = time.perf_counter()
+    run.check_resumable() if resume else run.check_new()
+    batcher = open_batcher(config, "train")
+    trainable = np.flatnonzero(np.diff(batcher.text.target_ids.offsets))
+    if len(trainable) == 0:
+        raise PipelineError(f"{config.cache.dir}: no question of the split train has an answer to train on")
+    set_seed(config.train.seed)
+    base = load_base(config, config.train.dropout)
+    model = add_lora(base, **config.lora.model_dump())
+    run.path.mkdir(parents=True, exist_ok=resume)
+    run.config.write_text(config.to_yaml())
+    trainer = Trainer(
+        model,
+        _arguments(config.train, run.checkpoints, base.dtype),
+        data_collator=batcher.for_training,
+        train_dataset=_Numbers(trainable),
+        callbacks=[_Log(run.metrics)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    ready = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=resume)
+    save_adapter(model, run.adapter)
+    return {
+        "run": str(run.path),
+        "steps": result.global_step,
+        "train_loss": result.training_loss,
+        "questions": len(trainable),
+        "left_out": len(batcher.text) - len(trainable),
+        "questions_per_second": result.metrics["train_samples_per_second"],
+        "seconds_to_start": ready - started,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size // settings.accumulation_steps,
+        gradient_accumulation_steps=settings.accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=base_dtype == torch.bfloat16,
+        fp16=base_dtype == torch.float16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # _Log stops at these
+        seed=settings.seed,
+        use_cpu=pick_device().type == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,  # the data set holds numbers, the collator makes the columns
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+class _Numbers(Dataset[int]):
+    """The numbers of the questions that are trained; the collator turns a list of them into a batch."""
+
+    def __init__(self, numbers: np.ndarray):
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.numbers[index])
+
+
+class _Log(TrainerCallback):
+    """Progress bar, `metrics.jsonl`, and a stop at a loss or gradient that is not finite."""
+
+    def __init__(self, metrics: Path):
+        self.metrics = metrics
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return  # the summary at the end
+        row = {"step": state.global_step, **logs}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        if not (math.isfinite(row["loss"]) and math.isfinite(row.get("grad_norm", 0.0))):
+            raise PipelineError(
+                f"training diverged by step {state.global_step}: loss {row['loss']}, gradient norm "
+                f"{row.get('grad_norm')}, learning rate {row['learning_rate']:g}. Try a lower train.learning_rate, "
+                "more train.warmup_steps, or quantization.compute_dtype=float32"
+            )
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.close()

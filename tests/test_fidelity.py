@@ -1,0 +1,246 @@
+"""The cached, split pipeline computes what the plain end-to-end recipe computes.
+
+The plain side uses transformers and PEFT alone: the full `Blip2ForConditionalGeneration`, its processor, pictures.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from transformers import AutoProcessor, BitsAndBytesConfig, Blip2ForConditionalGeneration, get_scheduler
+
+import pipeline.train
+from cache.reader import FeatureReader
+from cache.text import TextTable
+from pipeline.assemble import load_base, open_batcher
+from pipeline.config import Config, load_config
+from pipeline.evaluate import evaluate
+from pipeline.language_model import IGNORED, add_lora
+from pipeline.run_folder import RunFolder
+from pipeline.train import train
+from pipeline.vqa import VQAExample
+
+CPU = torch.device("cpu")
+BITS = pytest.mark.parametrize("bits", [None, 4], ids=["float32", "nf4"])
+
+
+def load_full(folder: Path, bits: int | None) -> Blip2ForConditionalGeneration:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["vision_model", "qformer", "language_projection", "lm_head"],
+    )
+    model = Blip2ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, device_map={"": CPU}, quantization_config=quantization if bits else None
+    )
+    return model.eval()
+
+
+def load_processor(folder: Path, padding_side: str) -> AutoProcessor:
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = padding_side
+    return processor
+
+
+def plain_batch(processor: AutoProcessor, examples: list[VQAExample]) -> dict[str, torch.Tensor]:
+    """The recipe's inputs: pictures, prompt and answer as one text, labels on the answer and its end token only."""
+    prompts = [f"Question: {example.question} Answer:" for example in examples]
+    texts = [f"{prompt} {example.target}\n" for prompt, example in zip(prompts, examples, strict=True)]
+    images = [Image.open(example.image) for example in examples]
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        answer = processor.tokenizer(text.removeprefix(prompt), add_special_tokens=False)["input_ids"]
+        end = int(inputs["attention_mask"][row].sum())
+        labels[row, end - len(answer) : end] = torch.tensor(answer)
+    return {**inputs, "labels": labels}
+
+
+def examples_of(text: TextTable) -> list[VQAExample]:
+    return [VQAExample.from_record(text.record(i)) for i in range(len(text))]
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def wake_lora(model: torch.nn.Module, seed: int = 0) -> None:
+    """B starts at zero, and with it the gradient of A: give both some weight, the same for every model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in trainable(model).values():
+            weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+
+
+def test_cached_features_equal_the_full_models(cached: Config, checkpoint: Path) -> None:
+    features = FeatureReader(cached.cache.dir)
+    text = features.text("train")
+    full, processor = load_full(checkpoint, bits=None), load_processor(checkpoint, "right")
+    for number in range(0, len(text), 7):
+        image = Image.open(text.record(number)["image"])
+        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            wanted = full.get_image_features(pixel_values, return_dict=True).qformer_outputs.last_hidden_state[0]
+        cached_row = features.gather(text.image_row[[number]])[0]
+        np.testing.assert_allclose(cached_row, wanted.numpy(), rtol=0, atol=1e-6)
+        assert np.abs(cached_row).max() > 0.1
+
+
+@BITS
+def test_loss_and_lora_gradients_equal_the_plain_recipes(cached: Config, checkpoint: Path, bits: int | None) -> None:
+    config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})})
+    batcher = open_batcher(config, "train")
+    questions = [0, 1, 2, 10, 20, 30, 31]
+    plain = get_peft_model(
+        load_full(checkpoint, bits), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    )
+    ours = add_lora(load_base(config), 16, 32, 0.0, ("q_proj", "v_proj"), "none")
+    wake_lora(plain)
+    wake_lora(ours)
+
+    picked = [examples_of(batcher.text)[i] for i in questions]
+    plain_loss = plain(**plain_batch(load_processor(checkpoint, "right"), picked)).loss
+    our_loss = ours(**batcher.for_training(questions)).loss
+    plain_loss.backward()
+    our_loss.backward()
+
+    assert our_loss.item() == pytest.approx(plain_loss.item(), rel=1e-5)
+    gradients = {name: weight.grad for name, weight in trainable(plain).items()}
+    assert set(gradients) == set(trainable(ours))
+    assert len(gradients) == 2 * 2 * 4  # A and B of q_proj and v_proj in four layers
+    for name, weight in trainable(ours).items():
+        assert gradients[name].norm() > 0
+        assert relative_difference(weight.grad, gradients[name]) < 1e-5, name
+
+
+@BITS
+def test_lora_weights_after_20_steps_equal_the_plain_recipes(
+    cached: Config, checkpoint: Path, bits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accumulation, gradient checkpointing, warm-up, cosine decay and clipping included."""
+    settings = {"max_steps": 20, "batch_size": 8, "micro_batch": 4, "gradient_checkpointing": True, "save_steps": 100}
+    config = cached.model_copy(
+        update={
+            "quantization": cached.quantization.model_copy(update={"bits": bits}),
+            "train": cached.train.model_copy(update={**settings, "warmup_steps": 5}),
+        }
+    )
+    order, starting_weights = [], {}
+
+    def remember_weights(*arguments: object, **named: object) -> PeftModel:
+        model = add_lora(*arguments, **named)
+        starting_weights.update({name: weight.detach().clone() for name, weight in trainable(model).items()})
+        return model
+
+    def remember_order(*arguments: object) -> object:
+        batcher = open_batcher(*arguments)
+        lay_out = batcher.for_training
+        batcher.for_training = lambda questions: order.append(list(questions)) or lay_out(questions)
+        return batcher
+
+    monkeypatch.setattr(pipeline.train, "add_lora", remember_weights)
+    monkeypatch.setattr(pipeline.train, "open_batcher", remember_order)
+    train(config, RunFolder(tmp_path / "run"))
+    trained = PeftModel.from_pretrained(load_full(checkpoint, bits), tmp_path / "run" / "adapter", is_trainable=True)
+
+    plain = get_peft_model(
+        load_full(checkpoint, bits), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    )
+    plain.load_state_dict(starting_weights, strict=False)
+    _train_plainly(plain.train(), checkpoint, examples_of(open_batcher(config, "train").text), order, steps=20)
+
+    for name, weight in trainable(plain).items():
+        assert relative_difference(weight, starting_weights[name]) > 1e-3, f"{name} was not trained"
+        assert relative_difference(trainable(trained)[name], weight) < 1e-4, name
+
+
+def _train_plainly(
+    model: PeftModel, checkpoint: Path, examples: list[VQAExample], order: list[list[int]], steps: int
+) -> None:
+    """The recipe's loop in torch alone: two micro-batches a step, the loss a mean over the step's answer tokens."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3, weight_decay=0.0)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=steps)
+    processor = load_processor(checkpoint, "right")
+    for step in range(steps):
+        batches = [
+            plain_batch(processor, [examples[i] for i in questions]) for questions in order[2 * step : 2 * step + 2]
+        ]
+        counts = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
+        for batch, count in zip(batches, counts, strict=True):
+            (model(**batch).loss * count / sum(counts)).backward()
+        torch.nn.utils.clip_grad_norm_(trainable(model).values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+    """A short training on easy-VQA's own pictures, 200 test questions beside it."""
+    import json
+
+    from pipeline.precompute import precompute
+    from pipeline.vqa import read_examples
+
+    folder = tmp_path_factory.mktemp("easy_vqa")
+    for split, count in (("train", 800), ("test", 200)):
+        rows = [example.to_record() for example in read_examples("easy_vqa", split)[:count]]
+        root = Path(str(rows[0]["image"])).parent
+        lines = [json.dumps({**row, "image": Path(str(row["image"])).name}) for row in rows]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        (folder / f"{split}-images").symlink_to(root)
+    from conftest import write_config
+
+    files = {s: {"annotations": f"{folder}/{s}.jsonl", "images": f"{folder}/{s}-images"} for s in ("train", "test")}
+    config = load_config(
+        write_config(
+            folder,
+            data={"val": None, **files},
+            cache={"dtype": "float16"},
+            train={"max_steps": 40, "batch_size": 32, "learning_rate": 3e-3, "save_steps": 100},
+            evaluate={"split": "test"},
+        )
+    )
+    precompute(config)
+    run = RunFolder(folder / "run")
+    train(config, run)
+    return run
+
+
+def test_plain_transformers_and_peft_answer_200_test_questions_the_same(
+    easy_vqa_run: RunFolder, checkpoint: Path
+) -> None:
+    import json
+
+    summary = evaluate(easy_vqa_run)
+    ours = [row["answer"] for row in json.loads(Path(summary["results"]).read_text())]
+
+    model = PeftModel.from_pretrained(load_full(checkpoint, bits=4), easy_vqa_run.adapter).eval()
+    processor = load_processor(checkpoint, "left")
+    examples = examples_of(open_batcher(load_config(easy_vqa_run.config), "test").text)
+    plain = []
+    for start in range(0, len(examples), 50):
+        some = examples[start : start + 50]
+        inputs = processor(
+            images=[Image.open(example.image) for example in some],
+            text=[f"Question: {example.question} Answer:" for example in some],
+            padding=True,
+            return_tensors="pt",
+        )
+        tokens = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        plain += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    assert len(ours) == 200
+    assert len(set(ours)) > 2
+    assert ours == plain
