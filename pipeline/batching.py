@@ -15,6 +15,8 @@ from cache.reader import FeatureReader
 from cache.text import TextTable
 from pipeline.language_model import IGNORED
 
+Questions = Sequence[int] | np.ndarray  # numbers of questions in the split
+
 PAD = 0  # any id that the embedding has: padding and image positions are masked or overwritten
 
 
@@ -34,7 +36,7 @@ class Batcher:
         self.features, self.text = features, text
         self.query_tokens = features.spec.query_tokens
 
-    def for_training(self, questions: Sequence[int]) -> dict[str, Tensor]:
+    def for_training(self, questions: Questions) -> dict[str, Tensor]:
         """Padded on the right; with `labels` (B, S): the target's tokens, `IGNORED` elsewhere."""
         prompts = [self.text.prompt_ids[i] for i in questions]
         targets = [self.text.target_ids[i] for i in questions]
@@ -47,14 +49,14 @@ class Batcher:
         batch = self._lay_out(questions, texts, starts=[0] * len(questions), length=length)
         return {**batch._asdict(), "labels": torch.from_numpy(labels)}
 
-    def for_generation(self, questions: Sequence[int]) -> Batch:
+    def for_generation(self, questions: Questions) -> Batch:
         """Prompts alone, padded on the left."""
         prompts = [self.text.prompt_ids[i] for i in questions]
         longest = max(map(len, prompts))
         starts = [longest - len(prompt) for prompt in prompts]
         return self._lay_out(questions, prompts, starts, self.query_tokens + longest)
 
-    def _lay_out(self, questions: Sequence[int], texts: list[np.ndarray], starts: list[int], length: int) -> Batch:
+    def _lay_out(self, questions: Questions, texts: list[np.ndarray], starts: list[int], length: int) -> Batch:
         """One sequence a question; sequence i begins, with its image, at position `starts[i]`."""
         input_ids = np.full((len(questions), length), PAD, np.int64)
         image_mask = np.zeros(input_ids.shape, bool)
@@ -65,7 +67,7 @@ class Batcher:
             input_ids[row, text_start : text_start + len(text)] = text
             attention_mask[row, start : text_start + len(text)] = 1
         return Batch(
-            query_features=self._gather(self.text.image_row[list(questions)]),
+            query_features=self._gather(self.text.image_row[np.asarray(questions)]),
             input_ids=torch.from_numpy(input_ids),
             image_mask=torch.from_numpy(image_mask),
             attention_mask=torch.from_numpy(attention_mask),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pipeline.embedded import EMBEDDED, embedded_checkpoint
 from pipeline.errors import PipelineError
@@ -91,7 +92,7 @@ def _weight_map(folder: Path, half: tuple[str, ...]) -> dict[str, str]:
     return {name: shard for name, shard in names.items() if name.startswith(half)}
 
 
-def _safetensors_header(path: Path) -> tuple[int, dict[str, dict[str, object] | object]]:
+def _safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the data of a safetensors file starts, and its header: a length (8 bytes, little-endian), then JSON."""
     try:
         with path.open("rb") as file:
@@ -148,7 +149,7 @@ def _check(folder: Path, checkpoint: str, half: tuple[str, ...]) -> None:
         raise PipelineError(f"{folder}: the checkpoint is not whole, it lacks {', '.join(absent)}; get it again")
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """The command: words in, one call, a summary out. What the stages do is imported when it is asked for."""
 
 import json
-import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
@@ -38,7 +38,6 @@ def stage(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @wraps(command)
     def run(as_json: bool, debug: bool, **arguments: Any) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         with redirect_stdout(sys.stderr):  # stdout carries the summary alone
             summary = _guarded(lambda: command(**arguments), debug)
         print(json.dumps(summary) if as_json else _table(summary))
@@ -64,8 +63,9 @@ def _guarded(call: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' own bars and notes out of ours; their warnings stay."""
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    """Keep the libraries' own bars, and their notes to developers, out of ours; other warnings stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -44,7 +44,7 @@ class Preprocessor:
         return json.dumps(settings | {"backend": "pil"}, sort_keys=True)
 
 
-class _Pictures(Dataset[Tensor]):
+class _Pictures(Dataset[Tensor | PipelineError]):
     def __init__(self, paths: Sequence[Path], preprocess: Preprocessor):
         self.paths, self.preprocess = paths, preprocess
 
@@ -59,10 +59,8 @@ class _Pictures(Dataset[Tensor]):
 
 
 def _collate(pictures: list[Tensor | PipelineError]) -> Tensor | PipelineError:
-    for picture in pictures:
-        if isinstance(picture, PipelineError):
-            return picture
-    return stack(pictures)
+    errors = [picture for picture in pictures if isinstance(picture, PipelineError)]
+    return errors[0] if errors else stack([picture for picture in pictures if isinstance(picture, Tensor)])
 
 
 def load_batches(paths: Sequence[Path], preprocess: Preprocessor, batch_size: int, workers: int) -> Iterator[Tensor]:

@@ -48,7 +48,7 @@ def precompute(config: Config) -> dict[str, Any]:
         encoding_started = time.perf_counter()
         if pending:
             say(
-                f"{len(paths)} distinct pictures, {reused} in the cache already; encoding on {device} in {spec.encoder_dtype}"
+                f"{len(paths)} distinct pictures, {reused} of them cached; encoding on {device} in {spec.encoder_dtype}"
             )
             batch_size = config.precompute.batch_size
             batches = load_batches(

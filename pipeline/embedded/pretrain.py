@@ -7,6 +7,7 @@ seeded; a killed run goes on from its last state file.
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -39,6 +40,9 @@ QUESTION_WORDS = (
     "contains show shows present absent visible seen see any some all both only one two three four five"
 )
 IGNORED = -100
+
+SentenceBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+StepLoss = Callable[[list[Scene], random.Random], tuple[torch.Tensor, torch.Tensor]]
 
 
 def make_tokenizer(seed: int) -> GPT2Tokenizer:
@@ -124,7 +128,7 @@ def pixel_values(scenes: list[Scene]) -> torch.Tensor:
 class PatchHeads(nn.Module):
     """Shape and colour of each patch, read linearly off the vision model; never saved."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.shape = nn.Linear(WIDTH, 1 + len(SHAPES))
         self.colour = nn.Linear(WIDTH, 1 + len(COLOUR_NAMES))
@@ -141,8 +145,8 @@ class PatchHeads(nn.Module):
         return loss, (guessed_shape.argmax(-1) == shape)[things].float().mean()
 
 
-def sentence_batch(scenes: list[Scene], rng: random.Random, tokenizer: GPT2Tokenizer, newline: int):
-    """`SENTENCES_AN_IMAGE` sentences a scene: `input_ids`, `attention_mask`, `labels`, all (B, T), padded right."""
+def sentence_batch(scenes: list[Scene], rng: random.Random, tokenizer: GPT2Tokenizer, newline: int) -> SentenceBatch:
+    """`input_ids`, `attention_mask`, `labels` of `SENTENCES_AN_IMAGE` sentences a scene, all (B, T), padded right."""
     rows = []
     for scene in scenes:
         for _ in range(SENTENCES_AN_IMAGE):
@@ -157,7 +161,9 @@ def sentence_batch(scenes: list[Scene], rng: random.Random, tokenizer: GPT2Token
     return input_ids, attention_mask, labels
 
 
-def language_loss(model: Blip2ForConditionalGeneration, scenes, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def language_loss(
+    model: Blip2ForConditionalGeneration, scenes: list[Scene], batch: SentenceBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss on the continuations, and the share of them told right to the last token."""
     input_ids, attention_mask, labels = batch
     with torch.no_grad():
@@ -187,14 +193,14 @@ class Stage:
             self.optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.08, cycle_momentum=False
         )
 
-    def run(self, seed: int, step_loss) -> None:
+    def run(self, seed: int, step_loss: StepLoss) -> None:
         """Call `step_loss(scenes, rng) -> (loss, share right)` once a step; the step's number seeds its scenes."""
         first = self._resume()
         for step in (bar := tqdm(range(first, self.steps), desc=self.name, initial=first, total=self.steps)):
             rng = random.Random(f"{seed} {self.name} {step}")
             loss, right = step_loss([draw_scene(rng) for _ in range(IMAGES_A_STEP)], rng)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             self.optimizer.step()
             self.schedule.step()
@@ -226,7 +232,7 @@ class Stage:
 @click.command(context_settings={"show_default": True})
 @click.argument("dest", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--vision-steps", default=2500, help="Optimizer steps of the vision model.")
-@click.option("--language-steps", default=3000, help="Optimizer steps of Q-Former, projection and OPT.")
+@click.option("--language-steps", default=2500, help="Optimizer steps of Q-Former, projection and OPT.")
 @click.option("--seed", default=0, help="Of the weights, the scenes and the sentences.")
 def main(dest: Path, vision_steps: int, language_steps: int, seed: int) -> None:
     """Pretrain the embedded checkpoint and write it to DEST in Hugging Face form (float16 safetensors)."""

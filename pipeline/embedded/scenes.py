@@ -7,6 +7,7 @@ of easy-VQA is read.
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -183,7 +184,7 @@ def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
 
 
-def _draw(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, ...], fill) -> None:
+def _draw(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, ...], fill: Any) -> None:
     """Fill one shape into `box`; circle, ring, cross and star take a square of its shorter side."""
     left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
     if shape == "rectangle":

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, load_config
+from pipeline.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EASY = CONFIGS / "easy_vqa.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_begins_with_its_command(path: Path) -> None:
+    load_config(path)
+    assert path.read_text().startswith(f"# pipe precompute configs/{path.name} && pipe train configs/{path.name}\n")
+
+
+def test_the_config_for_vqav2_is_the_recipe_at_real_size() -> None:
+    config = load_config(CONFIGS / "vqav2_blip2_opt_2.7b.yaml")
+    assert config.model.checkpoint == "Salesforce/blip2-opt-2.7b"
+    assert (config.quantization.bits, config.quantization.quant_type, config.quantization.double_quant) == (4, "nf4", True)
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (16, 32, ("q_proj", "v_proj"))
+    assert set(config.data.splits) == {"train", "val"}
+    assert config.train.accumulation_steps == 4
+
+
+def test_overrides_lie_over_the_file_and_are_yaml() -> None:
+    config = load_config(EASY, ["lora.r=8", "lora.target_modules=[q_proj]", "train.learning_rate=1e-4", "data.test=null"])
+    assert config.lora.r == 8
+    assert config.lora.target_modules == ("q_proj",)
+    assert config.train.learning_rate == 1e-4
+    assert set(config.data.splits) == {"train"}
+
+
+def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = load_config(EASY, ["train.seed=7"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochz=1", "unknown key train.epochz; did you mean epochs?"),
+        ("trian.epochs=1", "unknown key trian; did you mean train?"),
+        ("data.train.imagess=x", "unknown key data.train.imagess; did you mean images?"),
+        ("lora.zzz=1", "unknown key lora.zzz; known here: r, alpha, dropout, target_modules, bias"),
+        ("train.epochs=many", "train.epochs: input should be a valid number"),
+        ("train.batch_size=0", "train.batch_size: input should be greater than 0 (found 0)"),
+        ("quantization.bits=8", "quantization.bits: input should be 4"),
+        ("train.micro_batch=7", "micro_batch (7) must divide batch_size (64)"),
+        ("data.prompt=hello", "data.prompt: must contain {question} once"),
+        ("data={format: easy_vqa}", "data: needs at least one of train, val, test"),
+        ("cache={}", "cache.dir is missing"),
+        ("train", "'train' is not an override"),
+        ("model.checkpoint.x=1", "checkpoint is a value, not a section"),
+        ("lora.r=[1", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(EASY, [override])
+    assert message in str(error.value)
+
+
+def test_all_wrong_keys_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(EASY, ["train.a=1", "lora.b=1"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a: [", "not a YAML file"), (b"- 1", "a config is a mapping"), (b"\xff\xfe", "not a YAML file"), (b"", "mapping")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_config_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
+        load_config(Path("nowhere.yaml"))
+
+
+def test_defaults_are_the_recipes() -> None:
+    config = Config.model_validate({"data": {"train": {}}, "cache": {"dir": "x"}})
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.bias) == (16, 32, 0.05, "none")
+    assert config.data.prompt == "Question: {question} Answer:"
