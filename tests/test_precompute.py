@@ -1,0 +1,176 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_config, write_data_set
+
+from cache.reader import FeatureReader
+from cache.spec import CacheError
+from pipeline.assemble import open_batcher
+from pipeline.config import load_config
+from pipeline.errors import PipelineError
+from pipeline.precompute import precompute
+
+
+def digest_of_folder(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_distinct_picture_is_encoded_once_and_every_question_kept(data_set: Path) -> None:
+    shutil.copy(data_set / "images" / "0.png", data_set / "images" / "23.png")  # the same bytes, another name
+    summary = precompute(load_config(data_set / "config.yaml"))
+    assert (summary["images"], summary["encoded"], summary["reused"], summary["failed"]) == (23, 23, 0, 0)
+    assert summary["questions"] == {"train": 54, "val": 18}
+    assert summary["images_per_second"] > 0
+    assert summary["cache_bytes"] > 23 * 16 * 128 * 4
+    features = FeatureReader(data_set / "cache")
+    assert features.text("train").image_row[0] == features.text("val").image_row[-1]
+
+
+def test_a_second_run_encodes_nothing_and_changes_nothing(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    before = digest_of_folder(data_set / "cache")
+    monkeypatch.setattr("pipeline.precompute.load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    again = precompute(config)
+    assert (again["encoded"], again["reused"], again["images_per_second"]) == (0, 24, None)
+    assert digest_of_folder(data_set / "cache") == before
+
+
+def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
+    data_set: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
+    whole = config.model_copy(update={"cache": config.cache.model_copy(update={"dir": data_set / "whole"})})
+    precompute(whole)
+    broken = data_set / "images" / "20.png"
+    content = broken.read_bytes()
+    paths = data_set / "images"
+
+    import pipeline.images
+
+    decode = pipeline.images.Preprocessor.__call__
+    monkeypatch.setattr(
+        pipeline.images.Preprocessor,
+        "__call__",
+        lambda self, path: (_ for _ in ()).throw(KeyboardInterrupt) if path.name == "18.png" else decode(self, path),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config)
+    assert not (config.cache.dir / "manifest.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match="unfinished"):
+        FeatureReader(config.cache.dir)
+    summary = precompute(config)
+    assert 0 < summary["reused"] < 24
+    assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
+    assert broken.read_bytes() == content
+    assert paths.is_dir()
+
+
+def test_only_new_and_changed_pictures_are_encoded(data_set: Path) -> None:
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    write_data_set(data_set / "other", seed=5)
+    shutil.copy(data_set / "other" / "images" / "0.png", data_set / "images" / "1.png")  # changed
+    shutil.copy(data_set / "other" / "images" / "1.png", data_set / "images" / "new.png")
+    with (data_set / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"image": "new.png", "question": "what is it?", "answer": "new"}))
+    summary = precompute(config)
+    assert (summary["encoded"], summary["reused"]) == (2, 23)
+    text = FeatureReader(config.cache.dir).text("train")
+    assert text.record(len(text) - 1)["answers"] == ["new"]
+
+
+def test_missing_pictures_are_an_error_or_a_counted_skip(data_set: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (data_set / "images" / name).unlink()
+    with pytest.raises(PipelineError, match=r"2 pictures of 6 questions are not there or not readable: .*/0.png"):
+        precompute(load_config(data_set / "config.yaml"))
+    assert not (data_set / "cache").exists()
+    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    assert (summary["images"], summary["failed"], summary["questions"]["train"]) == (22, 2, 48)
+
+
+def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set: Path) -> None:
+    shutil.rmtree(data_set / "images")
+    with pytest.raises(PipelineError, match=r"24 pictures of 72 questions .* Check data.\*.images"):
+        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_undecodable_picture_is_named(data_set: Path, workers: int) -> None:
+    (data_set / "images" / "5.png").write_bytes(b"<html>not found</html>")
+    with pytest.raises(PipelineError, match=r"images/5\.png: not a picture that can be decoded"):
+        precompute(load_config(data_set / "config.yaml", [f"precompute.num_workers={workers}"]))
+
+
+def test_a_cache_of_other_features_is_refused_and_kept(data_set: Path) -> None:
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    before = digest_of_folder(data_set / "cache")
+    other = load_config(data_set / "config.yaml", ["cache.dtype=float16"])
+    with pytest.raises(CacheError, match="dtype: cache has float32, wanted float16"):
+        precompute(other)
+    with pytest.raises(PipelineError, match="dtype: cache has float32, wanted float16"):
+        open_batcher(other, "train")
+    assert digest_of_folder(data_set / "cache") == before
+
+
+def test_another_encoder_is_noticed_before_training(data_set: Path, checkpoint: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    precompute(load_config(data_set / "config.yaml"))
+    other = data_set / "checkpoint"
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["query_tokens"][0, 0, 0] += 0.5
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert torch.isfinite(tensors["query_tokens"]).all()
+    with pytest.raises(PipelineError, match="encoder_fingerprint: cache has"):
+        open_batcher(load_config(data_set / "config.yaml", [f"model.checkpoint={other}"]), "train")
+
+
+def test_a_changed_prompt_remakes_the_tokens_from_the_cache(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precompute(load_config(data_set / "config.yaml"))
+    shutil.rmtree(data_set / "images")
+    changed = load_config(data_set / "config.yaml", ['data.prompt="Q: {question} A:"'])
+    text = open_batcher(changed, "train").text
+    assert "making the tokens of train again" in capsys.readouterr().err
+    fresh = open_batcher(load_config(data_set / "config.yaml"), "train").text
+    assert [list(text.target_ids[i]) for i in range(9)] == [list(fresh.target_ids[i]) for i in range(9)]
+    assert list(text.prompt_ids[0]) != list(fresh.prompt_ids[0])
+    assert np.array_equal(text.image_row, fresh.image_row)
+
+
+def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> None:
+    import torch
+
+    exact, rounded = (
+        load_config(data_set / "config.yaml", [f"cache.dtype={dtype}", f"cache.dir={data_set}/{dtype}"])
+        for dtype in ("float32", "bfloat16")
+    )
+    precompute(exact)
+    precompute(rounded)
+    wanted = open_batcher(exact, "train").for_training([0, 5])["query_features"]
+    found = open_batcher(rounded, "train").for_training([0, 5])["query_features"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted.to(torch.bfloat16))
+
+
+def test_a_folder_of_other_files_is_not_taken_for_a_cache(data_set: Path) -> None:
+    (data_set / "cache").mkdir()
+    (data_set / "cache" / "thesis.tex").write_text("x")
+    with pytest.raises(CacheError, match="holds other files"):
+        precompute(load_config(data_set / "config.yaml"))
+    assert [path.name for path in (data_set / "cache").iterdir()] == ["thesis.tex"]
+
+
+def test_features_of_a_split_the_cache_lacks_are_asked_for_by_name(data_set: Path) -> None:
+    config = load_config(write_config(data_set))
+    precompute(config)
+    with pytest.raises(CacheError, match="no split 'test'; there are: train, val"):
+        open_batcher(config, "test")

@@ -1,0 +1,172 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache.spec import CacheError
+from pipeline.batching import Batcher
+from pipeline.config import Config, load_config
+from pipeline.errors import PipelineError
+from pipeline.evaluate import evaluate
+from pipeline.run_folder import RunFolder, next_run
+from pipeline.train import train
+
+
+def with_train(config: Config, **settings: object) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_run_folder_holds_config_metrics_and_adapter(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    summary = train(cached, run)
+    assert (summary["steps"], summary["questions"], summary["left_out"]) == (4, 54, 0)
+    assert summary["run"] == str(run.path)
+    assert load_config(run.config) == cached
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
+    adapter = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["target_modules"]) == (16, 32, ["q_proj", "v_proj"])
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    assert "base_model.model.language_model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight" in weights
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_training_needs_no_picture_and_no_annotation_file(data_set: Path) -> None:
+    from pipeline.precompute import precompute
+
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    shutil.rmtree(data_set / "images")
+    for split in ("train", "val"):
+        (data_set / f"{split}.jsonl").unlink()
+    run = RunFolder(data_set / "run")
+    train(config, run)
+    assert evaluate(run)["questions"] == 18
+
+
+def test_the_loss_falls(cached: Config, tmp_path: Path) -> None:
+    summary_path = RunFolder(tmp_path / "run")
+    train(with_train(cached, max_steps=30, batch_size=18, learning_rate=5e-3), summary_path)
+    losses = [json.loads(line)["loss"] for line in summary_path.metrics.read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_same_config_cache_and_seed_give_the_same_adapter_in_another_process(cached: Config, tmp_path: Path) -> None:
+    """A set of strings is ordered by the process's hash seed: nothing of the adapter's files may follow it."""
+    (tmp_path / "config.yaml").write_text(cached.to_yaml())
+    code = (
+        "import sys; from pathlib import Path; from pipeline.config import load_config;"
+        "from pipeline.run_folder import RunFolder; from pipeline.train import train;"
+        "train(load_config(Path(sys.argv[1])), RunFolder(Path(sys.argv[2])))"
+    )
+    for name, hash_seed in (("a", "1"), ("b", "2")):
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "config.yaml"), str(tmp_path / name)],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            check=True,
+        )
+    first, second = (files_of(tmp_path / name / "adapter") for name in ("a", "b"))
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= first.keys()
+    assert first == second
+
+
+def test_another_seed_gives_another_adapter(cached: Config, tmp_path: Path) -> None:
+    adapters = []
+    for seed in (0, 1):
+        run = RunFolder(tmp_path / str(seed))
+        train(with_train(cached, seed=seed), run)
+        adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] != adapters[1]
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path) -> None:
+    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    config = with_train(cached, max_steps=8)
+    train(config, whole)
+    lay_out, batches = Batcher.for_training, []
+
+    def stop_at_the_sixth(self: Batcher, questions: list[int]) -> dict[str, torch.Tensor]:
+        batches.append(questions)
+        if len(batches) == 6:
+            raise KeyboardInterrupt
+        return lay_out(self, questions)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Batcher, "for_training", stop_at_the_sixth)
+        train(config, killed)
+    assert not killed.adapter.exists()
+    with pytest.raises(PipelineError, match="has no adapter yet; go on with it by"):
+        evaluate(killed)
+    train(config, killed, resume=True)
+    name = "adapter_model.safetensors"
+    assert (killed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+
+
+def test_a_run_folder_that_exists_is_left_alone(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "notes.txt").write_text("mine")
+    with pytest.raises(PipelineError, match="this run exists already; give another --name"):
+        train(cached, run)
+    with pytest.raises(PipelineError, match="nothing to resume"):
+        train(cached, run, resume=True)
+    assert files_of(run.path) == {"notes.txt": b"mine"}
+
+
+def test_runs_are_numbered(tmp_path: Path) -> None:
+    (tmp_path / "mine-1").mkdir()
+    assert next_run(tmp_path, "mine").path == tmp_path / "mine-2"
+
+
+def test_a_cache_that_is_not_there_leaves_no_run_behind(cached: Config, tmp_path: Path) -> None:
+    config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": tmp_path / "none"})})
+    with pytest.raises(CacheError, match="no cache at .*: run `pipe precompute` first"):
+        train(config, RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_target_modules_that_opt_lacks_are_told(cached: Config, tmp_path: Path) -> None:
+    config = cached.model_copy(update={"lora": cached.lora.model_copy(update={"target_modules": ("query",)})})
+    with pytest.raises(PipelineError, match=r"lora.target_modules \['query'\] do not fit the language model"):
+        train(config, RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_training_stops_and_says_what_to_try(cached: Config, tmp_path: Path) -> None:
+    config = with_train(cached, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0, max_steps=20)
+    with pytest.raises(PipelineError, match=r"training diverged by step \d+: loss .* Try a lower train.learning_rate"):
+        train(config, RunFolder(tmp_path / "run"))
+
+
+def test_evaluation_writes_the_official_results_form(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(cached, run)
+    with_adapter, without = evaluate(run), evaluate(run, with_adapter=False)
+    assert with_adapter["results"] != without["results"]
+    rows = json.loads(Path(with_adapter["results"]).read_text())
+    assert [set(row) for row in rows] == [{"question_id", "answer"}] * 18
+    assert [row["question_id"] for row in rows] == list(range(1, 19))
+    assert 0 <= with_adapter["accuracy"] <= 100
+    assert (with_adapter["questions"], with_adapter["scored"], with_adapter["method"]) == (18, 18, "exact")
+
+
+def test_beams_and_batch_size_are_overridden_at_evaluation(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(cached, run)
+    one = evaluate(run, ("evaluate.batch_size=1",))
+    answers = Path(one["results"]).read_text()
+    many = evaluate(run, ("evaluate.batch_size=18",))
+    assert Path(many["results"]).read_text() == answers
+    assert evaluate(run, ("evaluate.num_beams=3",))["questions"] == 18
