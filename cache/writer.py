@@ -1,7 +1,9 @@
 """Writing a cache: rows that survive a kill at any moment, and are never encoded twice."""
 
+import fcntl
 import os
 import re
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from cache.manifest import MANIFEST_NAME, Manifest, text_name
 from cache.spec import CacheError, CacheSpec
 from cache.text import TextTable
 
+LOCK_PATIENCE = 10  # seconds
+
 _OWN_NAME = re.compile(rf"({PART_NAME.pattern}|text-.+\.h5|{re.escape(MANIFEST_NAME)})({re.escape(TEMPORARY)})?")
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all set: infinite or not a number
 
@@ -26,7 +30,7 @@ class FeatureWriter:
 
     `digests` are the SHA-256 digests (32 bytes each) of the wanted image files. A part in work is gone on with if
     all that it waits for is wanted; otherwise it is sealed as it is, and its open rows are never served. Only one
-    writer may work in a folder at a time.
+    writer works in a folder at a time, a second is refused.
 
     Raises CacheError if the folder holds other things only, or a part that is of another spec or not sound.
     """
@@ -44,11 +48,18 @@ class FeatureWriter:
         """Digest -> row in the cache, for every stored image: rows are counted through all parts."""
         self._sealed: list[tuple[str, int]] = []
         self._part: _PartInWork | None = None
-        with self._disk():
-            self._next_index, layouts = _survey(self.folder, spec)
-            for layout in layouts:
-                self._adopt(layout)
-            self.pending = self._plan(wanted)
+        self._lock: int | None = None
+        try:
+            with self._disk():
+                _open_folder(self.folder)
+                self._lock = _lock(self.folder)
+                self._next_index, layouts = _survey(self.folder, spec)
+                for layout in layouts:
+                    self._adopt(layout)
+                self.pending = self._plan(wanted)
+        except BaseException:
+            self.close()
+            raise
         self.reused = len(wanted) - len(self.pending)
         """How many of the wanted images were stored already."""
 
@@ -63,6 +74,9 @@ class FeatureWriter:
         if self._part:
             self._part.close()
             self._part = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write(self, digests: Sequence[bytes], features: np.ndarray[Any, Any]) -> None:
         """Stores features (n, Q, D), in the spec's storage type, of the next n `pending` images.
@@ -210,7 +224,7 @@ class _PartInWork:
 
 def _survey(folder: Path, spec: CacheSpec) -> tuple[int, list[PartLayout]]:
     """The index that a new part takes, and the parts there are, in order. Changes nothing that holds a row."""
-    _open_folder(folder)
+    _remove_temporaries(folder)
     manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
     if manifest:
         _require(spec, manifest.spec, folder / MANIFEST_NAME)
@@ -228,7 +242,7 @@ def _survey(folder: Path, spec: CacheSpec) -> tuple[int, list[PartLayout]]:
 
 
 def _open_folder(folder: Path) -> None:
-    """Creates the folder, or finds it empty or a cache's; removes files that were never finished."""
+    """Creates the folder, or finds it empty or a cache's."""
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,9 +251,32 @@ def _open_folder(folder: Path) -> None:
     own = [name for name in names if _OWN_NAME.fullmatch(name)]
     if names and not own:
         raise CacheError(f"{folder}: holds other files ({min(names)}, ...), no cache. Choose another `cache.dir`.")
-    for name in own:
-        if name.endswith(TEMPORARY):
-            (folder / name).unlink()
+
+
+def _lock(folder: Path) -> int:
+    """Takes the folder for this process until the descriptor is closed, at the latest when the process ends.
+
+    It waits a little: a killed run's helper processes hold the lock until they notice that they are orphans.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                message = f"{folder}: another process is writing this cache. Run the command again when it is done."
+                raise CacheError(message) from None
+            time.sleep(0.2)
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Removes files that were never finished."""
+    for path in folder.iterdir():
+        if path.name.endswith(TEMPORARY) and _OWN_NAME.fullmatch(path.name):
+            path.unlink()
 
 
 def _require(wanted: CacheSpec, found: CacheSpec, path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -116,6 +117,7 @@ def _hash_range(digest: "hashlib._Hash", path: Path, start: int, length: int) ->
         raise PipelineError(f"{path}: the file ends before its last tensor; get the checkpoint again")
 
 
+@cache  # a stage asks several times, each would ask the hub
 def _download(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

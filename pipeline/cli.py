@@ -75,7 +75,9 @@ def _table(summary: dict[str, Any], indent: str = "") -> str:
     lines = []
     for key, value in summary.items():
         name = indent + key.replace("_", " ")
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            lines += [f"{name if number == 0 else '':<28}{one}" for number, one in enumerate(value)]
+        elif isinstance(value, dict):
             lines += [name, _table(value, indent + "  ")]
         elif value is not None:
             lines.append(f"{name:<28}{_number(key, value)}")

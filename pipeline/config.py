@@ -167,6 +167,18 @@ class Config(Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def with_absolute_cache(self) -> "Config":
+        """The same, with a cache folder that is found from everywhere."""
+        return self.model_copy(update={"cache": self.cache.model_copy(update={"dir": self.cache.dir.absolute()})})
+
+    def differences(self, other: "Config") -> list[str]:
+        """`key: mine, not other's`, for each key in which the two differ."""
+        mine, theirs = (dict(_flatten(config.model_dump(mode="json"))) for config in (self, other))
+        keys = dict.fromkeys([*mine, *theirs])
+        return [
+            f"{key}: {mine.get(key)!r}, not {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)
+        ]
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, with `key.sub=value` overrides (values are YAML) laid over it.
@@ -180,6 +192,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -32,8 +32,17 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "accuracy_before": before["accuracy"],
         "accuracy": after["accuracy"],
-        "run": str(run.path),
-        "cache": encoded["cache"],
+        "questions": after["questions"],
+        "precompute": _pick(encoded, "images", "encoded", "cache_bytes", "images_per_second", "seconds"),
+        "train": _pick(trained, "questions", "steps", "seconds_to_start", "questions_per_second", "seconds"),
+        "evaluate": _pick(after, "questions_per_second", "seconds"),
         "seconds": time.perf_counter() - started,
-        "stages": {"precompute": encoded, "train": trained, "evaluate_before": before, "evaluate": after},
+        "cache": encoded["cache"],
+        "run": str(run.path),
+        "adapter": str(run.adapter),
+        "next": [f"pipe evaluate {run.path} evaluate.num_beams=5", "pipe train --help", "pipe precompute --help"],
     }
+
+
+def _pick(summary: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: summary[key] for key in keys}

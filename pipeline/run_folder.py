@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import Config, load_config
 from pipeline.errors import PipelineError
 
 
@@ -40,9 +41,17 @@ class RunFolder:
         if self.path.exists():
             raise PipelineError(f"{self.path}: this run exists already; give another --name, or go on by --resume")
 
-    def check_resumable(self) -> None:
-        if not any(self.checkpoints.glob("checkpoint-*")):
-            raise PipelineError(f"{self.path}: nothing to resume, there is no checkpoint in it; train without --resume")
+    def check_resumable(self, config: Config) -> None:
+        if not self.config.is_file():
+            raise PipelineError(f"{self.path}: nothing to resume, no run was started there; train without --resume")
+        if self.adapter.is_dir():
+            raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`")
+        changed = config.differences(load_config(self.config))
+        if changed:
+            raise PipelineError(f"{self.path}: the run was started with other settings:\n  " + "\n  ".join(changed))
+
+    def has_checkpoint(self) -> bool:
+        return any(self.checkpoints.glob("checkpoint-*"))
 
     def check_finished(self) -> None:
         if not self.config.is_file():

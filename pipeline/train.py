@@ -31,12 +31,16 @@ from pipeline.run_folder import RunFolder
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
     """Train a LoRA adapter into the run folder `run`, and return the summary.
 
-    The folder must not exist, unless `resume`: then training goes on from its last checkpoint. Raises
-    `PipelineError` or `CacheError` before anything is written if the config, the checkpoint and the
-    cache do not fit together.
+    The folder must not exist, unless `resume`: then training goes on from its last checkpoint, or from the
+    start if it has none yet. Raises `PipelineError` or `CacheError` before anything is written if the
+    config, the checkpoint and the cache do not fit together.
     """
     started = time.perf_counter()
-    run.check_resumable() if resume else run.check_new()
+    config = config.with_absolute_cache()
+    if resume:
+        run.check_resumable(config)
+    else:
+        run.check_new()
     batcher = open_batcher(config, "train")
     trainable = np.flatnonzero(np.diff(batcher.text.target_ids.offsets))
     if len(trainable) == 0:
@@ -55,7 +59,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     )
     trainer.remove_callback(PrinterCallback)
     ready = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=resume and run.has_checkpoint())
     save_adapter(model, run.adapter)
     return {
         "run": str(run.path),
@@ -70,7 +74,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
 
 
 def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -96,6 +100,9 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         report_to=[],
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:  # several GPUs are for torchrun; DataParallel cannot copy 4-bit weights
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _Numbers(Dataset[int]):
@@ -119,6 +126,9 @@ class _Log(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
+        if self.metrics.exists():  # a killed run logged further than its last checkpoint
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            self.metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()

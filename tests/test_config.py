@@ -18,14 +18,20 @@ def test_every_shipped_config_is_valid_and_begins_with_its_command(path: Path) -
 def test_the_config_for_vqav2_is_the_recipe_at_real_size() -> None:
     config = load_config(CONFIGS / "vqav2_blip2_opt_2.7b.yaml")
     assert config.model.checkpoint == "Salesforce/blip2-opt-2.7b"
-    assert (config.quantization.bits, config.quantization.quant_type, config.quantization.double_quant) == (4, "nf4", True)
+    assert (config.quantization.bits, config.quantization.quant_type, config.quantization.double_quant) == (
+        4,
+        "nf4",
+        True,
+    )
     assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (16, 32, ("q_proj", "v_proj"))
     assert set(config.data.splits) == {"train", "val"}
     assert config.train.accumulation_steps == 4
 
 
 def test_overrides_lie_over_the_file_and_are_yaml() -> None:
-    config = load_config(EASY, ["lora.r=8", "lora.target_modules=[q_proj]", "train.learning_rate=1e-4", "data.test=null"])
+    config = load_config(
+        EASY, ["lora.r=8", "lora.target_modules=[q_proj]", "train.learning_rate=1e-4", "data.test=null"]
+    )
     assert config.lora.r == 8
     assert config.lora.target_modules == ("q_proj",)
     assert config.train.learning_rate == 1e-4
@@ -71,7 +77,12 @@ def test_all_wrong_keys_are_named_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"a: [", "not a YAML file"), (b"- 1", "a config is a mapping"), (b"\xff\xfe", "not a YAML file"), (b"", "mapping")],
+    [
+        (b"a: [", "not a YAML file"),
+        (b"- 1", "a config is a mapping"),
+        (b"\xff\xfe", "not a YAML file"),
+        (b"", "mapping"),
+    ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "broken.yaml"
@@ -82,7 +93,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, mes
 
 
 def test_a_config_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file"):
         load_config(Path("nowhere.yaml"))
 
 

@@ -103,15 +103,38 @@ def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path
             raise KeyboardInterrupt
         return lay_out(self, questions)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batcher, "for_training", stop_at_the_sixth)
-        train(config, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, killed)
     assert not killed.adapter.exists()
     with pytest.raises(PipelineError, match="has no adapter yet; go on with it by"):
         evaluate(killed)
+    with pytest.raises(PipelineError, match=r"started with other settings:\n  train.learning_rate: 0.5, not 0.001"):
+        train(with_train(config, learning_rate=0.5), killed, resume=True)
     train(config, killed, resume=True)
     name = "adapter_model.safetensors"
+    assert [json.loads(line)["step"] for line in killed.metrics.read_text().splitlines()] == list(range(1, 9))
+    with pytest.raises(PipelineError, match="finished already"):
+        train(config, killed, resume=True)
     assert (killed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batcher, "for_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(cached, run)
+    assert train(cached, run, resume=True)["steps"] == 4
+
+
+def test_a_run_is_evaluated_from_any_folder(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cached.cache.dir.parent)
+    run = RunFolder(tmp_path / "run")
+    train(cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": Path("cache")})}), run)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(RunFolder(Path("run")))["questions"] == 18
 
 
 def test_a_run_folder_that_exists_is_left_alone(cached: Config, tmp_path: Path) -> None:
@@ -132,7 +155,7 @@ def test_runs_are_numbered(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_not_there_leaves_no_run_behind(cached: Config, tmp_path: Path) -> None:
     config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": tmp_path / "none"})})
-    with pytest.raises(CacheError, match="no cache at .*: run `pipe precompute` first"):
+    with pytest.raises(CacheError, match=r"no cache at .*: run `pipe precompute` first"):
         train(config, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

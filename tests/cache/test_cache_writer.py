@@ -223,3 +223,16 @@ def test_deleted_part_is_made_anew_under_another_name(tmp_path):
     assert (tmp_path / "features-00003.h5").exists()
     with FeatureReader(tmp_path) as reader:
         np.testing.assert_array_equal(reader.gather(reader.text("train").image_row), features(WANTED, spec()))
+
+
+def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.writer.LOCK_PATIENCE", 0)
+    folder = tmp_path / "cache"
+    first = FeatureWriter(folder, spec(), WANTED)
+    with pytest.raises(CacheError, match="another process is writing this cache"):
+        FeatureWriter(folder, spec(), WANTED)
+    first.close()
+    FeatureWriter(folder, spec(), WANTED).close()
+    code = f"import os, cache.writer as w, pathlib; fd = w._lock(pathlib.Path({str(folder)!r})); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    FeatureWriter(folder, spec(), WANTED).close()
