@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from cache.spec import CacheSpec
 from cache.writer import FeatureWriter
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
-from pipeline.config import Config, DataConfig
+from pipeline.config import Config, DataConfig, PrecomputeConfig
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.errors import PipelineError
@@ -35,27 +34,19 @@ def precompute(config: Config) -> dict[str, Any]:
     """
     started = time.perf_counter()
     splits = read_splits(config.data)
+    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     digests = _digest_pictures({example.image for examples in splits.values() for example in examples})
     splits, missing = _drop_missing(splits, digests, config.precompute.on_missing)
 
-    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
-    device = pick_device()
-    dtype = pick_dtype(config.precompute.dtype, device)
-    spec = encoder_spec(folder, dtype_name(dtype), config.cache.dtype)
     paths = {digests[example.image]: example.image for examples in splits.values() for example in examples}
+    dtype = pick_dtype(config.precompute.dtype, pick_device())
+    spec = encoder_spec(folder, dtype_name(dtype), config.cache.dtype)
     with FeatureWriter(config.cache.dir, spec, list(paths), config.cache.part_rows) as writer:
-        pending, reused = list(writer.pending), writer.reused
+        to_encode = len(writer.pending)
+        say(f"{len(paths)} distinct pictures, {writer.reused} of them in the cache already")
         encoding_started = time.perf_counter()
-        if pending:
-            say(
-                f"{len(paths)} distinct pictures, {reused} of them cached; encoding on {device} in {spec.encoder_dtype}"
-            )
-            batch_size = config.precompute.batch_size
-            batches = load_batches(
-                [paths[digest] for digest in pending], Preprocessor(folder), batch_size, config.precompute.num_workers
-            )
-            encoder = load_encoder(folder, device, dtype)
-            _encode(encoder, batches, writer, pending, device)
+        if to_encode:
+            _encode(writer, paths, folder, config.precompute)
         encoding_seconds = time.perf_counter() - encoding_started
         tokenizer = PromptTokenizer(folder, config.data.prompt)
         texts = {
@@ -67,12 +58,12 @@ def precompute(config: Config) -> dict[str, Any]:
         "cache": str(config.cache.dir),
         "cache_bytes": sum(file.stat().st_size for file in config.cache.dir.iterdir()),
         "images": len(paths),
-        "encoded": len(pending),
-        "reused": reused,
+        "encoded": to_encode,
+        "reused": len(paths) - to_encode,
         "failed": missing,
         "questions": {split: len(text) for split, text in texts.items()},
         "seconds": time.perf_counter() - started,
-        "images_per_second": len(pending) / encoding_seconds if pending else None,
+        "images_per_second": to_encode / encoding_seconds if to_encode else None,
     }
 
 
@@ -122,15 +113,13 @@ def _drop_missing(
     return kept, len(missing)
 
 
-def _encode(
-    encoder: torch.nn.Module,
-    batches: Iterable[Tensor],
-    writer: FeatureWriter,
-    pending: list[bytes],
-    device: torch.device,
-) -> None:
-    done = 0
-    storage = getattr(torch, writer.spec.dtype)
+def _encode(writer: FeatureWriter, paths: dict[bytes, Path], folder: Path, settings: PrecomputeConfig) -> None:
+    """Encode and write what is pending, batch by batch."""
+    pending, done = list(writer.pending), 0
+    device, storage = pick_device(), getattr(torch, writer.spec.dtype)
+    encoder = load_encoder(folder, device, getattr(torch, writer.spec.encoder_dtype))
+    pictures = [paths[digest] for digest in pending]
+    batches = load_batches(pictures, Preprocessor(folder), settings.batch_size, settings.num_workers)
     with progress_bar("encoding", len(pending), "pictures") as bar, torch.inference_mode():
         for pixel_values in batches:
             features = encoder(pixel_values.to(device)).to(storage).cpu()

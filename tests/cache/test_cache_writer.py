@@ -233,6 +233,8 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path, monke
         FeatureWriter(folder, spec(), WANTED)
     first.close()
     FeatureWriter(folder, spec(), WANTED).close()
-    code = f"import os, cache.writer as w, pathlib; fd = w._lock(pathlib.Path({str(folder)!r})); os.kill(os.getpid(), 9)"
+    code = (
+        f"import os, cache.writer as w, pathlib; fd = w._lock(pathlib.Path({str(folder)!r})); os.kill(os.getpid(), 9)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     FeatureWriter(folder, spec(), WANTED).close()
