@@ -1,8 +1,12 @@
 """Small real inputs: rendered pictures on disk, a config over them, and the checkpoint inside the package."""
 
 import json
+import os
 import random
 from pathlib import Path
+
+# Before torch is imported: the tests run in parallel, and threads that wait for each other on shared cores crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from PIL import Image
