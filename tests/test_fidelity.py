@@ -3,12 +3,13 @@
 The plain side uses transformers and PEFT alone: the full `Blip2ForConditionalGeneration`, its processor, pictures.
 """
 
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig, Blip2ForConditionalGeneration, get_scheduler
@@ -20,9 +21,10 @@ from pipeline.assemble import load_base, open_batcher
 from pipeline.config import Config, load_config
 from pipeline.evaluate import evaluate
 from pipeline.language_model import IGNORED, add_lora
+from pipeline.precompute import precompute
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
-from pipeline.vqa import VQAExample
+from pipeline.vqa import VQAExample, read_examples
 
 CPU = torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [None, 4], ids=["float32", "nf4"])
@@ -186,13 +188,8 @@ def _train_plainly(
 
 
 @pytest.fixture(scope="module")
-def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A short training on easy-VQA's own pictures, 200 test questions beside it."""
-    import json
-
-    from pipeline.precompute import precompute
-    from pipeline.vqa import read_examples
-
     folder = tmp_path_factory.mktemp("easy_vqa")
     for split, count in (("train", 800), ("test", 200)):
         rows = [example.to_record() for example in read_examples("easy_vqa", split)[:count]]
@@ -200,8 +197,6 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder
         lines = [json.dumps({**row, "image": Path(str(row["image"])).name}) for row in rows]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
         (folder / f"{split}-images").symlink_to(root)
-    from conftest import write_config
-
     files = {s: {"annotations": f"{folder}/{s}.jsonl", "images": f"{folder}/{s}-images"} for s in ("train", "test")}
     config = load_config(
         write_config(
@@ -221,8 +216,6 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder
 def test_plain_transformers_and_peft_answer_200_test_questions_the_same(
     easy_vqa_run: RunFolder, checkpoint: Path
 ) -> None:
-    import json
-
     summary = evaluate(easy_vqa_run)
     ours = [row["answer"] for row in json.loads(Path(summary["results"]).read_text())]
 
@@ -239,7 +232,8 @@ def test_plain_transformers_and_peft_answer_200_test_questions_the_same(
             return_tensors="pt",
         )
         tokens = model.generate(**inputs, max_new_tokens=10, do_sample=False)
-        plain += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+        new = tokens[:, inputs["input_ids"].shape[1] :]  # the full model gives the prompt back too
+        plain += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
     assert len(ours) == 200
     assert len(set(ours)) > 2
