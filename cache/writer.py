@@ -1,5 +1,6 @@
 """Writing a cache: rows that survive a kill at any moment, and are never encoded twice."""
 
+import errno
 import fcntl
 import os
 import re
@@ -256,7 +257,8 @@ def _open_folder(folder: Path) -> None:
 def _lock(folder: Path) -> int:
     """Takes the folder for this process until the descriptor is closed, at the latest when the process ends.
 
-    It waits a little: a killed run's helper processes hold the lock until they notice that they are orphans.
+    It waits a little: a killed run's helper processes hold the lock until they notice that they are orphans. A
+    file system without such locks is used without.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     deadline = time.monotonic() + LOCK_PATIENCE
@@ -270,6 +272,11 @@ def _lock(folder: Path) -> int:
                 message = f"{folder}: another process is writing this cache. Run the command again when it is done."
                 raise CacheError(message) from None
             time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+            return descriptor
 
 
 def _remove_temporaries(folder: Path) -> None:

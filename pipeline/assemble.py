@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from cache.reader import FeatureReader
+from cache.text import TextTable
 from pipeline.batching import Batcher
 from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, has_half, public_name
 from pipeline.config import Config
@@ -28,6 +31,7 @@ def open_batcher(config: Config, split: str) -> Batcher:
     if (text.prompt, text.tokenizer) != (tokenizer.prompt, tokenizer.identity()):
         say(f"{config.cache.dir}: the prompt or the tokenizer has changed; making the tokens of {split} again")
         text = retokenize(text, tokenizer)
+    _check_lengths(text, features.spec.query_tokens, tokenizer.longest)
     return Batcher(features, text)
 
 
@@ -51,6 +55,16 @@ def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf
 def load_tokenizer(config: Config) -> PromptTokenizer:
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
     return PromptTokenizer(folder, config.data.prompt)
+
+
+def _check_lengths(text: TextTable, query_tokens: int, longest: int) -> None:
+    lengths = query_tokens + np.diff(text.prompt_ids.offsets) + np.diff(text.target_ids.offsets)
+    if len(lengths) and lengths.max() > longest:
+        record = text.record(int(lengths.argmax()))
+        raise PipelineError(
+            f"question {record.get('question_id')!r} is {lengths.max()} tokens long with its image and answer; the "
+            f"language model takes {longest}. Shorten or leave out such questions, and run `pipe precompute` again"
+        )
 
 
 def _check_features(features: FeatureReader, config: Config, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -38,8 +39,10 @@ def stage(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @wraps(command)
     def run(as_json: bool, debug: bool, **arguments: Any) -> None:
+        started = time.perf_counter()
         with redirect_stdout(sys.stderr):  # stdout carries the summary alone
             summary = _guarded(lambda: command(**arguments), debug)
+        summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
         print(json.dumps(summary) if as_json else _table(summary))
 
     return run
@@ -58,7 +61,18 @@ def _guarded(call: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
         click.echo(f"pipe: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        click.echo("\npipe: interrupted; what is written stays good, see --help for how to go on", err=True)
+        click.echo(
+            "\npipe: interrupted; what is written stays good. The same command goes on with a precompute, "
+            "and with --name RUN --resume with a training",
+            err=True,
+        )
+        sys.exit(1)
+    except Exception as error:  # what a library raises deep inside
+        if debug:
+            raise
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
+        click.echo(f"pipe: {type(error).__name__}: {first_line}{hint}. --debug shows where", err=True)
         sys.exit(1)
 
 
@@ -148,7 +162,7 @@ def train(config: Path, overrides: tuple[str, ...], name: str | None, resume: bo
     from pipeline.run_folder import RunFolder, next_run
     from pipeline.train import train
 
-    if resume and name is None:
+    if resume and not name:
         raise click.UsageError("--resume needs the --name of the run")
     loaded = load_config(config, overrides)
     folder = loaded.train.output_dir
@@ -165,7 +179,7 @@ def evaluate(run: Path, overrides: tuple[str, ...], adapter: str) -> dict[str, A
     """Answer the questions of a split from the cache, and score the answers.
 
     By default the split, beams and method that RUN's config names. Writes the answers to
-    RUN/results-SPLIT.json in the official VQA results form.
+    RUN/results-SPLIT.json (results-SPLIT-no-adapter.json) in the official VQA results form.
 
     \b
     Example:  pipe evaluate runs/easy_vqa-1

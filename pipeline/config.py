@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 class Section(BaseModel):
     """A mapping in which every key is known."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -51,7 +51,7 @@ class DataConfig(Section):
     @field_validator("prompt")
     @classmethod
     def _names_the_question(cls, prompt: str) -> str:
-        if prompt.count("{question}") != 1 or prompt.replace("{question}", "").count("{"):
+        if prompt.count("{question}") != 1 or set("{}") & set(prompt.replace("{question}", "")):
             raise ValueError("must contain {question} once and no other brace")
         return prompt
 
@@ -103,7 +103,7 @@ class QuantizationConfig(Section):
 
 class LoraConfig(Section):
     r: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Positive = 32
     dropout: Share = 0.05
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
     """Names of linear layers of the language model."""
@@ -119,7 +119,7 @@ class TrainConfig(Section):
     micro_batch: Positive | None = None
     """Questions a forward pass; divides batch_size (the rest is gradient accumulation); null is batch_size."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
@@ -154,6 +154,17 @@ class EvaluateConfig(Section):
     """official: VQAv2's, for ten answers a question; exact: the one right answer or not."""
 
 
+_NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}
+TRAINED_BY: Any = {
+    "model": True,
+    "data": {"prompt"},
+    "quantization": True,
+    "lora": True,
+    "train": set(TrainConfig.model_fields) - _NOT_TRAINED_BY,
+}
+"""The keys that decide what a training on a given cache ends in."""
+
+
 class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig
@@ -167,13 +178,21 @@ class Config(Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def with_absolute_cache(self) -> "Config":
-        """The same, with a cache folder that is found from everywhere."""
-        return self.model_copy(update={"cache": self.cache.model_copy(update={"dir": self.cache.dir.absolute()})})
+    def with_absolute_paths(self) -> "Config":
+        """The same, with a cache and a checkpoint that are found from every folder."""
+        checkpoint = self.model.checkpoint
+        if Path(checkpoint).is_dir():
+            checkpoint = str(Path(checkpoint).absolute())
+        return self.model_copy(
+            update={
+                "cache": self.cache.model_copy(update={"dir": self.cache.dir.absolute()}),
+                "model": self.model.model_copy(update={"checkpoint": checkpoint}),
+            }
+        )
 
     def differences(self, other: "Config") -> list[str]:
-        """`key: mine, not other's`, for each key in which the two differ."""
-        mine, theirs = (dict(_flatten(config.model_dump(mode="json"))) for config in (self, other))
+        """`key: mine, not other's`, for each key in which the two differ and would train differently."""
+        mine, theirs = (dict(_flatten(config.model_dump(mode="json", include=TRAINED_BY))) for config in (self, other))
         keys = dict.fromkeys([*mine, *theirs])
         return [
             f"{key}: {mine.get(key)!r}, not {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)
@@ -207,7 +226,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such config file; the examples are in configs/, easy_vqa.yaml the smallest")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of {', '.join(Config.model_fields)}")
@@ -221,7 +240,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is not an override: write KEY.SUB=VALUE, as in train.epochs=1")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
     for name in names[:-1]:
         nested = values.setdefault(name, {})

@@ -1,6 +1,16 @@
 """Which device to compute on, and in which number format."""
 
+import os
+
 import torch
+
+from pipeline.errors import PipelineError
+
+
+def refuse_several_processes() -> None:
+    """Both stages run in one process; started in several they would write over each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PipelineError("this stage runs in one process; start it without torchrun or accelerate launch")
 
 
 def pick_device() -> torch.device:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.assemble import load_base, load_tokenizer, open_batcher
 from pipeline.batching import Batcher
 from pipeline.config import EvaluateConfig, load_config
+from pipeline.errors import PipelineError
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
@@ -31,13 +32,14 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     run.check_finished()
     config = load_config(run.config, overrides)
     batcher = open_batcher(config, config.evaluate.split)
+    examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
+    _check_method(examples, config.evaluate.method)
     model = load_base(config)
     if with_adapter:
         model = load_adapter(model, run.adapter)
     answering_started = time.perf_counter()
     answers = generate_answers(model, batcher, load_tokenizer(config), config.evaluate)
     answering_seconds = time.perf_counter() - answering_started
-    examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
     results = run.results(config.evaluate.split, with_adapter)
     _write_results(examples, answers, results)
     return {
@@ -82,6 +84,14 @@ def score(examples: list[VQAExample], answers: list[str], method: str) -> dict[s
         "per_answer_type": {kind: sum(group) / len(group) for kind, group in sorted(by_type.items())},
         "method": method,
     }
+
+
+def _check_method(examples: list[VQAExample], method: str) -> None:
+    if method == "official" and examples and all(len(example.answers) == 1 for example in examples):
+        raise PipelineError(
+            "the official VQA accuracy compares several people's answers, and each question here has one: "
+            "set evaluate.method=exact"
+        )
 
 
 def _write_results(examples: list[VQAExample], answers: list[str], path: Path) -> None:

@@ -24,6 +24,8 @@ class Preprocessor:
 
     def __init__(self, checkpoint_folder: Path):
         self.processor = BlipImageProcessorPil.from_pretrained(checkpoint_folder)
+        if not {"height", "width"} <= set(dict(self.processor.size)):
+            raise PipelineError(f"{checkpoint_folder}: the image processor's size is not a height and a width")
 
     def __call__(self, path: Path) -> Tensor:
         """(3, H, W) float32. Raises `PipelineError` that names a picture that cannot be decoded."""

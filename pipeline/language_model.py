@@ -1,13 +1,21 @@
 """The trained half: frozen projection, 4-bit OPT, LoRA."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Blip2Config, Blip2PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from pipeline.checkpoint import LANGUAGE_HALF, only_half
@@ -128,28 +136,42 @@ def load_language_half(
 def add_lora(
     model: Blip2LanguageHalf, r: int, alpha: float, dropout: float, target_modules: tuple[str, ...], bias: str
 ) -> PeftModel:
-    """`model` with a fresh LoRA adapter; its weights are float32 and alone trained."""
+    """`model` with a fresh LoRA adapter; what is trained, biases included, is float32."""
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias=bias)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise PipelineError(
-            f"lora.target_modules {list(target_modules)} do not fit the language model: {error}"
+            f"lora.target_modules {list(target_modules)} do not fit the language model: {str(error).splitlines()[0]}"
         ) from None
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # a gradient scaler takes no float16
+    return adapted
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT's form; `folder` appears when it is whole.
+    """Write the adapter in PEFT's form, for the full model; `folder` appears when it is whole.
 
     The same adapter gives the same bytes: PEFT would write the set of target modules in any order.
     """
-    config = model.peft_config["default"]
-    config.target_modules = sorted(config.target_modules)
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
+    path = partial / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    config["auto_mapping"] = {
+        "base_model_class": Blip2ForConditionalGeneration.__name__,
+        "parent_library": Blip2ForConditionalGeneration.__module__,
+    }
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
     partial.rename(folder)
 
 
 def load_adapter(model: Blip2LanguageHalf, adapter: Path) -> PeftModel:
     """`model` with the adapter that `pipe train` wrote to `adapter`, for answering."""
-    return PeftModel.from_pretrained(model, adapter).eval()
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first_line = str(error).splitlines()[0]
+        raise PipelineError(f"{adapter}: not an adapter of this model ({first_line}); train the run again") from None

@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cache.spec import CacheSpec
 from cache.writer import FeatureWriter
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
 from pipeline.config import Config, DataConfig, PrecomputeConfig
-from pipeline.device import dtype_name, pick_device, pick_dtype
+from pipeline.device import dtype_name, pick_device, pick_dtype, refuse_several_processes
 from pipeline.encoder import load_encoder
 from pipeline.errors import PipelineError
 from pipeline.identity import encoder_spec
@@ -32,6 +33,7 @@ def precompute(config: Config) -> dict[str, Any]:
     Goes on where an earlier run stopped, encodes only pictures that are not in the cache yet, and remakes
     the text each time. Raises `PipelineError` or `CacheError`; what is written stays good.
     """
+    refuse_several_processes()
     started = time.perf_counter()
     splits = read_splits(config.data)
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
@@ -39,6 +41,9 @@ def precompute(config: Config) -> dict[str, Any]:
     splits, missing = _drop_missing(splits, digests, config.precompute.on_missing)
 
     paths = {digests[example.image]: example.image for examples in splits.values() for example in examples}
+    tokenizer = PromptTokenizer(folder, config.data.prompt)
+    # Before the long work, so that what is wrong with the text is told first; the rows are known after it.
+    texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in splits.items()}
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(folder, dtype_name(dtype), config.cache.dtype)
     with FeatureWriter(config.cache.dir, spec, list(paths), config.cache.part_rows) as writer:
@@ -48,10 +53,9 @@ def precompute(config: Config) -> dict[str, Any]:
         if to_encode:
             _encode(writer, paths, folder, config.precompute)
         encoding_seconds = time.perf_counter() - encoding_started
-        tokenizer = PromptTokenizer(folder, config.data.prompt)
         texts = {
-            split: tokenize(examples, [writer.rows[digests[e.image]] for e in examples], tokenizer)
-            for split, examples in splits.items()
+            split: replace(text, image_row=np.array([writer.rows[digests[e.image]] for e in splits[split]], np.int64))
+            for split, text in texts.items()
         }
         writer.finish(texts, {"checkpoint": config.model.checkpoint, "revision": config.model.revision or ""})
     return {

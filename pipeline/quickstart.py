@@ -34,7 +34,7 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         "accuracy": after["accuracy"],
         "questions": after["questions"],
         "precompute": _pick(encoded, "images", "encoded", "cache_bytes", "images_per_second", "seconds"),
-        "train": _pick(trained, "questions", "steps", "seconds_to_start", "questions_per_second", "seconds"),
+        "train": _pick(trained, "questions", "steps", "seconds_training", "questions_per_second", "seconds"),
         "evaluate": _pick(after, "questions_per_second", "seconds"),
         "seconds": time.perf_counter() - started,
         "cache": encoded["cache"],

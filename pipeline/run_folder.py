@@ -1,10 +1,13 @@
 """A run folder: what lies where in it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, load_config
 from pipeline.errors import PipelineError
+
+WHOLE = "whole"  # a file in a checkpoint that was written to its end
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,45 @@ class RunFolder:
 
     def check_new(self) -> None:
         if self.path.exists():
-            raise PipelineError(f"{self.path}: this run exists already; give another --name, or go on by --resume")
+            go_on = ", or go on with it by --resume" if self.config.is_file() else ""
+            raise PipelineError(f"{self.path}: this run exists already; give another --name{go_on}")
 
     def check_resumable(self, config: Config) -> None:
         if not self.config.is_file():
-            raise PipelineError(f"{self.path}: nothing to resume, no run was started there; train without --resume")
+            raise PipelineError(f"{self.path}: nothing to resume, no run was started there; give another --name")
         if self.adapter.is_dir():
             raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`")
         changed = config.differences(load_config(self.config))
         if changed:
             raise PipelineError(f"{self.path}: the run was started with other settings:\n  " + "\n  ".join(changed))
 
-    def has_checkpoint(self) -> bool:
-        return any(self.checkpoints.glob("checkpoint-*"))
+    def start(self, config: Config) -> None:
+        """Make the folder, with its config; of a run that is gone on with, keep what was there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(config.to_yaml())
+        partial.replace(self.config)
+
+    def mark_whole(self, step: int) -> None:
+        """Say that the checkpoint of `step` is written to its end, and on disk."""
+        folder = self.checkpoints / f"checkpoint-{step}"
+        for path in [*folder.iterdir(), folder]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        (folder / WHOLE).touch()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        whole = [marker.parent for marker in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
+        return max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
 
     def check_finished(self) -> None:
         if not self.config.is_file():
-            raise PipelineError(
-                f"{self.path}: not a run folder, there is no {self.config.name} in it; see `pipe train`"
-            )
+            raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
-            raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `pipe train ... --resume`")
+            go_on = f"pipe train CONFIG --name {self.path.name} --resume"
+            raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{go_on}`")
 
 
 def next_run(output_dir: Path, stem: str) -> RunFolder:

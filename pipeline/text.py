@@ -9,8 +9,10 @@ import numpy as np
 from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
 
 from cache.text import Ragged, TextTable
+from pipeline.errors import PipelineError
 from pipeline.vqa import VQAExample
 
+VOCABULARIES = ("tokenizer.json", "vocab.json")
 TOKENISED_AT_ONCE = 10_000  # questions
 
 
@@ -23,10 +25,19 @@ class PromptTokenizer:
 
     def __init__(self, checkpoint_folder: Path, prompt: str):
         text_config = Blip2Config.from_pretrained(checkpoint_folder).text_config
+        if not any((checkpoint_folder / name).exists() for name in VOCABULARIES):
+            raise PipelineError(f"{checkpoint_folder}: the checkpoint has no tokenizer ({' or '.join(VOCABULARIES)})")
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint_folder)
+        if len(self.tokenizer) > text_config.vocab_size:
+            raise PipelineError(
+                f"{checkpoint_folder}: the tokenizer has {len(self.tokenizer)} tokens, "
+                f"the language model {text_config.vocab_size}; they are not of one checkpoint"
+            )
         self.prompt = prompt
         self.bos_token_id: int = text_config.bos_token_id
         self.eos_token_id: int = text_config.eos_token_id
+        self.longest: int = text_config.max_position_embeddings
+        """Positions that the language model has, for the image and the text."""
 
     def identity(self) -> str:
         """SHA-256 (hex) of the tokenizer and of the special tokens used."""
@@ -34,7 +45,7 @@ class PromptTokenizer:
         return hashlib.sha256(f"{backend} {self.bos_token_id} {self.eos_token_id}".encode()).hexdigest()
 
     def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        filled = [self.prompt.format(question=question) for question in questions]
+        filled = [self.prompt.replace("{question}", question) for question in questions]
         return [[self.bos_token_id, *ids] for ids in self._encode(filled)]
 
     def targets(self, answers: Sequence[str]) -> list[list[int]]:

@@ -21,10 +21,10 @@ from transformers import (
 
 from pipeline.assemble import load_base, open_batcher
 from pipeline.config import Config, TrainConfig
-from pipeline.device import pick_device
+from pipeline.device import pick_device, refuse_several_processes
 from pipeline.errors import PipelineError
 from pipeline.language_model import add_lora, save_adapter
-from pipeline.progress import progress_bar
+from pipeline.progress import progress_bar, say
 from pipeline.run_folder import RunFolder
 
 
@@ -36,7 +36,8 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     config, the checkpoint and the cache do not fit together.
     """
     started = time.perf_counter()
-    config = config.with_absolute_cache()
+    refuse_several_processes()
+    config = config.with_absolute_paths()
     if resume:
         run.check_resumable(config)
     else:
@@ -48,18 +49,20 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     set_seed(config.train.seed)
     base = load_base(config, config.train.dropout)
     model = add_lora(base, **config.lora.model_dump())
-    run.path.mkdir(parents=True, exist_ok=resume)
-    run.config.write_text(config.to_yaml())
+    arguments = _arguments(config.train, run.checkpoints, base.dtype)
+    checkpoint = run.last_checkpoint()
+    run.start(config)
     trainer = Trainer(
         model,
-        _arguments(config.train, run.checkpoints, base.dtype),
+        arguments,
         data_collator=batcher.for_training,
         train_dataset=_Numbers(trainable),
         callbacks=[_Log(run.metrics)],
     )
     trainer.remove_callback(PrinterCallback)
+    say(f"run {run.path}; if it is stopped, the same command with --name {run.path.name} --resume goes on")
     ready = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=resume and run.has_checkpoint())
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save_adapter(model, run.adapter)
     return {
         "run": str(run.path),
@@ -68,7 +71,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "questions": len(trainable),
         "left_out": len(batcher.text) - len(trainable),
         "questions_per_second": result.metrics["train_samples_per_second"],
-        "seconds_to_start": ready - started,
+        "seconds_training": time.perf_counter() - ready,
         "seconds": time.perf_counter() - started,
     }
 
@@ -90,7 +93,7 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        save_total_limit=2,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,  # _Log stops at these
         seed=settings.seed,
@@ -127,8 +130,10 @@ class _Log(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
         if self.metrics.exists():  # a killed run logged further than its last checkpoint
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            self.metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
+            _keep_rows_until(state.global_step, self.metrics)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        RunFolder(self.metrics.parent).mark_whole(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()
@@ -137,10 +142,12 @@ class _Log(TrainerCallback):
         if "loss" not in logs:
             return  # the summary at the end
         row = {"step": state.global_step, **logs}
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
         with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite) + "\n")
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        if not (math.isfinite(row["loss"]) and math.isfinite(row.get("grad_norm", 0.0))):
+        # Under a scaler (float16) a gradient that is not finite is a skipped step, not a failure.
+        if not math.isfinite(row["loss"]) or (not args.fp16 and not math.isfinite(row.get("grad_norm", 0.0))):
             raise PipelineError(
                 f"training diverged by step {state.global_step}: loss {row['loss']}, gradient norm "
                 f"{row.get('grad_norm')}, learning rate {row['learning_rate']:g}. Try a lower train.learning_rate, "
@@ -149,3 +156,17 @@ class _Log(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
+
+
+def _keep_rows_until(step: int, metrics: Path) -> None:
+    """Drop what a killed run logged beyond its last checkpoint, and a line that it did not finish."""
+    kept = []
+    for line in metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(metrics)

@@ -322,7 +322,19 @@ def _field(record: Mapping[str, object], name: str, kind: type[T]) -> T:
         raise _RecordError(
             f"{name!r} is {_kind(value)}, not {_KINDS[kind]}" if name in record else f"no field {name!r}"
         )
+    if kind is str:
+        _check_encodable(name, str(value))
     return value
+
+
+def _check_encodable(name: str, text: str) -> None:
+    """JSON may escape half of a surrogate pair, which no tokenizer and no file name takes."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _RecordError(f"{name!r} holds half of a surrogate pair") from None
 
 
 def _optional_text(record: Mapping[str, object], name: str) -> str | None:

@@ -190,6 +190,16 @@ def test_a_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
         fetch_checkpoint(str(folder), None, LANGUAGE_HALF)
 
 
+def test_a_checkpoint_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from pipeline.text import PromptTokenizer
+
+    folder = tmp_path / "no-tokenizer"
+    shutil.copytree(checkpoint, folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(PipelineError, match="the checkpoint has no tokenizer"):
+        PromptTokenizer(folder, "{question}")
+
+
 class _Hub(BaseHTTPRequestHandler):
     """As much of a model hub as a download needs: one repository at one commit."""
 

@@ -48,7 +48,8 @@ def test_a_second_training_starts_at_once_and_gives_the_same_adapter(folder: Pat
         pipe(folder, "quickstart")
     started = time.monotonic()
     again = pipe(folder, "train", str(first.with_name("config.yaml")))
-    to_first_step = time.monotonic() - started - again["seconds"] + again["seconds_to_start"]
+    to_first_step = time.monotonic() - started - again["seconds_training"]
+    print("seconds to the first step:", to_first_step)
     assert to_first_step < 10
     second = Path(again["run"]) / "adapter"
     for path in first.iterdir():

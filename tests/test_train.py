@@ -14,6 +14,7 @@ from pipeline.batching import Batcher
 from pipeline.config import Config, load_config
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
+from pipeline.language_model import Blip2LanguageHalf, add_lora, load_language_half
 from pipeline.run_folder import RunFolder, next_run
 from pipeline.train import train
 
@@ -120,6 +121,74 @@ def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path
     assert (killed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
 
 
+def test_a_checkpoint_half_written_is_never_resumed_from(cached: Config, tmp_path: Path) -> None:
+    config, run, whole = with_train(cached, max_steps=8), RunFolder(tmp_path / "run"), RunFolder(tmp_path / "whole")
+    train(config, whole)
+    train(config, run)
+    shutil.rmtree(run.adapter)
+    newest = run.last_checkpoint()
+    assert newest is not None
+    assert newest.name == "checkpoint-8"
+    (newest / "whole").unlink()  # the kill came before the last file
+    (newest / "optimizer.pt").write_bytes(b"cut")
+    with run.metrics.open("a") as file:
+        file.write('{"step": 9, "lo')
+    train(config, run, resume=True)
+    name = "adapter_model.safetensors"
+    assert (run.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+    assert len(run.metrics.read_text().splitlines()) == 8
+
+
+def test_resume_takes_settings_that_train_nothing_else(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(cached, run)
+    shutil.rmtree(run.adapter)
+    other = with_train(cached, logging_steps=3, save_steps=7)
+    train(other.model_copy(update={"cache": cached.cache.model_copy(update={"io": "pread"})}), run, resume=True)
+    assert run.adapter.is_dir()
+
+
+def test_several_processes_are_refused(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="runs in one process"):
+        train(cached, RunFolder(tmp_path / "run"))
+
+
+def test_what_is_trained_is_float32_on_a_float16_model(cached: Config, checkpoint: Path) -> None:
+    base = load_language_half(checkpoint, torch.device("cpu"), torch.float16)
+    model = add_lora(base, 4, 8, 0.0, ("q_proj", "v_proj"), "all")
+    assert base.language_projection.weight.dtype == torch.float16
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+
+
+def test_a_question_longer_than_the_model_takes_is_named(data_set: Path) -> None:
+    from pipeline.precompute import precompute
+
+    row = {"image": "0.png", "question": "what " * 300 + "?", "answer": "this", "question_id": "long one"}
+    with (data_set / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    with pytest.raises(PipelineError, match=r"question 'long one' is \d+ tokens long .* takes 256"):
+        train(config, RunFolder(data_set / "run"))
+    assert not (data_set / "run").exists()
+
+
+def test_a_damaged_adapter_is_told(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(cached, run)
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(PipelineError, match="not an adapter of this model"):
+        evaluate(run)
+
+
+def test_the_official_accuracy_of_single_answers_is_refused(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(cached, run)
+    with pytest.raises(PipelineError, match=r"set evaluate\.method=exact"):
+        evaluate(run, ("evaluate.method=official",))
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(cached: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
@@ -181,7 +250,9 @@ def test_evaluation_writes_the_official_results_form(cached: Config, tmp_path: P
     rows = json.loads(Path(with_adapter["results"]).read_text())
     assert [set(row) for row in rows] == [{"question_id", "answer"}] * 18
     assert [row["question_id"] for row in rows] == list(range(1, 19))
-    assert 0 <= with_adapter["accuracy"] <= 100
+    right = [json.loads(line)["answer"] for line in (cached.cache.dir.parent / "val.jsonl").read_text().splitlines()]
+    hits = sum(row["answer"] == answer for row, answer in zip(rows, right, strict=True))
+    assert with_adapter["accuracy"] == pytest.approx(100 * hits / 18)
     assert (with_adapter["questions"], with_adapter["scored"], with_adapter["method"]) == (18, 18, "exact")
 
 
@@ -192,4 +263,9 @@ def test_beams_and_batch_size_are_overridden_at_evaluation(cached: Config, tmp_p
     answers = Path(one["results"]).read_text()
     many = evaluate(run, ("evaluate.batch_size=18",))
     assert Path(many["results"]).read_text() == answers
-    assert evaluate(run, ("evaluate.num_beams=3",))["questions"] == 18
+    beams = []
+    with pytest.MonkeyPatch.context() as patch:
+        generate = Blip2LanguageHalf.generate
+        patch.setattr(Blip2LanguageHalf, "generate", lambda *a, **k: beams.append(k["num_beams"]) or generate(*a, **k))
+        assert evaluate(run, ("evaluate.num_beams=3",))["questions"] == 18
+    assert beams == [3]

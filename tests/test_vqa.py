@@ -369,3 +369,10 @@ def test_easy_vqa_as_published(split: str, questions: int, images: int) -> None:
     pictures = {example.image for example in examples}
     assert len(pictures) == images
     assert all(picture.is_file() for picture in pictures)
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"image": "a.png", "question": "what? \\ud800", "answer": "x"}')
+    with pytest.raises(PipelineError, match=r"line 1: 'question' holds half of a surrogate pair"):
+        read_examples("jsonl", "train", annotations=path, images=tmp_path)
