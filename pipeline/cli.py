@@ -67,6 +67,8 @@ def _guarded(call: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
             err=True,
         )
         sys.exit(1)
+    except click.ClickException:
+        raise
     except Exception as error:  # what a library raises deep inside
         if debug:
             raise
