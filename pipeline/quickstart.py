@@ -40,7 +40,11 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         "cache": encoded["cache"],
         "run": str(run.path),
         "adapter": str(run.adapter),
-        "next": [f"pipe evaluate {run.path} evaluate.num_beams=5", "pipe train --help", "pipe precompute --help"],
+        "next": [
+            f"pipe evaluate {run.path} evaluate.num_beams=5",
+            f"pipe train {run.config} lora.r=8 --name rank-8",
+            "README.md, 'Your own pictures'",
+        ],
     }
 
 

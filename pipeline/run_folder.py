@@ -79,7 +79,7 @@ class RunFolder:
         if not self.config.is_file():
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
-            go_on = f"pipe train CONFIG --name {self.path.name} --resume"
+            go_on = f"pipe train {self.config} --name {self.path.name} --resume"
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{go_on}`")
 
 

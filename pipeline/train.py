@@ -60,7 +60,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         callbacks=[_Log(run.metrics)],
     )
     trainer.remove_callback(PrinterCallback)
-    say(f"run {run.path}; if it is stopped, the same command with --name {run.path.name} --resume goes on")
+    say(f"run {run.path}; if it is stopped: pipe train {run.config} --name {run.path.name} --resume")
     ready = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save_adapter(model, run.adapter)

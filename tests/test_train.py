@@ -148,6 +148,16 @@ def test_resume_takes_settings_that_train_nothing_else(cached: Config, tmp_path:
     assert run.adapter.is_dir()
 
 
+def test_a_bfloat16_model_trains_and_answers(cached: Config, tmp_path: Path) -> None:
+    quantization = cached.quantization.model_copy(update={"compute_dtype": "bfloat16"})
+    run = RunFolder(tmp_path / "run")
+    config = with_train(cached, max_steps=2, batch_size=2)
+    assert train(config.model_copy(update={"quantization": quantization}), run)["train_loss"] < 10
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert evaluate(run, ("evaluate.max_new_tokens=2",))["questions"] == 18
+
+
 def test_several_processes_are_refused(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PipelineError, match="runs in one process"):
