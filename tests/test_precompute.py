@@ -4,8 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_config, write_data_set
+from safetensors.torch import load_file, save_file
 
+import pipeline.images
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.assemble import open_batcher
@@ -40,17 +43,11 @@ def test_a_second_run_encodes_nothing_and_changes_nothing(data_set: Path, monkey
 
 
 def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
-    data_set: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
     whole = config.model_copy(update={"cache": config.cache.model_copy(update={"dir": data_set / "whole"})})
     precompute(whole)
-    broken = data_set / "images" / "20.png"
-    content = broken.read_bytes()
-    paths = data_set / "images"
-
-    import pipeline.images
-
     decode = pipeline.images.Preprocessor.__call__
     monkeypatch.setattr(
         pipeline.images.Preprocessor,
@@ -66,8 +63,6 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
     summary = precompute(config)
     assert 0 < summary["reused"] < 24
     assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
-    assert broken.read_bytes() == content
-    assert paths.is_dir()
 
 
 def test_only_new_and_changed_pictures_are_encoded(data_set: Path) -> None:
@@ -120,16 +115,12 @@ def test_a_cache_of_other_features_is_refused_and_kept(data_set: Path) -> None:
 
 
 def test_another_encoder_is_noticed_before_training(data_set: Path, checkpoint: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     precompute(load_config(data_set / "config.yaml"))
     other = data_set / "checkpoint"
     shutil.copytree(checkpoint, other)
     tensors = load_file(other / "model.safetensors")
     tensors["query_tokens"][0, 0, 0] += 0.5
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    assert torch.isfinite(tensors["query_tokens"]).all()
     with pytest.raises(PipelineError, match="encoder_fingerprint: cache has"):
         open_batcher(load_config(data_set / "config.yaml", [f"model.checkpoint={other}"]), "train")
 
@@ -147,8 +138,6 @@ def test_a_changed_prompt_remakes_the_tokens_from_the_cache(data_set: Path, caps
 
 
 def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> None:
-    import torch
-
     exact, rounded = (
         load_config(data_set / "config.yaml", [f"cache.dtype={dtype}", f"cache.dir={data_set}/{dtype}"])
         for dtype in ("float32", "bfloat16")
