@@ -1,41 +1,139 @@
-"""Pictures -> `pixel_values` (B, 3, H, W), exactly as the checkpoint's image processor makes them."""
+"""Picture files -> pixel values (3, H, W), bit for bit as the checkpoint's own image processor makes them.
 
+Bytes are read once (`read_picture`) and then passed on, so that digest and pixels are of the same bytes.
+All of it may run in several threads at once.
+"""
+
+import errno
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-from torch import Tensor, stack
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 from transformers import BlipImageProcessorPil
 
 from pipeline.errors import PipelineError
 
+# Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
+# What Pillow only warns of (odd EXIF, palettes, 89 to 179 million pixels) is decoded, so nobody need act on it;
+# what it logs comes back as the error that it raises next.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-def image_digest(path: Path) -> bytes:
-    """SHA-256 of the file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+# Pillow loads its file formats when it first needs them, and two threads must not do that at once.
+Image.preinit()
+Image.init()
+
+# Pillow passes EPS on to Ghostscript, a program: what is loaded here runs nothing.
+_FORMATS = [name for name in Image.ID if name != "EPS"]
+
+_REASONS = {
+    errno.ENOENT: "not there",
+    errno.ENOTDIR: "not there: a part of its path is a file, not a folder",
+    errno.EISDIR: "a folder, not a file",
+    errno.ELOOP: "links that loop",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENXIO: "not a regular file",  # a socket, or a device without its driver
+}
+
+_BEGINNINGS = {
+    b"<!doctype html": "HTML",
+    b"<html": "HTML",
+    b"<head": "HTML",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"%pdf": "PDF",
+    b"%!ps": "PostScript",
+    b"pk\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
+}
+
+
+class PictureError(PipelineError):
+    """Why a picture cannot be used, in one line and without its path, which the caller knows."""
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a regular file, through links.
+
+    Raises:
+        PictureError: not there, not readable, or not a regular file; pipes and devices are refused, not waited for.
+    """
+    try:
+        # O_NONBLOCK: opening a pipe would otherwise wait for its writer. It changes nothing for regular files.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            _check_regular(os.fstat(descriptor).st_mode)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0) or f"cannot be read: {_one_line(error.strerror or error)}"
+        raise PictureError(reason) from None
+    except ValueError:  # a zero byte, or half of a surrogate pair
+        raise PictureError("not there: no file can have this name") from None
+
+
+def image_digest(data: bytes) -> bytes:
+    """SHA-256 of a picture file's bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def check_header(data: bytes) -> None:
+    """Look whether a picture begins here, without decoding it: far below a millisecond.
+
+    Raises:
+        PictureError: empty, of no form that Pillow knows, or of more pixels than Pillow decodes.
+    """
+    with _open(data):
+        pass
 
 
 class Preprocessor:
-    """The checkpoint's resize, rescale and normalise, always by Pillow: other backends resize differently."""
+    """The checkpoint's RGB conversion, resize, rescale and normalise, always by Pillow: other backends differ.
+
+    A uint8 pixel has only 256 values a channel, so rescale and normalise are looked up in a table that the
+    processor itself has filled. Its own call does float arithmetic on each pixel, for the same bits.
+    """
+
+    size: tuple[int, int]  # (H, W)
 
     def __init__(self, checkpoint_folder: Path):
-        self.processor = BlipImageProcessorPil.from_pretrained(checkpoint_folder)
-        if not {"height", "width"} <= set(dict(self.processor.size)):
-            raise PipelineError(f"{checkpoint_folder}: the image processor's size is not a height and a width")
+        """Raises `PipelineError` for a processor that does other steps than these, or has no fixed size."""
+        self.processor: Any = BlipImageProcessorPil.from_pretrained(checkpoint_folder)
+        self.size = _check_processor(self.processor, checkpoint_folder)
+        self._resample = Image.Resampling(int(self.processor.resample))
+        self._table = _pixel_table(self.processor)
 
-    def __call__(self, path: Path) -> Tensor:
-        """(3, H, W) float32. Raises `PipelineError` that names a picture that cannot be decoded."""
-        try:
-            with Image.open(path) as image:
-                pixel_values = self.processor(image, return_tensors="pt")["pixel_values"]
-        except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, ...
-            raise PipelineError(f"{path}: not a picture that can be decoded ({error}); replace or remove it") from None
-        result: Tensor = pixel_values[0]
-        return result
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Pixel values (3, H, W), float32, of a picture file's bytes; of an animation its first frame.
+
+        Raises:
+            PictureError: the reasons of `check_header`, or the decoder's.
+        """
+        height, width = self.size
+        with _open(data) as image:
+            rgb = np.asarray(self.processor.convert_to_rgb(image))  # releases differ: an image or an array
+            pixels = np.asarray(Image.fromarray(rgb).resize((width, height), self._resample))
+        values = np.empty((3, height, width), np.float32)
+        for channel in range(3):
+            # "clip" never happens with uint8; the default mode would buffer the output.
+            np.take(self._table[channel], pixels[..., channel], out=values[channel], mode="clip")
+        return values
 
     def identity(self) -> str:
         """All that decides the pixels, as canonical JSON."""
@@ -46,29 +144,63 @@ class Preprocessor:
         return json.dumps(settings | {"backend": "pil"}, sort_keys=True)
 
 
-class _Pictures(Dataset[Tensor | PipelineError]):
-    def __init__(self, paths: Sequence[Path], preprocess: Preprocessor):
-        self.paths, self.preprocess = paths, preprocess
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor | PipelineError:
-        try:
-            return self.preprocess(self.paths[index])
-        except PipelineError as error:
-            return error  # a worker's exception would reach the user with its traceback pasted in
-
-
-def _collate(pictures: list[Tensor | PipelineError]) -> Tensor | PipelineError:
-    errors = [picture for picture in pictures if isinstance(picture, PipelineError)]
-    return errors[0] if errors else stack([picture for picture in pictures if isinstance(picture, Tensor)])
+def _check_processor(processor: Any, folder: Path) -> tuple[int, int]:
+    """The processor's (H, W), if it does exactly the steps of `Preprocessor`."""
+    for name in ("do_resize", "do_convert_rgb"):
+        if not getattr(processor, name):
+            raise PipelineError(f"{folder}: the image processor has {name} false, and only true is supported")
+    for name in ("do_center_crop", "do_pad"):
+        if getattr(processor, name, None):
+            raise PipelineError(f"{folder}: the image processor has {name} true, and only false is supported")
+    size = {side: length for side, length in dict(processor.size).items() if length is not None}
+    if set(size) != {"height", "width"}:
+        raise PipelineError(f"{folder}: the image processor's size is not a height and a width")
+    if processor.resample not in set(Image.Resampling):
+        raise PipelineError(f"{folder}: the image processor's resample is {processor.resample!r}, none of Pillow's")
+    return int(size["height"]), int(size["width"])
 
 
-def load_batches(paths: Sequence[Path], preprocess: Preprocessor, batch_size: int, workers: int) -> Iterator[Tensor]:
-    """`pixel_values` of `batch_size` pictures at a time, in order, decoded ahead by `workers` processes."""
-    loader = DataLoader(_Pictures(paths, preprocess), batch_size, num_workers=workers, collate_fn=_collate)
-    for batch in loader:
-        if isinstance(batch, PipelineError):
-            raise batch
-        yield batch
+def _pixel_table(processor: Any) -> np.ndarray:
+    """What the processor makes of each uint8 value: (3, 256) float32."""
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)  # an image 256 wide and 1 high
+    values = processor(Image.fromarray(ramp), do_resize=False, return_tensors="np")["pixel_values"]
+    return np.ascontiguousarray(values[0].reshape(3, 256), np.float32)
+
+
+def _check_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise PictureError(_REASONS[errno.EISDIR])
+    if not stat.S_ISREG(mode):
+        raise PictureError("not a regular file")
+
+
+@contextmanager
+def _open(data: bytes) -> Iterator[Image.Image]:
+    """The picture, not decoded yet; errors of Pillow, here or in the body, become a `PictureError`."""
+    if not data:
+        raise PictureError("empty file")
+    try:
+        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise PictureError(_what_else(data)) from None
+    except Image.DecompressionBombError as error:
+        pixels = ", at most ".join(re.findall(r"\d+", str(error)))
+        raise PictureError(f"too many pixels ({pixels})") from None
+    except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, MemoryError, ...
+        raise PictureError(f"cannot be decoded: {_one_line(error)}") from None
+
+
+def _what_else(data: bytes) -> str:
+    """What a file that Pillow does not know seems to be."""
+    start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind in _BEGINNINGS.items():
+        if start.startswith(beginning):
+            return f"not a picture: it begins like {kind}"
+    if not any(data):
+        return "not a picture: all its bytes are zero"
+    return "not a picture: of no form that is known, or its header is damaged"
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

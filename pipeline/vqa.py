@@ -1,7 +1,8 @@
 """Visual question answering data sets in their published formats -> `VQAExample`s.
 
-One reader a format, listed in `FORMATS`. A reader checks the text that it reads and says which record is
-wrong; whether the pictures are there is for the stage that opens them.
+One reader a format, listed in `FORMATS`. A reader checks the text that it reads: a malformed record is an
+error that says where it stands, a well-formed one that training cannot use is left out and listed. Whether
+the pictures are there is for the stage that opens them.
 """
 
 import difflib
@@ -15,11 +16,15 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from sys import intern
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
+TWICE = "question_id is there twice"  # the reasons of `LeftOut`s; "no annotation in FILE" is the fourth
+ANNOTATED_TWICE = "question_id is annotated twice"
+NO_ANSWER = "no answer"
+
 _path = lru_cache(maxsize=1 << 17)(Path)  # an image has several questions, and a Path is slow to make
 
 
@@ -67,6 +72,26 @@ class VQAExample:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """One question, or one picture, that training will not see."""
+
+    split: str
+    reason: str  # one of the above, or a picture's
+    where: str  # file and position of the record, as in error messages: "train.jsonl: line 7"
+    question_id: int | str | None = None
+    image: str | None = None
+    questions: int = 1
+    """How many are lost by it: all those on a picture; none where an annotation alone is one too many."""
+
+
+class Split(NamedTuple):
+    """The questions of one split that can be used, in the file's order, and those that cannot."""
+
+    examples: list[VQAExample]
+    left_out: list[LeftOut]
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """Where one split lies: `data.{split}` of the config."""
 
@@ -78,6 +103,10 @@ class Sources:
     @property
     def may_lack_answers(self) -> bool:
         return self.split.startswith("test")
+
+    def lacks(self, question_id: int | str) -> str | None:
+        """Why a question without answers is left out, or None where it may lack them."""
+        return None if self.may_lack_answers else NO_ANSWER
 
     def need(self, key: str) -> Path:
         path: Path | None = getattr(self, key)
@@ -92,27 +121,32 @@ def read_examples(
     annotations: Path | None = None,
     images: Path | None = None,
     questions: Path | None = None,
-) -> list[VQAExample]:
-    """All questions of one split, in the file's order.
+) -> Split:
+    """All questions of one split, in the file's order, and what is left out.
 
     Which files a format needs, and what stands in them, is told at its reader below. The paths are
-    those of the config's `data.{split}`. Splits whose name begins with "test" may lack answers.
+    those of the config's `data.{split}`. Left out are questions without an answer, except on splits whose
+    name begins with "test", and of usable questions with the same id all but the first.
 
     Raises:
         PipelineError: an unknown format or split, a file that is not set, not there, not UTF-8 or not
-            JSON, a malformed record (file and position are named), or no questions at all.
+            JSON, a malformed record (file and position are named), or no questions that can be used.
     """
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0)[0]
         raise PipelineError(f"no data.format {format!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
     with _without_garbage_collection():
-        examples = FORMATS[format](Sources(split, annotations, images, questions))
+        examples, left_out = FORMATS[format](Sources(split, annotations, images, questions))
     if not examples:
-        raise PipelineError(f"data.{split}: no questions in {questions or annotations or format}")
-    return examples
+        message = f"data.{split}: no questions in {questions or annotations or format}"
+        if left_out:
+            message += f" that can be used: {len(left_out)} left out, the last at {left_out[-1].where}: "
+            message += left_out[-1].reason
+        raise PipelineError(message)
+    return Split(examples, left_out)
 
 
-def read_easy_vqa(sources: Sources) -> list[VQAExample]:
+def read_easy_vqa(sources: Sources) -> Split:
     """easy-VQA (PyPI, easy-vqa): the package carries text and pictures, so no path is needed.
 
     `data/{split}/questions.json` is [[question, answer, image id], ...]; the id is the position.
@@ -125,24 +159,24 @@ def read_easy_vqa(sources: Sources) -> list[VQAExample]:
     folder = Path(package.submodule_search_locations[0], "data", sources.split)
     picture = _pictures(folder / "images")
 
-    def example(position: int, record: object) -> tuple[int, VQAExample]:
+    def example(position: int, record: object) -> VQAExample:
         if not isinstance(record, list) or len(record) != 3:
             raise _RecordError("not a list of question, answer and image id")
         fields = dict(zip(("question", "answer", "image id"), record, strict=True))
         answer = _field(fields, "answer", str)
         answer_type = "yes/no" if answer in ("yes", "no") else "other"
         image = picture(f"{_field(fields, 'image id', int)}.png")
-        return position, VQAExample(position, image, _field(fields, "question", str), (answer,), answer_type)
+        return VQAExample(position, image, _field(fields, "question", str), (answer,), answer_type)
 
     path = folder / "questions.json"
     with _naming(path):
         records = _parse(_read_text(path))
         if not isinstance(records, list):
             raise _RecordError("not a list of questions")
-        return list(_index(enumerate(records), "[{}]", example).values())
+        return _split(sources, path, "[{}]", enumerate(records), example)
 
 
-def read_jsonl(sources: Sources) -> list[VQAExample]:
+def read_jsonl(sources: Sources) -> Split:
     """One JSON object a line: `image, question, answers` (a list) or `answer` (a text).
 
     `image` is relative to the images folder. If both are there, `answers` counts. Optional:
@@ -151,14 +185,13 @@ def read_jsonl(sources: Sources) -> list[VQAExample]:
     """
     path, picture = sources.need("annotations"), _pictures(sources.need("images"))
 
-    def example(number: int, value: object) -> tuple[int | str, VQAExample]:
+    def example(number: int, value: object) -> VQAExample:
         record = _object(value)
-        key = _question_id(record) if "question_id" in record else number
-        return key, VQAExample(
-            question_id=key,
+        return VQAExample(
+            question_id=_question_id(record) if "question_id" in record else number,
             image=picture(_field(record, "image", str)),
             question=_field(record, "question", str),
-            answers=_answers(record, may_lack=sources.may_lack_answers),
+            answers=_answers(record),
             answer_type=_optional_text(record, "answer_type"),
             question_type=_optional_text(record, "question_type"),
         )
@@ -167,60 +200,75 @@ def read_jsonl(sources: Sources) -> list[VQAExample]:
         # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a text.
         lines = enumerate(_read_text(path).split("\n"), start=1)
         records = ((number, _parse(line, number)) for number, line in lines if line.strip())
-        return list(_index(records, "line {}", example).values())
+        return _split(sources, path, "line {}", records, example)
 
 
-def read_vqav2(sources: Sources) -> list[VQAExample]:
+def read_vqav2(sources: Sources) -> Split:
     """VQAv2 and OK-VQA: a questions file, an annotations file joined on `question_id`, COCO's images.
 
     Questions: `data_subtype, questions[]{question_id, image_id, question}`; the picture is
     `COCO_{data_subtype}_{image_id:012d}.jpg`. Annotations: `annotations[]{question_id, answers[]{answer},
-    question_type?, answer_type?}`; a test split has none. Annotations of other questions are ignored.
+    question_type?, answer_type?}`; a test split may have none. Annotations of other questions are ignored;
+    where the file is given, questions that are not in it are left out, on test splits too.
     """
     path, picture = sources.need("questions"), _pictures(sources.need("images"))
-    annotations = _vqav2_annotations(sources)
+    annotations, annotated_twice = _vqav2_annotations(sources)
+
+    def lacks(question_id: int | str) -> str | None:
+        if annotations is None or question_id in annotations:
+            return sources.lacks(question_id)
+        return f"no annotation in {sources.annotations}"
+
     with _naming(path):
         whole = _object(_parse(_read_text(path)))
         # test-dev is a part of test: its pictures are test's.
         prefix = f"COCO_{_field(whole, 'data_subtype', str).replace('test-dev', 'test')}"
 
-        def example(_: int, value: object) -> tuple[int | str, VQAExample]:
+        def example(_: int, value: object) -> VQAExample:
             record = _object(value)
             key = _question_id(record)
-            if annotations is not None and key not in annotations:
-                raise _RecordError(f"question_id {key!r} is not in {sources.annotations}")
-            answers, answer_type, question_type = annotations[key] if annotations is not None else ((), None, None)
+            answers, answer_type, question_type = (annotations or {}).get(key, _NOT_ANNOTATED)
             image = picture(f"{prefix}_{_field(record, 'image_id', int):012d}.jpg")
-            return key, VQAExample(key, image, _field(record, "question", str), answers, answer_type, question_type)
+            return VQAExample(key, image, _field(record, "question", str), answers, answer_type, question_type)
 
-        return list(_index(enumerate(_field(whole, "questions", list)), "questions[{}]", example).values())
+        records = enumerate(_field(whole, "questions", list))
+        examples, left_out = _split(sources, path, "questions[{}]", records, example, lacks)
+    return Split(examples, annotated_twice + left_out)
 
 
-FORMATS: dict[str, Callable[[Sources], list[VQAExample]]] = {
+FORMATS: dict[str, Callable[[Sources], Split]] = {
     "easy_vqa": read_easy_vqa,
     "jsonl": read_jsonl,
     "vqav2": read_vqav2,
 }
 
 _Annotation = tuple[tuple[str, ...], str | None, str | None]  # answers, answer type, question type
+_NOT_ANNOTATED: _Annotation = ((), None, None)
 
 
-def _vqav2_annotations(sources: Sources) -> dict[int | str, _Annotation] | None:
+def _vqav2_annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None, list[LeftOut]]:
+    """Annotations by question id, None on a test split without; and the repeated ones, of which the first counts."""
     if sources.annotations is None and sources.may_lack_answers:
-        return None
+        return None, []
     path = sources.need("annotations")
+    annotations: dict[int | str, _Annotation] = {}
+    twice: list[LeftOut] = []
 
     def annotation(_: int, value: object) -> tuple[int | str, _Annotation]:
         record = _object(value)
         answers = _vqav2_answers(_field(record, "answers", list))
-        if not answers and not sources.may_lack_answers:
-            raise _RecordError("none in 'answers'")
         types = _optional_text(record, "answer_type"), _optional_text(record, "question_type")
         return _question_id(record), (answers, *types)
 
     with _naming(path):
         records = _field(_object(_parse(_read_text(path), hook=_answer_alone)), "annotations", list)
-        return _index(enumerate(records), "annotations[{}]", annotation)
+        for position, (key, made) in _each(enumerate(records), "annotations[{}]", annotation):
+            if key not in annotations:
+                annotations[key] = made
+            else:
+                where = f"{path}: annotations[{position}]"
+                twice.append(LeftOut(sources.split, ANNOTATED_TWICE, where, key, questions=0))
+    return annotations, twice
 
 
 def _answer_alone(record: dict[str, Any]) -> object:
@@ -237,7 +285,7 @@ def _vqav2_answers(answers: list[Any]) -> tuple[str, ...]:
 
 
 class _RecordError(PipelineError):
-    """What is wrong with a record; `_index` adds its position and `_naming` the file."""
+    """What is wrong with a record; `_each` adds its position and `_naming` the file."""
 
 
 @contextmanager
@@ -260,20 +308,42 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _index(
-    records: Iterable[tuple[int, object]], place: str, make: Callable[[int, object], tuple[int | str, T]]
-) -> dict[int | str, T]:
-    """What `make` makes of each (position, record), by the question id that it gives with it."""
-    made: dict[int | str, T] = {}
+def _split(
+    sources: Sources,
+    path: Path,
+    place: str,
+    records: Iterable[tuple[int, object]],
+    make: Callable[[int, object], VQAExample],
+    lacks: Callable[[int | str], str | None] | None = None,
+) -> Split:
+    """The split that `make` makes of the file's (position, record)s; `lacks` replaces `Sources.lacks`."""
+    examples: dict[int | str, VQAExample] = {}
+    left_out: list[LeftOut] = []
+    lacks = lacks or sources.lacks
+    for position, example in _each(records, place, make):
+        key = example.question_id
+        if key in examples:
+            reason: str | None = TWICE
+        else:
+            reason = None if example.answers else lacks(key)
+        if reason is None:
+            examples[key] = example
+        else:
+            where = f"{path}: {place.format(position)}"
+            left_out.append(LeftOut(sources.split, reason, where, key, str(example.image)))
+    return Split(list(examples.values()), left_out)
+
+
+def _each(
+    records: Iterable[tuple[int, object]], place: str, make: Callable[[int, object], T]
+) -> Iterator[tuple[int, T]]:
+    """Each position with what `make` makes of its record; errors say the position, as `place` puts it."""
     for position, record in records:
         try:
-            key, value = make(position, record)
-            if key in made:
-                raise _RecordError(f"question_id {key!r} is there twice")
+            value = make(position, record)
         except _RecordError as error:
             raise _RecordError(f"{place.format(position)}: {error}") from None
-        made[key] = value
-    return made
+        yield position, value
 
 
 def _read_text(path: Path) -> str:
@@ -346,14 +416,10 @@ def _question_id(record: Mapping[str, object]) -> int | str:
     return value if isinstance(value, str) else _field(record, "question_id", int)
 
 
-def _answers(record: Mapping[str, object], may_lack: bool) -> tuple[str, ...]:
+def _answers(record: Mapping[str, object]) -> tuple[str, ...]:
     if "answers" in record:
-        answers = _texts(_field(record, "answers", list))
-    else:
-        answers = (_field(record, "answer", str),) if "answer" in record else ()
-    if not answers and not may_lack:
-        raise _RecordError("no field 'answer', and none in 'answers'")
-    return answers
+        return _texts(_field(record, "answers", list))
+    return (_field(record, "answer", str),) if "answer" in record else ()
 
 
 def _texts(values: list[Any]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.vqa import VQAExample, read_examples
+from pipeline.vqa import LeftOut, Split, VQAExample, read_examples
 
 LINE = {"image": "a.png", "question": "what color?", "answer": "red"}
 QUESTION = {"question_id": 42, "image_id": 9, "question": "what color is the car?"}
@@ -30,8 +30,15 @@ def write_jsonl(folder: Path, *lines: object) -> Path:
     return path
 
 
-def read_jsonl(path: Path, split: str = "train") -> list[VQAExample]:
+def split_of_jsonl(path: Path, split: str = "train") -> Split:
     return read_examples("jsonl", split, annotations=path, images=Path("pictures"))
+
+
+def read_jsonl(path: Path, split: str = "train") -> list[VQAExample]:
+    """The examples of a file of which nothing is left out."""
+    examples, left_out = split_of_jsonl(path, split)
+    assert left_out == []
+    return examples
 
 
 def write_json(path: Path, value: object) -> Path:
@@ -41,7 +48,7 @@ def write_json(path: Path, value: object) -> Path:
 
 def read_vqav2(
     folder: Path, questions: list[Any], annotations: list[Any] | None, split: str = "val", subtype: str = "val2014"
-) -> list[VQAExample]:
+) -> Split:
     asked = write_json(folder / "questions.json", {"data_subtype": subtype, "questions": questions})
     answered = None
     if annotations is not None:
@@ -128,11 +135,53 @@ def test_jsonl_keeps_unusual_characters_and_takes_a_byte_order_mark(tmp_path: Pa
     assert [example.question for example in read_jsonl(path)] == [question]
 
 
-def test_jsonl_of_a_test_split_may_lack_answers_and_of_another_may_not(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path, {"image": "a.png", "question": "what color?"})
-    assert [example.answers for example in read_jsonl(path, split="test")] == [()]
-    with pytest.raises(PipelineError, match=r"train\.jsonl: line 1: .*'answer'"):
-        read_jsonl(path, split="train")
+@pytest.mark.parametrize("none", [{}, {"answers": []}, {"answers": [], "answer": "red"}])
+def test_jsonl_of_a_test_split_may_lack_answers_and_of_another_may_not(tmp_path: Path, none: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path, LINE, {"image": "b.png", "question": "what color?"} | none)
+    assert [example.answers for example in read_jsonl(path, split="test")] == [("red",), ()]
+    examples, left_out = split_of_jsonl(path, split="train")
+    assert [example.question_id for example in examples] == [1]
+    assert left_out == [LeftOut("train", "no answer", f"{path}: line 2", 2, "pictures/b.png")]
+
+
+def test_jsonl_keeps_the_first_of_the_questions_with_the_same_id(tmp_path: Path) -> None:
+    later = [LINE | {"question_id": "a", "question": text, "image": f"{text}.png"} for text in ("b", "c")]
+    path = write_jsonl(tmp_path, LINE | {"question_id": "a"}, later[0], LINE, later[1])
+    examples, left_out = split_of_jsonl(path)
+    assert [(example.question_id, example.question) for example in examples] == [
+        ("a", "what color?"),
+        (3, LINE["question"]),
+    ]
+    assert left_out == [
+        LeftOut("train", "question_id is there twice", f"{path}: line 2", "a", "pictures/b.png"),
+        LeftOut("train", "question_id is there twice", f"{path}: line 4", "a", "pictures/c.png"),
+    ]
+
+
+def test_a_number_and_the_same_text_are_two_question_ids(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, LINE | {"question_id": 7}, LINE | {"question_id": "7"})
+    assert [example.question_id for example in read_jsonl(path)] == [7, "7"]
+
+
+def test_a_question_that_lacks_an_answer_does_not_shadow_one_with_its_id(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, LINE | {"question_id": 7, "answers": []}, LINE | {"question_id": 7})
+    examples, left_out = split_of_jsonl(path)
+    assert [example.answers for example in examples] == [("red",)]
+    assert [(item.reason, item.where) for item in left_out] == [("no answer", f"{path}: line 1")]
+
+
+def test_a_malformed_line_is_an_error_also_after_lines_that_are_left_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, LINE, LINE | {"answers": []}, LINE | {"question_id": 1}, LINE | {"question": 3})
+    with pytest.raises(PipelineError, match=r"line 4: 'question' is a whole number"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("name", ["a {} b", "{0}", "{"])
+def test_braces_in_a_path_stay_as_they_are(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    path = write_jsonl(folder, LINE, LINE | {"answers": []})
+    assert [item.where for item in split_of_jsonl(path).left_out] == [f"{path}: line 2"]
 
 
 @pytest.mark.parametrize(
@@ -143,10 +192,9 @@ def test_jsonl_of_a_test_split_may_lack_answers_and_of_another_may_not(tmp_path:
         ({"answer": ["red"]}, "'answer' is a list, not a text"),
         ({"answers": "red"}, "'answers' is a text, not a list"),
         ({"answers": ["red", 2.5]}, r"'answers\[1\]' is a number with a fraction"),
-        ({"answers": []}, "'answers'"),
+        ({"answers": None}, "'answers' is null, not a list"),
         ({"question_id": True}, "'question_id' is true or false"),
         ({"question_id": 1.0}, "'question_id' is a number with a fraction"),
-        ({"question_id": 1}, "question_id 1 is there twice"),
         ({"answer_type": 1}, "'answer_type' is a whole number"),
     ],
 )
@@ -235,6 +283,16 @@ def test_no_questions_at_all_is_an_error(tmp_path: Path) -> None:
         read_vqav2(tmp_path, [], [])
 
 
+def test_a_split_of_which_nothing_remains_is_an_error_that_says_why(tmp_path: Path) -> None:
+    unanswered = write_jsonl(tmp_path, LINE | {"answers": []}, LINE | {"answers": []})
+    told = r"data\.train: no questions in .*train\.jsonl that can be used: 2 left out, the last at .*line 2: no answer"
+    with pytest.raises(PipelineError, match=told):
+        read_jsonl(unanswered)
+    for split in "val", "test":
+        with pytest.raises(PipelineError, match=r"1 left out, .*questions\[0\]: no annotation in .*annotations\.json"):
+            read_vqav2(tmp_path, [QUESTION], [], split=split)
+
+
 def test_an_unknown_format_names_the_nearest_and_the_allowed() -> None:
     with pytest.raises(PipelineError, match=r"'vqa_v2'; nearest: vqav2; allowed: easy_vqa, jsonl, vqav2"):
         read_examples("vqa_v2", "train")
@@ -260,7 +318,9 @@ def test_vqav2_joins_on_the_question_id_and_keeps_all_answers(tmp_path: Path) ->
     answers = [{"answer": text, "answer_id": i, "raw_answer": text} for i, text in enumerate(["yes", "no"] * 5, 1)]
     annotated = ANNOTATION | {"question_id": 7, "answer_type": "yes/no", "question_type": "is it", "answers": answers}
     unasked = ANNOTATION | {"question_id": 1}
-    assert read_vqav2(tmp_path, [QUESTION, second], [annotated, unasked, ANNOTATION]) == [
+    examples, left_out = read_vqav2(tmp_path, [QUESTION, second], [annotated, unasked, ANNOTATION])
+    assert left_out == []
+    assert examples == [
         VQAExample(
             question_id=42,
             image=Path("coco/COCO_val2014_000000000009.jpg"),
@@ -281,30 +341,57 @@ def test_vqav2_joins_on_the_question_id_and_keeps_all_answers(tmp_path: Path) ->
 
 
 def test_vqav2_annotations_may_carry_fields_of_their_own(tmp_path: Path) -> None:
-    examples = read_vqav2(tmp_path, [QUESTION | {"answer": "red"}], [ANNOTATION | {"answer": "red"}])
+    examples, _ = read_vqav2(tmp_path, [QUESTION | {"answer": "red"}], [ANNOTATION | {"answer": "red"}])
     assert [example.answers for example in examples] == [("red",) * 10]
 
 
 def test_vqav2_test_splits_have_no_annotations_and_test_dev_has_the_pictures_of_test(tmp_path: Path) -> None:
     expected = [VQAExample(42, Path("coco/COCO_test2015_000000000009.jpg"), "what color is the car?", ())]
-    assert read_vqav2(tmp_path, [QUESTION], None, split="test", subtype="test2015") == expected
-    assert read_vqav2(tmp_path, [QUESTION], None, split="test-dev", subtype="test-dev2015") == expected
+    assert read_vqav2(tmp_path, [QUESTION], None, split="test", subtype="test2015") == (expected, [])
+    assert read_vqav2(tmp_path, [QUESTION], None, split="test-dev", subtype="test-dev2015") == (expected, [])
+
+
+def test_vqav2_lists_what_is_left_out_with_file_and_position(tmp_path: Path) -> None:
+    questions = [QUESTION | {"question_id": key, "image_id": key} for key in (42, 1, 42, 2)]
+    questions.append(QUESTION | {"question_id": "42"})
+    other = ANNOTATION | {"answers": [{"answer": "blue"}]}
+    unanswered = ANNOTATION | {"question_id": 2, "answers": []}
+    examples, left_out = read_vqav2(tmp_path, questions, [ANNOTATION, other, unanswered])
+    assert [(example.question_id, example.answers) for example in examples] == [(42, ("red",) * 10)]
+    asked, answered = tmp_path / "questions.json", tmp_path / "annotations.json"
+    picture = "coco/COCO_val2014_0000000000{:02d}.jpg".format
+    assert left_out == [
+        LeftOut("val", "question_id is annotated twice", f"{answered}: annotations[1]", 42, questions=0),
+        LeftOut("val", f"no annotation in {answered}", f"{asked}: questions[1]", 1, picture(1)),
+        LeftOut("val", "question_id is there twice", f"{asked}: questions[2]", 42, picture(42)),
+        LeftOut("val", "no answer", f"{asked}: questions[3]", 2, picture(2)),
+        LeftOut("val", f"no annotation in {answered}", f"{asked}: questions[4]", "42", picture(9)),
+    ]
+
+
+def test_vqav2_test_split_with_annotations_keeps_unanswered_questions_but_not_those_without_annotation(
+    tmp_path: Path,
+) -> None:
+    questions = [QUESTION, QUESTION | {"question_id": 1}, QUESTION | {"question_id": 2}]
+    annotations = [ANNOTATION, ANNOTATION | {"question_id": 1, "answers": []}]
+    examples, left_out = read_vqav2(tmp_path, questions, annotations, split="test")
+    assert [(example.question_id, len(example.answers)) for example in examples] == [(42, 10), (1, 0)]
+    assert [(item.question_id, item.reason) for item in left_out] == [
+        (2, f"no annotation in {tmp_path / 'annotations.json'}")
+    ]
 
 
 @pytest.mark.parametrize(
     ("questions", "annotations", "told"),
     [
-        ([QUESTION, QUESTION], [ANNOTATION], r"questions\.json: questions\[1\]: question_id 42 is there twice"),
-        ([QUESTION], [ANNOTATION, ANNOTATION], r"annotations\.json: annotations\[1\]: question_id 42 is there twice"),
-        ([QUESTION], [], r"questions\[0\]: question_id 42 is not in .*annotations\.json"),
-        ([QUESTION | {"question_id": "42"}], [ANNOTATION], r"questions\[0\]: question_id '42' is not in"),
+        ([QUESTION | {"question_id": None}], [ANNOTATION], r"questions\.json: questions\[0\]: 'question_id' is null"),
+        ([QUESTION], [ANNOTATION, {"answers": []}], r"annotations\.json: annotations\[1\]: no field 'question_id'"),
         ([QUESTION | {"image_id": "9"}], [ANNOTATION], r"questions\[0\]: 'image_id' is a text, not a whole number"),
         ([QUESTION, 3], [ANNOTATION], r"questions\[1\]: not an object but a whole number"),
         ([QUESTION], [ANNOTATION | {"answers": {}}], r"annotations\[0\]: 'answers' is an object, not a list"),
         ([QUESTION], [ANNOTATION | {"answers": [{"answer": 2}]}], r"annotations\[0\]: 'answer' is a whole number"),
         ([QUESTION], [ANNOTATION | {"answers": [{"raw": "x"}]}], r"annotations\[0\]: no field 'answer'"),
         ([QUESTION], [ANNOTATION | {"answers": [None]}], r"annotations\[0\]: not an object but null"),
-        ([QUESTION], [ANNOTATION | {"answers": []}], r"annotations\[0\]: none in 'answers'"),
         ([QUESTION], [{"question_id": 42}], r"annotations\[0\]: no field 'answers'"),
     ],
 )
@@ -326,10 +413,11 @@ def test_vqav2_tells_apart_a_file_of_another_kind(tmp_path: Path) -> None:
 
 def test_easy_vqa_is_read_from_the_package_without_running_it(install_easy_vqa: Callable[[object], Path]) -> None:
     data = install_easy_vqa([["what color is it?", "teal", 5], ["is it red?", "no", 0]])
-    assert read_examples("easy_vqa", "train") == [
+    examples = [
         VQAExample(0, data / "images" / "5.png", "what color is it?", ("teal",), "other"),
         VQAExample(1, data / "images" / "0.png", "is it red?", ("no",), "yes/no"),
     ]
+    assert read_examples("easy_vqa", "train") == (examples, [])
 
 
 @pytest.mark.parametrize(
@@ -363,8 +451,8 @@ def test_easy_vqa_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.M
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="the easy-vqa package is not installed")
 @pytest.mark.parametrize(("split", "questions", "images"), [("train", 38575, 4000), ("test", 9673, 1000)])
 def test_easy_vqa_as_published(split: str, questions: int, images: int) -> None:
-    examples = read_examples("easy_vqa", split)
-    assert len(examples) == questions
+    examples, left_out = read_examples("easy_vqa", split)
+    assert (len(examples), left_out) == (questions, [])
     assert len({example.target for example in examples}) == 13
     pictures = {example.image for example in examples}
     assert len(pictures) == images

@@ -1,0 +1,446 @@
+"""Pictures of every kind: exactly the plain recipe's pixels, or the reason why there are none."""
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, features
+from transformers import BlipImageProcessorPil
+
+from pipeline.errors import PipelineError
+from pipeline.images import PictureError, Preprocessor, check_header, image_digest, read_picture
+
+MODES = {  # of the forms that can hold many
+    "TIFF": "1 L LA P RGB RGBA CMYK YCbCr LAB I;16 I F",
+    "PNG": "1 L LA P RGB RGBA I;16",
+    "JPEG": "1 L RGB CMYK YCbCr",
+}
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    """Blurred noise: uint8 (H, W, channels) with structure that resizing must get right."""
+    values = np.random.default_rng([height, width, channels]).integers(0, 256, (height, width, channels), np.uint8)
+    planes = [Image.fromarray(values[..., c]).filter(ImageFilter.GaussianBlur(1)) for c in range(channels)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def photo(height: int = 60, width: int = 80) -> Image.Image:
+    return Image.fromarray(noise(height, width))
+
+
+def with_alpha(height: int = 60, width: int = 80) -> Image.Image:
+    return Image.fromarray(noise(height, width, 4))
+
+
+def encode(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """An RGB PNG by hand: its header, these chunks, and pixels only if a chunk holds them."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    parts = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+             for kind, body in (header, *chunks, (b"IEND", b""))]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def plain(folder: Path, path: Path) -> np.ndarray:
+    """The plain recipe."""
+    with Image.open(path) as image:
+        values = BlipImageProcessorPil.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"][0]
+    return np.asarray(values)
+
+
+@pytest.fixture(scope="module")
+def preprocess(checkpoint: Path) -> Preprocessor:
+    return Preprocessor(checkpoint)
+
+
+@pytest.fixture
+def changed_processor(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a checkpoint folder whose image processor has other settings."""
+
+    def make(**settings: object) -> Path:
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        processor = json.loads((checkpoint / "processor_config.json").read_text())["image_processor"]
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor | settings))
+        return folder
+
+    return make
+
+
+def assert_as_plain(preprocess: Preprocessor, folder: Path, path: Path) -> None:
+    expected = plain(folder, path)
+    data = read_picture(path)
+    check_header(data)
+    values = preprocess(data)
+    assert values.dtype == np.float32
+    assert values.shape == (3, *preprocess.size)
+    assert np.array_equal(values, expected)
+
+
+def reason(call: Callable[..., object], *args: object) -> str:
+    with pytest.raises(PictureError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- exactly the plain recipe's pixels
+
+
+def frames() -> list[Image.Image]:
+    return [photo(), photo().rotate(90), photo().rotate(180)]
+
+
+def rotated_by_exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    return encode(photo(), "JPEG", exif=exif)
+
+
+def palette(**options: Any) -> bytes:
+    return encode(photo().quantize(16), "PNG", **options)
+
+
+GOOD: dict[str, Callable[[], bytes]] = {
+    "rgb.png": lambda: encode(photo(), "PNG"),
+    "rgb.bmp": lambda: encode(photo(), "BMP"),
+    "rgb.ppm": lambda: encode(photo(), "PPM"),
+    "rgb.tif": lambda: encode(photo(), "TIFF"),
+    "lzw.tif": lambda: encode(photo(), "TIFF", compression="tiff_lzw"),
+    "rgb.webp": lambda: encode(photo(), "WEBP"),
+    "rgb.jpg": lambda: encode(photo(), "JPEG"),
+    "a jpeg by its name.jpg": lambda: encode(photo(), "PNG"),
+    "no extension": lambda: encode(photo(), "JPEG"),
+    "baseline 640x480.jpg": lambda: encode(photo(480, 640), "JPEG", quality=90),
+    "progressive 640x480.jpg": lambda: encode(photo(480, 640), "JPEG", quality=90, progressive=True),
+    "unsubsampled 640x480.jpg": lambda: encode(photo(480, 640), "JPEG", quality=90, subsampling=0),
+    "cmyk.jpg": lambda: encode(photo().convert("CMYK"), "JPEG"),
+    "grey.jpg": lambda: encode(photo().convert("L"), "JPEG"),
+    "rotated by exif.jpg": rotated_by_exif,
+    "grey.png": lambda: encode(photo().convert("L"), "PNG"),
+    "16-bit grey.png": lambda: encode(Image.fromarray(noise(60, 80, 1)[..., 0].astype(np.uint16) * 257), "PNG"),
+    "float.tif": lambda: encode(photo().convert("F"), "TIFF"),
+    "1-bit.png": lambda: encode(photo().convert("1"), "PNG"),
+    "grey with alpha.png": lambda: encode(with_alpha().convert("LA"), "PNG"),
+    "rgb with alpha.png": lambda: encode(with_alpha(), "PNG"),
+    "rgb with alpha.webp": lambda: encode(with_alpha(), "WEBP", lossless=True),
+    "all transparent.png": lambda: encode(Image.new("RGBA", (9, 9), (1, 2, 3, 0)), "PNG"),
+    "palette.png": palette,
+    "palette with a transparent colour.png": lambda: palette(transparency=3),
+    "palette with alpha.png": lambda: palette(transparency=bytes(range(0, 256, 16))),
+    "rgb with a transparent colour.png": lambda: encode(photo(), "PNG", transparency=(1, 2, 3)),
+    "grey with a transparent colour.png": lambda: encode(photo().convert("L"), "PNG", transparency=100),
+    "still.gif": lambda: encode(photo(), "GIF"),
+    "transparent.gif": lambda: encode(photo().quantize(16), "GIF", transparency=2),
+    "animated.gif": lambda: encode(frames()[0], "GIF", save_all=True, append_images=frames()[1:]),
+    "animated.png": lambda: encode(frames()[0], "PNG", save_all=True, append_images=frames()[1:]),
+    "animated.webp": lambda: encode(frames()[0], "WEBP", save_all=True, append_images=frames()[1:]),
+    "rows missing.png": lambda: png(8, 8, (b"IDAT", zlib.compress(b"\0" + bytes(range(24))))),
+    "1 x 1.png": lambda: encode(photo(1, 1), "PNG"),
+    "1 x 500.png": lambda: encode(photo(1, 500), "PNG"),
+    "500 x 1.png": lambda: encode(photo(500, 1), "PNG"),
+    "3 x 3.png": lambda: encode(photo(3, 3), "PNG"),
+    "3 x 100.png": lambda: encode(photo(3, 100), "PNG"),
+    "4 x 1.png": lambda: encode(photo(4, 1), "PNG"),
+    "1 x 4.png": lambda: encode(photo(1, 4), "PNG"),
+    "4 x 4 with alpha.png": lambda: encode(with_alpha(4, 4), "PNG"),
+    "already the size.png": lambda: encode(photo(64, 64), "PNG"),
+    "größe 大きさ размер مقاس 🙂.jpg": lambda: encode(photo(), "JPEG"),
+    " leading space\tand\nnewline.png": lambda: encode(photo(), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_pixels_are_the_plain_recipes_bit_for_bit(
+    tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, name: str
+) -> None:
+    if name.endswith(".webp") and not features.check("webp"):
+        pytest.skip("this Pillow has no WebP")
+    path = tmp_path / name
+    path.write_bytes(GOOD[name]())
+    assert_as_plain(preprocess, checkpoint, path)
+
+
+@pytest.mark.parametrize(("form", "mode"), [(form, mode) for form in MODES for mode in MODES[form].split()])
+def test_each_mode_of_pillow_gives_the_plain_recipes_pixels_or_fails_as_it_does(
+    tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, form: str, mode: str
+) -> None:
+    path = tmp_path / f"picture.{form.lower()}"
+    by_way_of = "L" if mode in ("I;16", "LA") else "RGB"  # Pillow converts to these modes from grey only
+    path.write_bytes(encode(photo().convert(by_way_of).convert(mode), form))
+    try:
+        plain(checkpoint, path)
+    except Exception:
+        assert "cannot be decoded" in reason(preprocess, path.read_bytes())
+    else:
+        assert_as_plain(preprocess, checkpoint, path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 48, "width": 96}},
+        {"resample": 2, "size": {"height": 224, "width": 224}},
+        {"resample": 0},
+        {"resample": 1},
+        {"image_mean": [0.5, 0.25, 0.1], "image_std": [0.3, 0.2, 0.7]},
+        {"image_mean": 0.5, "image_std": 0.5},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+    ],
+    ids=str,
+)
+def test_other_processors_give_their_own_pixels(
+    tmp_path: Path, changed_processor: Callable[..., Path], settings: dict[str, object]
+) -> None:
+    folder = changed_processor(**settings)
+    preprocess = Preprocessor(folder)
+    processor = BlipImageProcessorPil.from_pretrained(folder)
+    for name in settings.keys() - {"size"}:
+        assert getattr(processor, name) == pytest.approx(settings[name])
+    path = tmp_path / "picture.png"
+    for image in photo(), with_alpha(), photo(3, 3), photo(1, 4):
+        path.write_bytes(encode(image, "PNG"))
+        values = preprocess(path.read_bytes())
+        assert values.dtype == np.float32
+        assert values.shape == (3, processor.size["height"], processor.size["width"])
+        assert np.array_equal(values, plain(folder, path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"do_resize": False}, "do_resize false"),
+        ({"do_convert_rgb": False}, "do_convert_rgb false"),
+        ({"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}, "do_center_crop true"),
+        ({"do_pad": True}, "do_pad true"),
+        ({"size": {"shortest_edge": 64}}, "not a height and a width"),
+        ({"resample": 17}, "resample is 17"),
+        ({"resample": None}, "resample is None"),
+    ],
+)
+def test_a_processor_that_does_other_steps_is_refused(
+    changed_processor: Callable[..., Path], settings: dict[str, object], told: str
+) -> None:
+    folder = changed_processor(**settings)
+    with pytest.raises(PipelineError, match=told) as caught:
+        Preprocessor(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_identity_does_not_depend_on_the_file_that_holds_the_settings(
+    checkpoint: Path, changed_processor: Callable[..., Path]
+) -> None:
+    identity = Preprocessor(checkpoint).identity()
+    assert json.loads(identity)["size"] == {"height": 64, "width": 64}
+    assert Preprocessor(changed_processor()).identity() == identity
+
+
+def test_identity_changes_with_a_setting(checkpoint: Path, changed_processor: Callable[..., Path]) -> None:
+    assert Preprocessor(changed_processor(resample=2)).identity() != Preprocessor(checkpoint).identity()
+
+
+def test_many_threads_give_what_one_gives(preprocess: Preprocessor) -> None:
+    pictures = [GOOD[name]() for name in ("rgb.jpg", "palette with alpha.png", "animated.gif", "rgb with alpha.png")]
+    expected = [preprocess(data) for data in pictures]
+    with ThreadPoolExecutor(8) as pool:
+        for index, values in enumerate(pool.map(preprocess, pictures * 25)):
+            assert np.array_equal(values, expected[index % len(pictures)])
+
+
+# ---- the reasons
+
+
+def cut(data: bytes, share: float) -> bytes:
+    return data[: int(len(data) * share)]
+
+
+BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "truncated.jpg": (lambda: cut(encode(photo(), "JPEG"), 0.7), "cannot be decoded: image file is truncated"),
+    "truncated.png": (lambda: cut(encode(photo(), "PNG"), 0.7), "cannot be decoded: "),
+    "truncated.gif": (lambda: cut(encode(photo(), "GIF"), 0.7), "cannot be decoded: image file is truncated"),
+    "damaged.png": (lambda: png(8, 8, (b"IDAT", b"not what zlib makes")), "cannot be decoded: "),
+    "header cut.jpg": (lambda: encode(photo(), "JPEG")[:100], "cannot be decoded: Truncated File Read"),
+    "header cut.png": (lambda: encode(photo(), "PNG")[:20], "cannot be decoded: Truncated File Read"),
+    "empty.jpg": (lambda: b"", "empty file"),
+    "html.jpg": (lambda: b"\n <!DOCTYPE html>\n<title>404</title>", "not a picture: it begins like HTML"),
+    "html with a byte order mark.jpg": (lambda: b"\xef\xbb\xbf<html>", "not a picture: it begins like HTML"),
+    "drawing.svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture: it begins like SVG"),
+    "lfs.jpg": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "not a picture: it begins like a Git LFS"),
+    "zeros.jpg": (lambda: bytes(5000), "not a picture: all its bytes are zero"),
+    "text.jpg": (lambda: b"no picture at all", "not a picture: of no form that is known"),
+    "bomb.png": (lambda: png(20000, 20000, (b"IDAT", b"")), "too many pixels (400000000, at most 178956970)"),
+    "no width.png": (lambda: png(0, 5, (b"IDAT", zlib.compress(b"\0" * 5))), "not a picture: of no form"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_picture_that_the_plain_recipe_cannot_take_is_an_error_with_its_reason(
+    tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, name: str
+) -> None:
+    make, told = BROKEN[name]
+    path = tmp_path / name
+    path.write_bytes(make())
+    with pytest.raises(Exception):  # noqa: B017, PT011 - it raises anything
+        plain(checkpoint, path)
+    assert reason(preprocess, read_picture(path)).startswith(told)
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if not name.startswith(("truncated", "damaged"))])
+def test_the_header_check_finds_what_shows_in_the_header(name: str) -> None:
+    make, told = BROKEN[name]
+    assert reason(check_header, make()).startswith(told)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_picture_gives_the_plain_recipes_pixels_or_fails_as_it_does(
+    tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    name = ("rgb.jpg", "rgb.png", "animated.gif", "lzw.tif", "rotated by exif.jpg")[seed % 5]
+    data = bytearray(GOOD[name]())
+    for position in rng.integers(0, len(data), 3):
+        data[position] = rng.integers(256)
+    path = tmp_path / name
+    path.write_bytes(data)
+    try:
+        plain(checkpoint, path)
+    except Exception:
+        assert reason(preprocess, bytes(data))
+    else:
+        assert_as_plain(preprocess, checkpoint, path)
+
+
+def test_between_warning_and_error_a_large_picture_is_decoded(
+    tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(encode(photo(60, 80), "PNG"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert_as_plain(preprocess, checkpoint, path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert reason(preprocess, path.read_bytes()) == "too many pixels (4800, at most 4000)"
+
+
+def test_what_pillow_warns_of_or_logs_does_not_reach_the_user(tmp_path: Path, checkpoint: Path) -> None:
+    corrupt_exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x010F, 2, 5000, 60000)
+    samples = bytearray(encode(photo(), "TIFF"))
+    tag = samples.index(struct.pack("<HHIH", 277, 3, 1, 3))
+    samples[tag + 8] = 200  # samples a pixel
+    for name, data in {
+        "palette.png": palette(transparency=bytes(range(0, 256, 16))),
+        "exif.jpg": encode(photo(), "JPEG", exif=corrupt_exif),
+        "large.png": encode(photo(), "PNG"),
+        "samples.tif": bytes(samples),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    script = f"""
+from pathlib import Path
+from PIL import Image
+from pipeline.images import PictureError, Preprocessor
+Image.MAX_IMAGE_PIXELS = 3000
+preprocess = Preprocessor(Path({str(checkpoint)!r}))
+for path in sorted(Path({str(tmp_path)!r}).iterdir()):
+    try:
+        preprocess(path.read_bytes())
+    except PictureError as error:
+        print(path.name)
+"""
+    run = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "samples.tif\n"
+    assert "Warning" not in run.stderr
+    assert "PIL" not in run.stderr
+    assert "samples" not in run.stderr
+
+
+# ---- files
+
+
+def test_a_file_is_read_whole_and_digested(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.bin", os.urandom(300_000)
+    path.write_bytes(data)
+    (tmp_path / "link").symlink_to(path)
+    assert read_picture(path) == read_picture(tmp_path / "link") == data
+    assert image_digest(data) == hashlib.sha256(data).digest()
+
+
+def test_an_empty_file_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "empty.jpg"
+    path.touch()
+    assert read_picture(path) == b""
+
+
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("gone.jpg")
+    assert reason(read_picture, tmp_path / "gone.jpg") == "not there"
+    assert reason(read_picture, tmp_path / "broken") == "not there"
+    assert reason(read_picture, tmp_path / "file" / "a.jpg").startswith("not there: a part of its path is a file")
+
+
+def test_a_folder_named_like_a_picture_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").mkdir()
+    assert reason(read_picture, tmp_path / "x.jpg") == "a folder, not a file"
+
+
+def test_links_that_loop_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").symlink_to("b.jpg")
+    (tmp_path / "b.jpg").symlink_to("a.jpg")
+    assert reason(read_picture, tmp_path / "a.jpg") == "links that loop"
+
+
+@pytest.mark.parametrize("name", ["a\0.jpg", "a\ud800.jpg"])
+def test_a_name_that_no_file_can_have_is_told(tmp_path: Path, name: str) -> None:
+    assert reason(read_picture, tmp_path / name) == "not there: no file can have this name"
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path: Path) -> None:
+    assert reason(read_picture, tmp_path / ("a" * 300)) == "its name is too long"
+
+
+def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    started = time.perf_counter()
+    assert reason(read_picture, tmp_path / "pipe.jpg") == "not a regular file"
+    assert reason(read_picture, Path("/dev/zero")) == "not a regular file"
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.touch(mode=0o000)
+    assert reason(read_picture, path) == "permission denied"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
+def test_files_are_closed(tmp_path: Path, preprocess: Preprocessor) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "html.jpg").write_bytes(b"<html>")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        for name in "pipe.jpg", ".":
+            reason(read_picture, tmp_path / name)
+        reason(preprocess, read_picture(tmp_path / "html.jpg"))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
