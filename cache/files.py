@@ -1,5 +1,6 @@
 """Bytes to disk so that a kill or a power cut at any moment leaves either the old file or the new one."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 TEMPORARY = ".tmp"
+_BLOCK = 1 << 20
 
 
 @contextmanager
@@ -38,10 +40,10 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replaces the file at `path` by `text` in UTF-8, in one step. Raises OSError."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces the file at `path` by `data`, in one step. Raises OSError."""
     with opened(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
-        pwrite_all(descriptor, text.encode(), 0)
+        pwrite_all(descriptor, data, 0)
         os.fsync(descriptor)
     rename(temporary(path), path)
 
@@ -66,3 +68,16 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
         if read == 0:
             raise OSError(f"file ends at byte {offset}, {len(data)} bytes too early")
         data, offset = data[read:], offset + read
+
+
+def sha256_of(path: Path, length: int | None = None) -> str:
+    """SHA-256 (hex) of the first `length` bytes of a file, of all by default. Raises OSError."""
+    digest = hashlib.sha256()
+    with opened(path, os.O_RDONLY) as descriptor:
+        left = os.fstat(descriptor).st_size if length is None else length
+        while left and (block := os.read(descriptor, min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    if left:
+        raise OSError(f"{path} ends {left} bytes too early")
+    return digest.hexdigest()

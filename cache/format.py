@@ -1,5 +1,6 @@
 """The bytes of the cache's HDF5 files: laid out and checked by h5py, filled by `pwrite`. See FORMAT.md."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cache.files import as_bytes, opened, pwrite_all, rename, temporary
+from cache.files import as_bytes, opened, pread_into, pwrite_all, rename, sha256_of, temporary
 from cache.spec import CacheError, CacheSpec
 
 PAGE = 4096
 DIGEST_BYTES = 32
 NOT_WRITTEN = -1
+FAILED = -2
 PART_NAME = re.compile(r"features-(\d{5,})\.h5(\.partial)?")
 
 Array = np.ndarray[Any, Any]
@@ -31,13 +33,14 @@ class PartLayout:
     path: Path
     spec: CacheSpec
     rows: int
-    features_offset: int
-    """Where the rows begin, in bytes; row i is `spec.row_bytes` long, at i times that from there."""
     crc_offset: int
+    """Where `crc32` begins, in bytes. All else before the features is written once, when the part is created."""
+    features_offset: int
+    """Where the rows begin, in bytes, up to the end of the file; row i is at i times `spec.row_bytes` from there."""
     digests: Array
-    """(rows, 32) uint8: SHA-256 of the image file of each row, also of those not written yet."""
+    """(rows, 32) uint8: SHA-256 of the image file of each row, also of those not written."""
     crc32: Array
-    """(rows,) int64: CRC-32 of each row's bytes; -1 where the row is not written."""
+    """(rows,) int64: CRC-32 of each row's bytes; -1: not written yet; -2: not written, its image has no features."""
 
 
 def part_name(index: int, sealed: bool = True) -> str:
@@ -50,6 +53,12 @@ def create_part(path: Path, spec: CacheSpec, digests: Array) -> None:
 
     The file gets its name once it is complete and on disk. Raises CacheError, OSError.
     """
+    lay_out_part(temporary(path), spec, digests)
+    rename(temporary(path), path)
+
+
+def lay_out_part(path: Path, spec: CacheSpec, digests: Array) -> None:
+    """As `create_part`, under its name from the first byte on."""
     rows = len(digests)
     arrays = {"image_digest": digests, "crc32": np.full(rows, NOT_WRITTEN, "<i8")}
     _create(path, _part_shapes(spec, rows), arrays, spec.to_attributes())
@@ -70,22 +79,50 @@ def inspect_part(path: Path) -> PartLayout:
             found = datasets[name]
             if rows < 1 or found.shape != shape or found.dtype != dtype:
                 raise CacheError(f"{name} is {found.shape} {found.dtype}, must be {shape} {dtype} with rows >= 1")
+        _check_order(datasets, path.stat().st_size)
         return PartLayout(
             path=path,
             spec=spec,
             rows=rows,
-            features_offset=datasets["query_features"].id.get_offset(),
             crc_offset=datasets["crc32"].id.get_offset(),
+            features_offset=datasets["query_features"].id.get_offset(),
             digests=datasets["image_digest"][()],
             crc32=datasets["crc32"][()],
         )
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Array], attributes: Attributes) -> None:
-    """Writes arrays of numbers and attributes to an HDF5 file; `path` appears, or is replaced, in one step.
+def check_head(path: Path, length: int | None, sha256: str, size: int | None = None) -> None:
+    """Checks a file's size, if it is known, and the SHA-256 of its first `length` bytes, or of all.
 
-    Raises CacheError, OSError.
+    To be called before HDF5 opens the file: it may crash on a broken one. Raises CacheError.
     """
+    try:
+        found = path.stat().st_size
+        if size is not None and found != size:
+            raise CacheError(f"{path}: has {found} bytes, must have {size}: it was cut short or changed. {_ADVICE}")
+        if sha256_of(path, length) != sha256:
+            which = "it" if length is None else f"its head of {length} bytes"
+            raise CacheError(f"{path}: {which} is not what was written. {_ADVICE}")
+    except FileNotFoundError:
+        raise CacheError(f"{path}: is missing. Run `pipe precompute` again: what was in it is made anew.") from None
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read: {error}. Is its disk still there?") from error
+
+
+def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
+    """SHA-256 (hex) of a part's head without its `crc32`: of all that does not change while it is in work.
+
+    Raises OSError.
+    """
+    head = bytearray(head_bytes)
+    with opened(path, os.O_RDONLY) as descriptor:
+        pread_into(descriptor, memoryview(head), 0)
+    del head[crc_offset : crc_offset + rows * 8]
+    return hashlib.sha256(head).hexdigest()
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array], attributes: Attributes) -> None:
+    """Writes arrays of numbers and attributes to an HDF5 file, and the file to disk. Raises CacheError, OSError."""
     _create(path, {name: (array.shape, array.dtype) for name, array in arrays.items()}, arrays, attributes)
 
 
@@ -97,22 +134,33 @@ def read_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str | int]]:
 
 
 def _part_shapes(spec: CacheSpec, rows: int) -> Shapes:
+    """The data sets of a part, in the order in which they lie in the file."""
     return {
-        "query_features": ((rows, spec.query_tokens, spec.width), spec.storage_dtype),
         "image_digest": ((rows, DIGEST_BYTES), np.dtype(np.uint8)),
         "crc32": ((rows,), np.dtype("<i8")),
+        "query_features": ((rows, spec.query_tokens, spec.width), spec.storage_dtype),
     }
 
 
+def _check_order(datasets: Mapping[str, Any], file_size: int) -> None:
+    """The head, then the features up to the file's end: so one digest of the head covers all but the features."""
+    position = 0
+    for name in ("image_digest", "crc32", "query_features"):
+        offset = datasets[name].id.get_offset()
+        if offset < position:
+            raise CacheError(f"{name} begins at byte {offset}, must come after byte {position}")
+        position = offset + datasets[name].nbytes
+    if position != file_size:
+        raise CacheError(f"has {file_size} bytes, must end with its features at byte {position}")
+
+
 def _create(path: Path, shapes: Shapes, arrays: Mapping[str, Array], attributes: Attributes) -> None:
-    building = temporary(path)
-    offsets = _lay_out(building, shapes, attributes)
-    with opened(building, os.O_RDWR) as descriptor:
+    offsets = _lay_out(path, shapes, attributes)
+    with opened(path, os.O_RDWR) as descriptor:
         for name, array in arrays.items():
             if array.size:
                 pwrite_all(descriptor, as_bytes(array), offsets[name])
         os.fsync(descriptor)
-    rename(building, path)
 
 
 def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, int]:
@@ -131,18 +179,18 @@ def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, in
         raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
 
 
-_ALIGNED = {"alignment_threshold": PAGE, "alignment_interval": PAGE}
+_ALIGNED = {"alignment_threshold": 1, "alignment_interval": PAGE}
+_ADVICE = "Run `pipe cache repair`, or delete it and run `pipe precompute` again: only what was in it is made anew."
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     """An h5py.File to look into; whatever is wrong with it comes out as a CacheError that begins with the path."""
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with h5py.File(path, "r", locking=False) as file:  # the locks are `lock`'s: HDF5's would bar a part in work
             yield file
     except (CacheError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        advice = "If it is damaged, delete it and run `pipe precompute` again: only what was in it is made anew."
-        raise CacheError(f"{path}: {error}. {advice}") from error
+        raise CacheError(f"{path}: {error}. {_ADVICE}") from error
 
 
 def _attributes(file: Any) -> dict[str, str | int]:

@@ -1,19 +1,60 @@
 """The manifest: written last, it makes a folder of parts a finished cache and says what belongs to it."""
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache.files import write_text_atomically
-from cache.format import PART_NAME
+from cache.files import write_atomically
+from cache.format import PART_NAME, check_head, head_sha256
 from cache.spec import FORMAT_VERSION, CacheError, CacheSpec
 
 MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "plan.json"
+TEXT_NAME = re.compile(r"text-([A-Za-z0-9][A-Za-z0-9_-]*)-[0-9a-f]{12}\.h5")
+ATTACHMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)\.(jsonl|h5)")
+ATTACHMENT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{12}\.(jsonl|h5)")
 _FORMAT = "blip2-query-features"
-_TEXT_NAME = re.compile(r"text-[A-Za-z0-9][A-Za-z0-9_.-]*\.h5")
+_SIGNED = re.compile(rb'(\{.*),\n  "sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """One sealed part: what must be true of its file before HDF5 opens it."""
+
+    file: str
+    rows: int
+    head_bytes: int
+    """All of the file but its features."""
+    head_sha256: str
+
+    def check(self, folder: Path, row_bytes: int) -> None:
+        """Raises CacheError if the file is missing, cut, or its head is not what was written."""
+        check_head(folder / self.file, self.head_bytes, self.head_sha256, self.head_bytes + self.rows * row_bytes)
+
+
+@dataclass(frozen=True)
+class TextEntry:
+    """The text of one split; the file's name holds the first digits of its digest."""
+
+    file: str
+    questions: int
+    sha256: str
+
+
+def attachment_file(name: str, sha256: str) -> str:
+    """The file name of an attachment: it holds the first digits of its digest, so that no file is ever replaced.
+
+    Raises CacheError if the name is not one that an attachment may have.
+    """
+    found = ATTACHMENT_NAME.fullmatch(name)
+    if not found:
+        raise CacheError(f"{name!r} is not a name that an attachment may have: letters, digits, _ and -, .jsonl or .h5")
+    return f"{found[1]}-{sha256[:12]}.{found[2]}"
 
 
 @dataclass(frozen=True)
@@ -23,64 +64,131 @@ class Manifest:
     spec: CacheSpec
     part_rows: int
     """Rows of a full part, as the last writer was told."""
-    parts: list[tuple[str, int]]
-    """File and rows of each part, in the order that numbers the rows of the cache."""
+    parts: list[PartEntry]
+    """In the order that numbers the rows of the cache."""
     rows: int
     """Rows that hold features; parts may have more."""
-    splits: dict[str, tuple[str, int]]
-    """File and number of questions of each split's text."""
-    provenance: dict[str, str]
-    """Where the features come from, in words; nothing is checked against it."""
+    splits: dict[str, TextEntry]
+    attachments: dict[str, str] = field(default_factory=dict)
+    """Name -> SHA-256, of what else lies in the cache, each in its `attachment_file`."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where all this comes from, as JSON; the cache itself checks nothing against it."""
 
     def __post_init__(self) -> None:
-        for file, _ in self.parts:
-            found = PART_NAME.fullmatch(file)
+        for part in self.parts:
+            found = PART_NAME.fullmatch(part.file)
             if not found or found[2]:
-                raise CacheError(f"{file!r} is not the name of a sealed part inside the cache's folder")
-        for split, (file, _) in self.splits.items():
-            if not _TEXT_NAME.fullmatch(file):
-                raise CacheError(f"{file!r}, text of split {split!r}, is not a file name that a cache may have")
+                raise CacheError(f"{part.file!r} is not the name of a sealed part inside the cache's folder")
+            if min(part.rows, part.head_bytes) < 1:
+                raise CacheError(f"{part.file}: {part.rows} rows behind {part.head_bytes} bytes cannot be")
+        for split, text in self.splits.items():
+            named = TEXT_NAME.fullmatch(text.file)
+            if not named or named[1] != split:
+                raise CacheError(f"{text.file!r}, text of split {split!r}, is not a file name that a cache may have")
+        for name, sha256 in self.attachments.items():
+            attachment_file(name, sha256)
 
     def save(self, folder: Path) -> None:
         """Writes or replaces the manifest in one step. Raises OSError."""
         content = {
-            "format": _FORMAT,
-            "format_version": FORMAT_VERSION,
             "spec": self.spec.to_attributes(),
             "part_rows": self.part_rows,
-            "parts": [{"file": file, "rows": rows} for file, rows in self.parts],
+            "parts": [asdict(part) for part in self.parts],
             "rows": self.rows,
-            "splits": {split: {"file": file, "questions": n} for split, (file, n) in self.splits.items()},
+            "splits": {split: asdict(text) for split, text in self.splits.items()},
+            "attachments": self.attachments,
             "provenance": self.provenance,
         }
-        write_text_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        _save_signed(folder / MANIFEST_NAME, content)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """The inverse of `save`. Raises CacheError if it is unreadable or of another version, OSError."""
+        """The inverse of `save`. Raises CacheError if it is unreadable, changed or of another version, OSError."""
         path = folder / MANIFEST_NAME
+        content = _load_signed(path)
+        with _explained(path):
+            return cls(
+                spec=CacheSpec.from_attributes(content["spec"]),
+                part_rows=int(content["part_rows"]),
+                parts=[PartEntry(**part) for part in content["parts"]],
+                rows=int(content["rows"]),
+                splits={split: TextEntry(**text) for split, text in content["splits"].items()},
+                attachments=dict(content["attachments"]),
+                provenance=dict(content["provenance"]),
+            )
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """One part begun: what must be true of its file, in work or sealed, before HDF5 opens it."""
+
+    file: str
+    """Its name when it is sealed."""
+    head_bytes: int
+    crc_offset: int
+    rows: int
+    sha256: str
+    """Of the head without `crc32`."""
+
+    def check(self, path: Path) -> None:
+        """Raises CacheError if the head is not what was written."""
+        advice = "Delete it and run `pipe precompute` again: only what was in it is made anew."
         try:
-            return cls._parse(json.loads(path.read_bytes()))
-        except (CacheError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            advice = "delete this one file and run `pipe precompute` again: the features are kept."
-            raise CacheError(f"{path}: cannot be used: {problem}. If it is damaged, {advice}") from error
+            sound = head_sha256(path, self.head_bytes, self.crc_offset, self.rows) == self.sha256
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read: {error}. {advice}") from error
+        if not sound:
+            raise CacheError(f"{path}: its head of {self.head_bytes} bytes is not what was written. {advice}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts that were begun since the manifest was written."""
+
+    parts: dict[str, PlannedPart]
+    """By file name."""
+
+    def save(self, folder: Path) -> None:
+        """Raises OSError."""
+        _save_signed(folder / PLAN_NAME, {"parts": [asdict(part) for part in self.parts.values()]})
 
     @classmethod
-    def _parse(cls, content: Mapping[str, Any]) -> "Manifest":
+    def load(cls, folder: Path) -> "Plan":
+        """Empty if there is none. Raises CacheError, OSError."""
+        path = folder / PLAN_NAME
+        if not path.exists():
+            return cls({})
+        content = _load_signed(path)
+        with _explained(path):
+            return cls({part["file"]: PlannedPart(**part) for part in content["parts"]})
+
+
+def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON that ends in the SHA-256 of all that stands before it, so that a changed bit is noticed."""
+    whole = {"format": _FORMAT, "format_version": FORMAT_VERSION, **content}
+    body = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}").encode()
+    write_atomically(path, body + f',\n  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode())
+
+
+def _load_signed(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    with _explained(path):
+        content: dict[str, Any] = json.loads(data)
         name, version = content["format"], content["format_version"]
         if (name, version) != (_FORMAT, FORMAT_VERSION):
             raise CacheError(f"it is of {name} version {version}, this program knows {_FORMAT} {FORMAT_VERSION}")
-        return cls(
-            spec=CacheSpec.from_attributes(content["spec"]),
-            part_rows=int(content["part_rows"]),
-            parts=[(str(part["file"]), int(part["rows"])) for part in content["parts"]],
-            rows=int(content["rows"]),
-            splits={name: (str(text["file"]), int(text["questions"])) for name, text in content["splits"].items()},
-            provenance={str(key): str(value) for key, value in content["provenance"].items()},
-        )
+        signed = _SIGNED.fullmatch(data)
+        if not signed or hashlib.sha256(signed[1]).hexdigest() != signed[2].decode():
+            raise CacheError("it is not what was written: the SHA-256 at its end does not fit")
+        return content
 
 
-def text_name(split: str) -> str:
-    """File name of the text of a split."""
-    return f"text-{split}.h5"
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the content comes out as a CacheError that begins with the path."""
+    try:
+        yield
+    except (CacheError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        advice = "delete this one file and run `pipe precompute` again: the features are kept."
+        raise CacheError(f"{path}: cannot be used: {problem}. If it is damaged, {advice}") from error

@@ -1,6 +1,7 @@
 """The text beside the features: the questions of one split, raw and as tokens, and the row of each one's image."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from cache.files import rename, sha256_of, temporary
 from cache.format import read_arrays, write_arrays
+from cache.manifest import TextEntry
 from cache.spec import FORMAT_VERSION, CacheError
 
 _RAGGED = {"records": np.dtype(np.uint8), "prompt_ids": np.dtype("<i4"), "target_ids": np.dtype("<i4")}
@@ -92,8 +95,13 @@ class TextTable:
             raise CacheError(f"record {i} of the text is not a JSON object")
         return record
 
-    def save(self, path: Path) -> None:
-        """Writes the table; `path` appears, or is replaced, in one step. Raises CacheError, OSError."""
+    def save(self, folder: Path, split: str) -> TextEntry:
+        """Writes the table to a file of its own in `folder`, named after its digest, so that none is replaced.
+
+        Raises CacheError if the split's name is no file name, OSError.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
+            raise CacheError(f"{split!r} is not a name that a split may have: letters, digits, _ and -")
         arrays = {"image_row": self.image_row}
         for name in _RAGGED:
             column: Ragged = getattr(self, name)
@@ -103,7 +111,12 @@ class TextTable:
             "prompt": self.prompt,
             "tokenizer": self.tokenizer,
         }
-        write_arrays(path, arrays, attributes)
+        building = temporary(folder / f"text-{split}.h5")
+        write_arrays(building, arrays, attributes)
+        sha256 = sha256_of(building)
+        entry = TextEntry(f"text-{split}-{sha256[:12]}.h5", len(self), sha256)
+        rename(building, folder / entry.file)
+        return entry
 
     @classmethod
     def load(cls, path: Path) -> "TextTable":

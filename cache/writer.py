@@ -1,68 +1,99 @@
-"""Writing a cache: rows that survive a kill at any moment, and are never encoded twice."""
+"""Writing a cache: which images go into which part, and the manifest at the end. The rows are `PartWriter`'s."""
 
-import errno
-import fcntl
-import os
+import hashlib
 import re
-import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from cache.files import TEMPORARY, as_bytes, fsync_folder, pwrite_all, rename
-from cache.format import DIGEST_BYTES, NOT_WRITTEN, PART_NAME, PartLayout, create_part, inspect_part, part_name
-from cache.manifest import MANIFEST_NAME, Manifest, text_name
+from cache.files import TEMPORARY, fsync_folder, sha256_of, write_atomically
+from cache.format import (
+    DIGEST_BYTES,
+    NOT_WRITTEN,
+    PART_NAME,
+    PartLayout,
+    create_part,
+    head_sha256,
+    inspect_part,
+    part_name,
+)
+from cache.lock import LOCK_NAME, FolderLock
+from cache.manifest import (
+    ATTACHMENT_FILE,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    TEXT_NAME,
+    Manifest,
+    PartEntry,
+    Plan,
+    PlannedPart,
+    attachment_file,
+)
+from cache.part import PartWriter
+from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
 from cache.text import TextTable
 
-LOCK_PATIENCE = 10  # seconds
+PART_ROWS = 1024
+"""Rows of a full part by default: 48 MiB of BLIP-2's features in float16."""
+_HEAD_BYTES_A_ROW = 80  # digest and CRC, and a part's share of metadata
 
-_OWN_NAME = re.compile(rf"({PART_NAME.pattern}|text-.+\.h5|{re.escape(MANIFEST_NAME)})({re.escape(TEMPORARY)})?")
-_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all set: infinite or not a number
+T = TypeVar("T")
+OWN_NAME = re.compile(
+    rf"({PART_NAME.pattern}|{TEXT_NAME.pattern}|{ATTACHMENT_FILE.pattern}|{re.escape(MANIFEST_NAME)}|"
+    rf"{re.escape(PLAN_NAME)})({re.escape(TEMPORARY)})?|text-.+\.h5{re.escape(TEMPORARY)}|{re.escape(LOCK_NAME)}"
+)
 
 
 class FeatureWriter:
-    """Fills the cache in `folder` with the features of the wanted images, going on with what is there already.
+    """Brings the cache in `folder` to hold the wanted images: the one process that decides which part takes what.
 
-    `digests` are the SHA-256 digests (32 bytes each) of the wanted image files. A part in work is gone on with if
-    all that it waits for is wanted; otherwise it is sealed as it is, and its open rows are never served. Only one
-    writer works in a folder at a time, a second is refused.
+    `digests` are the SHA-256 digests (32 bytes each) of the wanted image files; those stored already are kept.
+    Rows that finished caches of equal spec in `sources` have are copied. For the others parts are begun, `parts`,
+    to be filled by a `PartWriter` each, in this process or others; then `rows` and `finish`. After a kill the same
+    call finds the same parts, with what was written in them. Only one process at a time holds a folder.
 
-    Raises CacheError if the folder holds other things only, or a part that is of another spec or not sound.
+    Raises CacheError if the folder holds other things only, is held by another writer, or has a part that is of
+    another spec or not sound, or if the disk does not take what is written.
     """
 
-    def __init__(self, folder: Path, spec: CacheSpec, digests: Sequence[bytes], part_rows: int = 4096) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: CacheSpec,
+        digests: Sequence[bytes],
+        part_rows: int = PART_ROWS,
+        sources: Sequence[Path] = (),
+    ) -> None:
         if part_rows < 1:
             raise CacheError(f"a part must have at least 1 row, not {part_rows}")
-        wanted = list(dict.fromkeys(digests))
-        if any(len(digest) != DIGEST_BYTES for digest in wanted):
-            raise CacheError(f"an image digest must be SHA-256, {DIGEST_BYTES} bytes")
         self.folder, self.spec, self.part_rows = Path(folder), spec, part_rows
-        self.pending: list[bytes] = wanted
-        """Digests of the images still to come, in the order in which `write` takes them."""
-        self.rows: dict[bytes, int] = {}
-        """Digest -> row in the cache, for every stored image: rows are counted through all parts."""
-        self._sealed: list[tuple[str, int]] = []
-        self._part: _PartInWork | None = None
-        self._lock: int | None = None
+        self._wanted = _distinct(digests)
+        self._lock: FolderLock | None = None
         try:
-            with self._disk():
+            with _disk(self.folder):
                 _open_folder(self.folder)
-                self._lock = _lock(self.folder)
-                self._next_index, layouts = _survey(self.folder, spec)
-                for layout in layouts:
-                    self._adopt(layout)
-                self.pending = self._plan(wanted)
+                self._lock = FolderLock(self.folder)
+                _remove_temporaries(self.folder)
+                self._remove_leftovers()
+                missing = self._missing()
+                self.reused = len(self._wanted) - len(missing)
+                """How many of the wanted images were stored already."""
+                origins = find_rows(sources, spec, missing)
+                self._plan(missing, origins)
+                self.copied = self._copy(origins)
+                """How many were copied from another cache."""
+                self.parts: list[Path] = [part.path for part in self._in_work()]
+                """The parts in work, all with rows to be written."""
         except BaseException:
             self.close()
             raise
-        self.reused = len(wanted) - len(self.pending)
-        """How many of the wanted images were stored already."""
 
     def __enter__(self) -> "FeatureWriter":
         return self
@@ -71,175 +102,264 @@ class FeatureWriter:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the part in work; what was written stays. The next writer goes on from there."""
-        if self._part:
-            self._part.close()
-            self._part = None
-        if self._lock is not None:
-            os.close(self._lock)
+        """Lets go of the folder; what was written stays."""
+        if self._lock:
+            self._lock.release()
             self._lock = None
 
-    def write(self, digests: Sequence[bytes], features: np.ndarray[Any, Any]) -> None:
-        """Stores features (n, Q, D), in the spec's storage type, of the next n `pending` images.
+    def rows(self) -> dict[bytes, int]:
+        """Digest -> row in the cache, of every wanted image that is stored in a sealed part."""
+        found: dict[bytes, int] = {}
+        base = 0
+        for part in self._layouts():
+            if _is_partial(part) or not (part.crc32 >= 0).any():
+                continue  # neither gets into the manifest
+            for digest, row in _stored(part):
+                if digest in self._wanted:
+                    found.setdefault(digest, base + row)
+            base += part.rows
+        return found
 
-        A kill loses at most the rows of the call that it hits. Raises CacheError if the features are of another
-        shape or type or not finite (then none is stored), or if the disk does not take them.
+    def finish(
+        self,
+        texts: Mapping[str, TextTable],
+        attachments: Mapping[str, bytes] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes the text of each split and the attachments, then the manifest: the cache is finished in one step.
+
+        `image_row` of the texts are rows as in `rows`. Raises CacheError for a text that names a row which is not
+        stored, for a split whose name is no file name, and if a part is still in work.
         """
-        assert list(digests) == self.pending[: len(digests)], "images must come in the order of `pending`"
-        self._check(digests, features)
-        with self._disk():
-            while len(features):
-                part = self._part or self._begin()
-                base = sum(rows for _, rows in self._sealed)
-                stored = part.store(features)
-                self.rows |= {digest: base + row for digest, row in zip(self.pending, stored, strict=False)}
-                del self.pending[: len(stored)]
-                features = features[len(stored) :]
-                if not part.open_rows:
-                    self._seal(part)
-
-    def finish(self, texts: Mapping[str, TextTable], provenance: Mapping[str, str]) -> None:
-        """Writes the text of each split, then the manifest: from then on the cache is finished.
-
-        `image_row` of the texts are rows as in `rows`. Nothing may be pending. Raises CacheError for a text that
-        names a row which is not stored, or a split whose name is no file name.
-        """
-        assert not self.pending, f"{len(self.pending)} images are still to be written"
-        stored = np.fromiter(self.rows.values(), np.int64, len(self.rows))
-        for split, table in texts.items():
-            if not np.isin(table.image_row, stored).all():
-                raise CacheError(f"text of split {split}: image_row names rows that are not in {self.folder}")
-        manifest = Manifest(
-            spec=self.spec,
-            part_rows=self.part_rows,
-            parts=self._sealed,
-            rows=len(self.rows),
-            splits={split: (text_name(split), len(table)) for split, table in texts.items()},
-            provenance=dict(provenance),
-        )
-        with self._disk():
+        with _disk(self.folder):
+            layouts = self._layouts()
+            if any(map(_is_partial, layouts)):
+                raise CacheError(
+                    f"{self.folder}: a part is in work. Run `pipe precompute` again: it goes on from here."
+                )
+            layouts = [part for part in layouts if (part.crc32 >= 0).any()]
+            stored = np.concatenate([np.empty(0, bool), *(part.crc32 >= 0 for part in layouts)])
             for split, table in texts.items():
-                table.save(self.folder / text_name(split))
-            manifest.save(self.folder)
-
-    def _adopt(self, layout: PartLayout) -> None:
-        """Counts the rows of a part that is there; one in work, always the last, is kept open."""
-        base = sum(rows for _, rows in self._sealed)
-        for row in np.flatnonzero(layout.crc32 != NOT_WRITTEN).tolist():
-            self.rows.setdefault(layout.digests[row].tobytes(), base + row)
-        if layout.path.suffix == ".partial":
-            self._part = _PartInWork(layout)
-        else:
-            self._sealed.append((layout.path.name, layout.rows))
-
-    def _plan(self, wanted: list[bytes]) -> list[bytes]:
-        """What is pending, in order; seals a part in work that cannot be gone on with."""
-        missing = [digest for digest in wanted if digest not in self.rows]
-        if not self._part:
-            return missing
-        planned = [self._part.layout.digests[row].tobytes() for row in self._part.open_rows]
-        if not planned or not set(planned) <= set(missing):
-            self._seal(self._part)
-            return missing
-        later = set(planned)
-        return planned + [digest for digest in missing if digest not in later]
-
-    def _begin(self) -> "_PartInWork":
-        digests = np.frombuffer(b"".join(self.pending[: self.part_rows]), np.uint8).reshape(-1, DIGEST_BYTES)
-        path = self.folder / part_name(self._next_index, sealed=False)
-        create_part(path, self.spec, digests)
-        self._next_index += 1
-        self._part = _PartInWork(inspect_part(path))
-        return self._part
-
-    def _seal(self, part: "_PartInWork") -> None:
-        if part.seal():
-            self._sealed.append((part.sealed_path.name, part.layout.rows))
-        self._part = None
-
-    def _check(self, digests: Sequence[bytes], features: np.ndarray[Any, Any]) -> None:
-        spec = self.spec
-        wanted = (len(digests), spec.query_tokens, spec.width)
-        if features.shape != wanted or features.dtype != spec.storage_dtype:
-            found = f"{features.shape} {features.dtype}"
-            raise CacheError(f"features are {found}, must be {wanted} {spec.storage_dtype} (for {spec.dtype})")
-        bits = np.ascontiguousarray(features).view(f"<u{spec.storage_dtype.itemsize}")
-        exponent = bits.dtype.type(_EXPONENT[spec.dtype])
-        bad = np.flatnonzero(((bits & exponent) == exponent).any(axis=(1, 2)))
-        if bad.size:
-            name = digests[int(bad[0])].hex()
-            raise CacheError(
-                f"features of image {name} (SHA-256 of its file) are not finite in {spec.dtype}. "
-                "Nothing of this batch was stored; choose a `cache.dtype` of wider range, or leave that image out."
+                if len(table) and not (table.image_row.max() < len(stored) and stored[table.image_row].all()):
+                    raise CacheError(f"text of split {split}: image_row names rows that are not in {self.folder}")
+            hashed = {name: hashlib.sha256(data).hexdigest() for name, data in (attachments or {}).items()}
+            for name, sha256 in hashed.items():
+                write_atomically(self.folder / attachment_file(name, sha256), (attachments or {})[name])
+            manifest = Manifest(
+                spec=self.spec,
+                part_rows=self.part_rows,
+                parts=[part_entry(part) for part in layouts],
+                rows=int(stored.sum()),
+                splits={split: table.save(self.folder, split) for split, table in texts.items()},
+                attachments=hashed,
+                provenance=dict(provenance or {}),
             )
+            manifest.save(self.folder)
+            _remove_unlisted(self.folder, manifest)
 
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            left = len(self.pending)
-            raise CacheError(
-                f"{self.folder}: {error}. The {left} images still to come need {left * self.spec.row_bytes} bytes. "
-                "Once the disk takes them, run the same command again: it goes on from here."
-            ) from error
+    def _layouts(self) -> list[PartLayout]:
+        return part_layouts(self.folder, self.spec)
+
+    def _in_work(self) -> list[PartLayout]:
+        return [part for part in self._layouts() if _is_partial(part)]
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a repair left that was killed: parts with a listed part's very images, and in no plan."""
+        listed, plan = _listed(self.folder, self.spec), Plan.load(self.folder).parts
+        layouts = self._layouts() if listed else []
+        images = {part.digests.tobytes() for part in layouts if part.path.name in listed}
+        for part in layouts:
+            if part.path.name not in listed and _sealed_name(part.path) not in plan:
+                if part.digests.tobytes() in images:
+                    part.path.unlink()
+
+    def _missing(self) -> dict[bytes, None]:
+        """The wanted images that no part has, in order."""
+        stored = {digest for part in self._layouts() for digest, _ in _stored(part) if digest in self._wanted}
+        return {digest: None for digest in self._wanted if digest not in stored}
+
+    def _plan(self, missing: dict[bytes, None], origins: Mapping[bytes, Any]) -> None:
+        """Has a part in work for every missing image, those to be copied apart from those to be encoded."""
+        unplanned = dict(missing)
+        for part in self._in_work():
+            planned = {part.digests[row].tobytes() for row in np.flatnonzero(part.crc32 == NOT_WRITTEN)}
+            if planned and all(digest in unplanned for digest in planned):
+                for digest in planned:
+                    del unplanned[digest]
+            else:
+                PartWriter(part.path).seal()
+        to_copy = [digest for digest in unplanned if digest in origins]
+        to_encode = [digest for digest in unplanned if digest not in origins]
+        names = free_names(self.folder, _listed(self.folder, self.spec))
+        for chunk in [*_chunks(to_copy, self.part_rows), *_chunks(to_encode, self.part_rows)]:
+            digests = np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, DIGEST_BYTES)
+            create_part(self.folder / f"{next(names)}.partial", self.spec, digests)
+        self._guard()
+
+    def _guard(self) -> None:
+        """Notes what the begun parts are, so that no later run lets HDF5 open a damaged one."""
+        listed = _listed(self.folder, self.spec)
+        begun = [part for part in self._layouts() if _sealed_name(part.path) not in listed]
+        plan = Plan({_sealed_name(part.path): _planned(part) for part in begun})
+        if plan != Plan.load(self.folder):
+            plan.save(self.folder)
+
+    def _copy(self, origins: Mapping[bytes, tuple[Path, int]]) -> int:
+        """Fills open rows of the parts in work from other caches; -> how many."""
+        copied = 0
+        readers: dict[Path, FeatureReader] = {}
+        for layout in self._in_work():
+            with PartWriter(layout.path) as part:
+                copied += _copy_rows(part, origins, readers)
+                if not part.open_rows.size:
+                    part.seal()
+        return copied
 
 
-class _PartInWork:
-    """A `.partial` part, open for `pwrite`: HDF5 is done with it, so no kill can hurt its structure."""
+@dataclass(frozen=True)
+class Survey:
+    """What there is before any work: numbers of distinct images."""
 
-    def __init__(self, layout: PartLayout) -> None:
-        self.layout = layout
-        self.sealed_path = layout.path.with_suffix("")
-        self.open_rows: list[int] = np.flatnonzero(layout.crc32 == NOT_WRITTEN).tolist()
-        self._descriptor = os.open(layout.path, os.O_RDWR | os.O_CLOEXEC)
+    wanted: int
+    stored: int
+    """In the cache already."""
+    nearby: int
+    """In another cache of equal spec, to be copied."""
+    bytes_needed: int
+    """On disk, for those not stored."""
 
-    def store(self, features: np.ndarray[Any, Any]) -> list[int]:
-        """Writes features (n, Q, D) to the first n open rows, or to all if they are fewer; -> the rows taken."""
-        layout, rows = self.layout, self.open_rows[: len(features)]
-        checksums = []
-        for row, one in zip(rows, features, strict=False):
-            data = as_bytes(one)
-            pwrite_all(self._descriptor, data, layout.features_offset + row * layout.spec.row_bytes)
-            checksums.append(zlib.crc32(data))
-        os.fdatasync(self._descriptor)  # a CRC on disk is the promise that its row is
-        for row, checksum in zip(rows, checksums, strict=True):
-            pwrite_all(self._descriptor, checksum.to_bytes(8, "little"), layout.crc_offset + row * 8)
-        del self.open_rows[: len(rows)]
-        return rows
-
-    def seal(self) -> bool:
-        """Gives the part its final name, and True; a part without any row is removed instead, and False."""
-        os.fsync(self._descriptor)
-        worth_keeping = len(self.open_rows) < self.layout.rows
-        if worth_keeping:
-            rename(self.layout.path, self.sealed_path)
-        else:
-            self.layout.path.unlink()
-        self.close()
-        return worth_keeping
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+    @property
+    def to_encode(self) -> int:
+        return self.wanted - self.stored - self.nearby
 
 
-def _survey(folder: Path, spec: CacheSpec) -> tuple[int, list[PartLayout]]:
-    """The index that a new part takes, and the parts there are, in order. Changes nothing that holds a row."""
-    _remove_temporaries(folder)
-    manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
-    if manifest:
-        _require(spec, manifest.spec, folder / MANIFEST_NAME)
-    found = {path.name: match for path in folder.iterdir() if (match := PART_NAME.fullmatch(path.name))}
-    names = sorted(found, key=lambda name: int(found[name][1]))
-    for name in names[:-1]:
-        if name.endswith(".partial"):
-            raise CacheError(f"{folder / name}: only the last part may be in work. Delete it: its rows are remade.")
-    layouts = [inspect_part(folder / name) for name in names]
-    for layout in layouts:
-        _require(spec, layout.spec, layout.path)
-    # A part that the manifest names but that was deleted keeps its name: the old manifest must not mean another file.
-    listed = [PART_NAME.fullmatch(name) for name, _ in manifest.parts] if manifest else []
-    return max((int(match[1]) + 1 for match in [*found.values(), *listed] if match), default=0), layouts
+def survey(folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = ()) -> Survey:
+    """What a `FeatureWriter` would find; changes nothing. Raises CacheError as it does."""
+    wanted = _distinct(digests)
+    layouts = part_layouts(folder, spec) if folder.is_dir() else []
+    stored = {digest for part in layouts for digest, _ in _stored(part) if digest in wanted}
+    missing = {digest: None for digest in wanted if digest not in stored}
+    bytes_needed = len(missing) * (spec.row_bytes + _HEAD_BYTES_A_ROW)
+    return Survey(len(wanted), len(stored), len(find_rows(sources, spec, missing)), bytes_needed)
+
+
+def caches_beside(folder: Path, spec: CacheSpec) -> list[Path]:
+    """The other finished caches of equal spec in the parent folder of `folder`."""
+    beside = sorted(path.parent for path in folder.absolute().parent.glob(f"*/{MANIFEST_NAME}"))
+    return [path for path in beside if path != folder.absolute() and _spec_of(path) == spec]
+
+
+def find_rows(sources: Sequence[Path], spec: CacheSpec, digests: Container[bytes]) -> dict[bytes, tuple[Path, int]]:
+    """Of `digests`, those that caches of equal `spec` in `sources` store: the cache's folder and the row in it."""
+    found: dict[bytes, tuple[Path, int]] = {}
+    for folder in sources:
+        with suppress(CacheError):  # a damaged cache is no source; its own use will say so
+            reader = FeatureReader(folder)
+            for digest, row in reader.stored() if reader.spec == spec else ():
+                if digest in digests:
+                    found.setdefault(digest, (folder, row))
+    return found
+
+
+def part_layouts(folder: Path, spec: CacheSpec) -> list[PartLayout]:
+    """The parts in `folder`, found sound, in the order that numbers rows: the manifest's, then by name.
+
+    Raises CacheError for a part that is not what was written, or is of another spec than `spec`.
+    """
+    listed = _listed(folder, spec)
+    plan = Plan.load(folder).parts
+    names = {_sealed_name(path): path for path in folder.iterdir() if PART_NAME.fullmatch(path.name)}
+    order = [*listed, *sorted(name for name in names if name not in listed)]
+    layouts = []
+    for name in order:
+        path = names.get(name)
+        if path is None:
+            continue  # deleted by hand: its images are missing, and encoded again
+        if name in listed:
+            listed[name].check(folder, spec.row_bytes)
+        elif name in plan:
+            plan[name].check(path)
+        layouts.append(inspect_part(path))
+        _require(spec, layouts[-1].spec, path)
+    return layouts
+
+
+def _copy_rows(part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], readers: dict[Path, FeatureReader]) -> int:
+    """Copies the open rows that are somewhere else and undamaged there; -> how many."""
+    copied = 0
+    for row in part.open_rows.tolist():
+        origin = origins.get(part.digests[row].tobytes())
+        if origin is None:
+            continue
+        folder, there = origin
+        features = None
+        with suppress(CacheError):  # damaged there: it is encoded like the others
+            if folder not in readers:
+                readers[folder] = FeatureReader(folder)
+            features = readers[folder].gather(np.array([there]))
+        if features is not None:
+            part.write(np.array([row]), features)
+            copied += 1
+    return copied
+
+
+def _distinct(digests: Sequence[bytes]) -> dict[bytes, None]:
+    wanted = dict.fromkeys(digests)
+    if any(len(digest) != DIGEST_BYTES for digest in wanted):
+        raise CacheError(f"an image digest must be SHA-256, {DIGEST_BYTES} bytes")
+    return wanted
+
+
+def _stored(part: PartLayout) -> Iterator[tuple[bytes, int]]:
+    """Digest and row of every stored row of a part."""
+    return ((part.digests[row].tobytes(), row) for row in np.flatnonzero(part.crc32 >= 0).tolist())
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _sealed_name(path: Path) -> str:
+    return path.name.removesuffix(".partial")
+
+
+def _is_partial(part: PartLayout) -> bool:
+    return part.path.suffix == ".partial"
+
+
+def _listed(folder: Path, spec: CacheSpec) -> dict[str, PartEntry]:
+    """The parts of the manifest, if there is one, by name and in its order."""
+    if not (folder / MANIFEST_NAME).exists():
+        return {}
+    manifest = Manifest.load(folder)
+    _require(spec, manifest.spec, folder / MANIFEST_NAME)
+    return {part.file: part for part in manifest.parts}
+
+
+def free_names(folder: Path, listed: Container[str]) -> Iterator[str]:
+    """Part names, lowest first, that neither a file nor the manifest has.
+
+    A part that was deleted by hand keeps its name: the old manifest must not mean another file.
+    """
+    taken = {_sealed_name(path) for path in folder.iterdir()}
+    names = (part_name(index) for index in count())
+    return (name for name in names if name not in taken and name not in listed)
+
+
+def _planned(part: PartLayout) -> PlannedPart:
+    place = (part.features_offset, part.crc_offset, part.rows)
+    return PlannedPart(_sealed_name(part.path), *place, head_sha256(part.path, *place))
+
+
+def part_entry(part: PartLayout) -> PartEntry:
+    return PartEntry(part.path.name, part.rows, part.features_offset, sha256_of(part.path, part.features_offset))
+
+
+def _spec_of(folder: Path) -> CacheSpec | None:
+    try:
+        return Manifest.load(folder).spec
+    except (CacheError, OSError):
+        return None
 
 
 def _open_folder(folder: Path) -> None:
@@ -249,40 +369,24 @@ def _open_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fsync_folder(folder.parent)
     names = [path.name for path in folder.iterdir()]
-    own = [name for name in names if _OWN_NAME.fullmatch(name)]
+    own = [name for name in names if OWN_NAME.fullmatch(name)]
     if names and not own:
         raise CacheError(f"{folder}: holds other files ({min(names)}, ...), no cache. Choose another `cache.dir`.")
-
-
-def _lock(folder: Path) -> int:
-    """Takes the folder for this process until the descriptor is closed, at the latest when the process ends.
-
-    It waits a little: a killed run's helper processes hold the lock until they notice that they are orphans. A
-    file system without such locks is used without.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                message = f"{folder}: another process is writing this cache. Run the command again when it is done."
-                raise CacheError(message) from None
-            time.sleep(0.2)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                os.close(descriptor)
-                raise
-            return descriptor
 
 
 def _remove_temporaries(folder: Path) -> None:
     """Removes files that were never finished."""
     for path in folder.iterdir():
-        if path.name.endswith(TEMPORARY) and _OWN_NAME.fullmatch(path.name):
+        if path.name.endswith(TEMPORARY) and OWN_NAME.fullmatch(path.name):
+            path.unlink()
+
+
+def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
+    """Removes what no reader of the manifest needs: texts, attachments and parts that it replaced, and the plan."""
+    kept = {part.file for part in manifest.parts} | {text.file for text in manifest.splits.values()}
+    kept |= {attachment_file(name, sha256) for name, sha256 in manifest.attachments.items()}
+    for path in folder.iterdir():
+        if path.name not in {*kept, MANIFEST_NAME, LOCK_NAME} and OWN_NAME.fullmatch(path.name):
             path.unlink()
 
 
@@ -291,5 +395,16 @@ def _require(wanted: CacheSpec, found: CacheSpec, path: Path) -> None:
         lines = "\n".join(f"  {line}" for line in found.diff(wanted))
         raise CacheError(
             f"{path}: the features in this cache are of another kind:\n{lines}\n"
-            f"Choose another `cache.dir`, or delete the folder {path.parent} if it is no longer needed."
+            f"Choose another `cache.dir`, or delete this cache with `pipe cache rm {path.parent}` if it is no longer "
+            "needed."
         )
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"{folder}: {error}. What is written stays good: once the disk takes more, run the same command again."
+        ) from error

@@ -1,0 +1,75 @@
+"""Who may write: one process at a time, known by name, and never one that is dead."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import datetime
+from pathlib import Path
+
+from cache.spec import CacheError
+
+LOCK_NAME = ".lock"
+PATIENCE = 10  # seconds
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class FolderLock:
+    """Holds `folder` for writing until `release`, at the latest when the process ends, however it ends.
+
+    Waits for `PATIENCE` seconds first. The lock is the kernel's, on the file `.lock`, which names its holder while
+    it is held and is empty otherwise; a file system without locks is used without. Raises CacheError that says who
+    holds the folder, OSError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not lock(self._descriptor, PATIENCE):
+                message = f"{folder}: {holder(folder)} is writing this cache. Run the command again when it is done."
+                raise CacheError(message)
+            self._sign()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _sign(self) -> None:
+        assert self._descriptor is not None
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        owner = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since})
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, owner.encode(), 0)
+
+
+def lock(descriptor: int, patience: float = 0) -> bool:
+    """Takes the kernel's lock on an open file; False if another process keeps it for `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            return True
+
+
+def holder(folder: Path) -> str:
+    """Who holds the folder, in words."""
+    try:
+        owner = json.loads((folder / LOCK_NAME).read_bytes())
+        return f"process {owner['process']} on {owner['host']} (since {owner['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
