@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.files import sha256_of
 from cache.reader import FeatureReader
 from cache.text import TextTable
 from pipeline.batching import Batcher
@@ -26,6 +27,8 @@ def open_batcher(config: Config, split: str) -> Batcher:
     features = FeatureReader(config.cache.dir, config.cache.io)
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
     _check_features(features, config, folder)
+    _check_annotations(features, config, split)
+    _tell_left_out(features)
     text = features.text(split)
     tokenizer = PromptTokenizer(folder, config.data.prompt)
     if (text.prompt, text.tokenizer) != (tokenizer.prompt, tokenizer.identity()):
@@ -33,6 +36,27 @@ def open_batcher(config: Config, split: str) -> Batcher:
         text = retokenize(text, tokenizer)
     _check_lengths(text, features.spec.query_tokens, tokenizer.longest)
     return Batcher(features, text)
+
+
+def _tell_left_out(features: FeatureReader) -> None:
+    left_out: dict[str, int] = features.manifest.provenance.get("left_out", {})
+    if left_out:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        listed = features.attachment("left-out.jsonl")
+        say(f"{features.folder}: {sum(left_out.values())} questions were left out ({reasons}); all of them: {listed}")
+
+
+def _check_annotations(features: FeatureReader, config: Config, split: str) -> None:
+    """Notices an edit since the cache was made; annotations that are not on this machine are not needed."""
+    made_of = features.manifest.provenance.get("sources", {}).get(split, {})
+    files = config.data.splits.get(split)
+    for key, sha256 in made_of.items():
+        path = getattr(files, key, None)
+        if path is not None and path.is_file() and sha256_of(path) != sha256:
+            raise PipelineError(
+                f"{path} (data.{split}.{key}) is not what {config.cache.dir} was made of. Run `pipe precompute` again: "
+                "it renews the text, and encodes only pictures that are new"
+            )
 
 
 def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf:

@@ -32,7 +32,7 @@ def main() -> None:
     """
 
 
-def stage(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
     """A command that returns a summary, with --json and --debug, and errors told in a line or two."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
@@ -42,13 +42,15 @@ def stage(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
         started = time.perf_counter()
         with redirect_stdout(sys.stderr):  # stdout carries the summary alone
             summary = _guarded(lambda: command(**arguments), debug)
+        if summary is None:
+            return  # one of several processes, not the first: that one tells
         summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
         print(json.dumps(summary) if as_json else _table(summary))
 
     return run
 
 
-def _guarded(call: Callable[[], dict[str, Any]], debug: bool) -> dict[str, Any]:
+def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
     from cache.spec import CacheError
     from pipeline.errors import ConfigError, PipelineError
 
@@ -141,21 +143,25 @@ def quickstart(overrides: tuple[str, ...]) -> dict[str, Any]:
 @main.command()
 @CONFIG
 @OVERRIDES
+@click.option("--dry-run", is_flag=True, help="Say what there is to do, how long it takes, and whether it fits.")
 @stage
-def precompute(config: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[str, Any] | None:
     """Stage one: run the frozen encoder once over the pictures that CONFIG names, into its cache.
 
-    A killed or repeated run goes on where the last one stopped; only pictures that the cache lacks are
-    encoded. By default 64 pictures at a time, features in float16.
+    A killed or repeated run goes on where the last one stopped; only pictures that neither the cache nor one
+    beside it has are encoded. By default 64 pictures at a time, features in float16. Several GPUs or
+    machines: start it with torchrun or accelerate launch.
 
     \b
     Example:  pipe precompute configs/easy_vqa.yaml
-              pipe precompute configs/your_data.yaml cache.dir=/data/caches/mine
+              pipe precompute configs/your_data.yaml cache.dir=/data/caches/mine --dry-run
+              torchrun --nproc-per-node 4 --no-python pipe precompute configs/your_data.yaml
     """
+    from pipeline import precompute as stage_one
     from pipeline.config import load_config
-    from pipeline.precompute import precompute
 
-    return precompute(load_config(config, overrides))
+    loaded = load_config(config, overrides)
+    return stage_one.dry_run(loaded) if dry_run else stage_one.precompute(loaded)
 
 
 @main.command()

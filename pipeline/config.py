@@ -38,6 +38,10 @@ class SplitFiles(Section):
     images: Path | None = None
     """Folder of the pictures."""
 
+    def absolute(self) -> "SplitFiles":
+        """The same, found from every folder."""
+        return self.model_copy(update={name: path.absolute() for name, path in dict(self).items() if path is not None})
+
 
 class DataConfig(Section):
     format: str = "jsonl"
@@ -73,8 +77,8 @@ class CacheConfig(Section):
     """Folder of the feature cache."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the stored query features."""
-    part_rows: Positive = 4096
-    """Pictures a file."""
+    part_rows: Positive = 1024
+    """Pictures a file; also what one of several processes takes at a time."""
     io: Literal["memmap", "pread"] = "memmap"
     """How rows are read; pread is slower and safe on network mounts."""
 
@@ -83,11 +87,11 @@ class PrecomputeConfig(Section):
     batch_size: Positive = 64
     """Pictures."""
     num_workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that decode pictures; 0 decodes in the main process."""
+    """Threads that decode pictures, at least one."""
     dtype: Precision = "auto"
     """Of the encoder; auto is bfloat16 where the device computes in it, else float16 on CUDA and float32 on a CPU."""
     on_missing: Literal["error", "skip"] = "error"
-    """What to do about questions whose picture is not there."""
+    """What to do about questions that cannot be used: no picture, no answer, an id that is there twice."""
 
 
 class QuantizationConfig(Section):
@@ -179,7 +183,7 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def with_absolute_paths(self) -> "Config":
-        """The same, with a cache and a checkpoint that are found from every folder."""
+        """The same, with files and folders that are found from every folder."""
         checkpoint = self.model.checkpoint
         if Path(checkpoint).is_dir():
             checkpoint = str(Path(checkpoint).absolute())
@@ -187,6 +191,9 @@ class Config(Section):
             update={
                 "cache": self.cache.model_copy(update={"dir": self.cache.dir.absolute()}),
                 "model": self.model.model_copy(update={"checkpoint": checkpoint}),
+                "data": self.data.model_copy(
+                    update={name: files.absolute() for name, files in self.data.splits.items()}
+                ),
             }
         )
 

@@ -8,15 +8,15 @@ from pipeline.errors import PipelineError
 
 
 def refuse_several_processes() -> None:
-    """Both stages run in one process; started in several they would write over each other."""
+    """Stage two runs in one process; started in several they would write over each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise PipelineError("this stage runs in one process; start it without torchrun or accelerate launch")
 
 
 def pick_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
+    """This process's GPU if there is one, else the CPU; of several processes on a machine each has its own GPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 

@@ -1,137 +1,216 @@
 """Stage one: read -> encode -> write. Every distinct picture goes once through the frozen encoder."""
 
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from cache.format import inspect_part
 from cache.spec import CacheSpec
-from cache.writer import FeatureWriter
+from cache.text import TextTable
+from cache.writer import FeatureWriter, Survey, caches_beside, survey
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
-from pipeline.config import Config, DataConfig, PrecomputeConfig
-from pipeline.device import dtype_name, pick_device, pick_dtype, refuse_several_processes
+from pipeline.config import Config, PrecomputeConfig
+from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
-from pipeline.errors import PipelineError
+from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
 from pipeline.identity import encoder_spec
-from pipeline.images import Preprocessor, image_digest, load_batches
-from pipeline.progress import progress_bar, say
+from pipeline.images import Preprocessor
+from pipeline.preflight import (
+    LEFT_OUT_NAME,
+    Inputs,
+    check_room,
+    first_line,
+    left_out_lines,
+    read_inputs,
+    source_digests,
+    tell_left_out,
+)
+from pipeline.progress import say
+from pipeline.team import Team
 from pipeline.text import PromptTokenizer, tokenize
-from pipeline.vqa import VQAExample, read_examples
-
-PATHS_NAMED = 3  # of the missing pictures, in an error
 
 
-def precompute(config: Config) -> dict[str, Any]:
-    """Fill the cache that `config` names, and return the summary.
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the encoder is loaded."""
 
-    Goes on where an earlier run stopped, encodes only pictures that are not in the cache yet, and remakes
-    the text each time. Raises `PipelineError` or `CacheError`; what is written stays good.
+    inputs: Inputs
+    tokenizer: PromptTokenizer
+    texts: dict[str, TextTable]
+    """By split; the rows of the images are not known yet."""
+    checkpoint: Path
+    spec: CacheSpec
+    beside: list[Path]
+    """Caches to copy rows from."""
+    found: Survey
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process encodes."""
+
+    spec: CacheSpec
+    parts: list[Path]
+    pictures: dict[bytes, Path]
+    """Digest -> file, of what is to be encoded."""
+
+
+def precompute(config: Config) -> dict[str, Any] | None:
+    """Fill the cache that `config` names, and return the summary; None in a process that only helps.
+
+    Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and
+    remakes the text each time. Under `torchrun` each process fills parts of its own. Raises `PipelineError` or
+    `CacheError`; what is written stays good.
     """
-    refuse_several_processes()
-    started = time.perf_counter()
-    splits = read_splits(config.data)
-    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
-    digests = _digest_pictures({example.image for examples in splits.values() for example in examples})
-    splits, missing = _drop_missing(splits, digests, config.precompute.on_missing)
-
-    paths = {digests[example.image]: example.image for examples in splits.values() for example in examples}
-    tokenizer = PromptTokenizer(folder, config.data.prompt)
-    # Before the long work, so that what is wrong with the text is told first; the rows are known after it.
-    texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in splits.items()}
-    dtype = pick_dtype(config.precompute.dtype, pick_device())
-    spec = encoder_spec(folder, dtype_name(dtype), config.cache.dtype)
-    with FeatureWriter(config.cache.dir, spec, list(paths), config.cache.part_rows) as writer:
-        to_encode = len(writer.pending)
-        say(f"{len(paths)} distinct pictures, {writer.reused} of them in the cache already")
-        encoding_started = time.perf_counter()
-        if to_encode:
-            _encode(writer, paths, folder, config.precompute)
-        encoding_seconds = time.perf_counter() - encoding_started
-        texts = {
-            split: replace(text, image_row=np.array([writer.rows[digests[e.image]] for e in splits[split]], np.int64))
-            for split, text in texts.items()
-        }
-        writer.finish(texts, {"checkpoint": config.model.checkpoint, "revision": config.model.revision or ""})
-    return {
-        "cache": str(config.cache.dir),
-        "cache_bytes": sum(file.stat().st_size for file in config.cache.dir.iterdir()),
-        "images": len(paths),
-        "encoded": to_encode,
-        "reused": len(paths) - to_encode,
-        "failed": missing,
-        "questions": {split: len(text) for split, text in texts.items()},
-        "seconds": time.perf_counter() - started,
-        "images_per_second": to_encode / encoding_seconds if to_encode else None,
-    }
-
-
-def read_splits(data: DataConfig) -> dict[str, list[VQAExample]]:
-    """The examples of every split that the config names."""
-    return {
-        split: read_examples(data.format, split, files.annotations, files.images, files.questions)
-        for split, files in data.splits.items()
-    }
-
-
-def _digest_pictures(paths: set[Path]) -> dict[Path, bytes]:
-    """Digest of every picture that is there; those that are not are left out."""
-    ordered = sorted(paths)
-    found: dict[Path, bytes] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(ordered), "pictures") as bar:
-        for path, digest in zip(ordered, pool.map(_digest_or_none, ordered), strict=True):
-            if digest is not None:
-                found[path] = digest
-            bar.update()
-    return found
-
-
-def _digest_or_none(path: Path) -> bytes | None:
-    try:
-        return image_digest(path)
-    except OSError:
+    with Team() as team:
+        if team.rank == 0:
+            return _lead(config, team)
+        _help(config, team)
         return None
 
 
-def _drop_missing(
-    splits: dict[str, list[VQAExample]], digests: dict[Path, bytes], on_missing: str
-) -> tuple[dict[str, list[VQAExample]], int]:
-    """The splits without questions on missing pictures, and the number of these pictures; or an error."""
-    missing = sorted({e.image for examples in splits.values() for e in examples if e.image not in digests})
-    if not missing:
-        return splits, 0
-    named = ", ".join(str(path) for path in missing[:PATHS_NAMED]) + (", ..." if len(missing) > PATHS_NAMED else "")
-    kept = {split: [e for e in examples if e.image in digests] for split, examples in splits.items()}
-    lost = sum(map(len, splits.values())) - sum(map(len, kept.values()))
-    if on_missing == "error" or not digests:
-        raise PipelineError(
-            f"{len(missing)} pictures of {lost} questions are not there or not readable: {named}. "
-            "Check data.*.images, or leave those questions out with precompute.on_missing=skip"
-        )
-    say(f"left out: {lost} questions on {len(missing)} pictures that are not there or not readable: {named}")
-    return kept, len(missing)
+def dry_run(config: Config) -> dict[str, Any]:
+    """What `precompute` would do, how long it would take, and what it would leave out; the cache stays as it is."""
+    prepared = _prepare(config)
+    found, settings = prepared.found, config.precompute
+    a_second = None
+    if found.to_encode:
+        encoder = _picture_encoder(prepared.checkpoint, prepared.spec, settings)
+        a_second = encoder.pictures_per_second(list(prepared.inputs.paths.values()))
+    return {
+        "cache": str(config.cache.dir),
+        "pictures": prepared.inputs.pictures,
+        "images": found.wanted,
+        "reused": found.stored + found.nearby,
+        "to_encode": found.to_encode,
+        "bytes_needed": found.bytes_needed,
+        "left_out": _reasons(prepared.inputs),
+        "images_per_second": a_second,
+        "seconds_encoding": found.to_encode / a_second if a_second else 0.0,
+    }
 
 
-def _encode(writer: FeatureWriter, paths: dict[bytes, Path], folder: Path, settings: PrecomputeConfig) -> None:
-    """Encode and write what is pending, batch by batch."""
-    pending, done = list(writer.pending), 0
-    device, storage = pick_device(), getattr(torch, writer.spec.dtype)
-    encoder = load_encoder(folder, device, getattr(torch, writer.spec.encoder_dtype))
-    pictures = [paths[digest] for digest in pending]
-    batches = load_batches(pictures, Preprocessor(folder), settings.batch_size, settings.num_workers)
-    with progress_bar("encoding", len(pending), "pictures") as bar, torch.inference_mode():
-        for pixel_values in batches:
-            features = encoder(pixel_values.to(device)).to(storage).cpu()
-            writer.write(pending[done : done + len(features)], _as_numpy(features, writer.spec))
-            done += len(features)
-            bar.update(len(features))
+def _lead(config: Config, team: Team) -> dict[str, Any]:
+    """Process 0: prepares, takes its share, and finishes."""
+    started = time.perf_counter()
+    prepared = _prepare(config)
+    inputs, spec = prepared.inputs, prepared.spec
+    with FeatureWriter(config.cache.dir, spec, list(inputs.paths), config.cache.part_rows, prepared.beside) as writer:
+        share = team.share_out(_shares(writer.parts, spec, inputs.paths, team.size))
+        prepared_at = time.perf_counter()
+        reports = team.gather(_encode(share, prepared.checkpoint, config.precompute))
+        encoded_at = time.perf_counter()
+        failures = {digest: why for report in reports for digest, why in report.failures.items()}
+        if failures:
+            inputs = inputs.without(failures)
+            tell_left_out(inputs, config.precompute.on_missing, _report(config))
+        texts = _texts(prepared, inputs, writer.rows())
+        writer.finish(texts, _attachments(inputs), _provenance(config, inputs))
+        _report(config).unlink(missing_ok=True)
+    encoded = sum(report.rows for report in reports)
+    loop_seconds = max(report.seconds for report in reports)
+    return {
+        "cache": str(config.cache.dir),
+        "cache_bytes": sum(file.stat().st_size for file in config.cache.dir.iterdir()),
+        "images": len(inputs.paths),
+        "encoded": encoded,
+        "reused": len(inputs.paths) - encoded,
+        "copied": writer.copied,
+        "failed": inputs.pictures - len(inputs.digests),
+        "questions": {split: len(text) for split, text in texts.items()},
+        "left_out": _reasons(inputs),
+        "time": {
+            "preparing": prepared_at - started,
+            "loading_encoder": encoded_at - prepared_at - loop_seconds,
+            **{name: sum(getattr(report, name) for report in reports) / len(reports) for name in LOOP_TIMES},
+            "finishing": time.perf_counter() - encoded_at,
+        },
+        "seconds": time.perf_counter() - started,
+        "images_per_second": encoded / loop_seconds if encoded else None,
+    }
 
 
-def _as_numpy(features: Tensor, spec: CacheSpec) -> np.ndarray:
-    """The tensor as numpy stores it: bfloat16, which numpy lacks, as uint16."""
-    return (features.view(torch.uint16) if spec.dtype == "bfloat16" else features).numpy()
+def _help(config: Config, team: Team) -> None:
+    """A process that is not 0: encodes its share."""
+    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
+    team.gather(_encode(team.receive(Share), checkpoint, config.precompute))
+
+
+def _prepare(config: Config) -> Prepared:
+    """Everything that can go wrong before the long work, in order of its cost."""
+    inputs = read_inputs(config.data)
+    tell_left_out(inputs, config.precompute.on_missing, _report(config))
+    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
+    tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
+    texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
+    dtype = pick_dtype(config.precompute.dtype, pick_device())
+    spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
+    beside = caches_beside(config.cache.dir, spec)
+    found = survey(config.cache.dir, spec, list(inputs.paths), beside)
+    say(first_line(inputs, found, config.cache))
+    check_room(found, config.cache)
+    return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
+
+
+def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, Path], processes: int) -> list[Share]:
+    """The parts dealt out, and of the pictures only those that each process encodes."""
+    shares = []
+    for rank in range(processes):
+        mine = list(parts[rank::processes])
+        digests = {digest.tobytes() for path in mine for digest in inspect_part(path).digests}
+        shares.append(Share(spec, mine, {digest: pictures[digest] for digest in digests if digest in pictures}))
+    return shares
+
+
+def _encode(share: Share, checkpoint: Path, settings: PrecomputeConfig) -> Encoded:
+    if not share.parts:
+        return Encoded()
+    return _picture_encoder(checkpoint, share.spec, settings).fill(share.parts, share.pictures)
+
+
+def _picture_encoder(checkpoint: Path, spec: CacheSpec, settings: PrecomputeConfig) -> PictureEncoder:
+    encoder = load_encoder(checkpoint, pick_device(), getattr(torch, spec.encoder_dtype))
+    return PictureEncoder(encoder, Preprocessor(checkpoint), settings.batch_size, settings.num_workers)
+
+
+def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[str, TextTable]:
+    """The text of each split with the rows of its images; made again if pictures failed meanwhile."""
+    texts = {}
+    for split, examples in inputs.splits.items():
+        image_row = np.array([rows[inputs.digests[example.image]] for example in examples], np.int64)
+        if len(examples) == len(prepared.texts[split]):
+            texts[split] = replace(prepared.texts[split], image_row=image_row)
+        else:
+            texts[split] = tokenize(examples, image_row, prepared.tokenizer)
+    return texts
+
+
+def _report(config: Config) -> Path:
+    """Where it is listed what cannot be used, while there is no finished cache that holds the list."""
+    return config.cache.dir.with_name(f"{config.cache.dir.name}.{LEFT_OUT_NAME}")
+
+
+def _attachments(inputs: Inputs) -> dict[str, bytes]:
+    return {LEFT_OUT_NAME: left_out_lines(inputs.left_out)} if inputs.left_out else {}
+
+
+def _reasons(inputs: Inputs) -> dict[str, int]:
+    """Questions left out, by reason."""
+    counts: Counter[str] = Counter()
+    for one in inputs.left_out:
+        counts[one.reason] += one.questions
+    return dict(counts)
+
+
+def _provenance(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What made the cache: enough to repair it, and to notice that the annotations have changed since."""
+    used = config.model_dump(mode="json", include={"model": True, "data": True, "precompute": True, "cache": {"dtype"}})
+    versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
+    return {"config": used, "sources": source_digests(config.data), "left_out": _reasons(inputs), "versions": versions}

@@ -5,6 +5,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.team import rank
+
 
 def progress_bar(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
     """A bar with rate and time left; on a terminal it is redrawn, in a log file it is a line now and then."""
@@ -12,6 +14,7 @@ def progress_bar(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]"
     return tqdm(
         desc=f"{what:<10}",
         total=total,
+        disable=rank() > 0,
         initial=done,
         unit=f" {unit}",
         file=sys.stderr,
@@ -22,5 +25,7 @@ def progress_bar(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]"
 
 
 def say(line: str) -> None:
-    """A line of log on stderr."""
+    """A line of log on stderr; of several processes the first alone speaks."""
+    if rank() > 0:
+        return
     tqdm.write(line, file=sys.stderr)

@@ -22,7 +22,7 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     config = load_config(config_path, overrides)
     run = next_run(config.train.output_dir, config_path.stem)
     say("1/4 The frozen encoder runs once over every picture")
-    encoded = precompute(config)
+    encoded = precompute(config) or {}
     say("2/4 Training LoRA on the 4-bit language model, from the cache")
     trained = train(config, run)
     say("3/4 Answering the test questions without the adapter")

@@ -192,7 +192,7 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A short training on easy-VQA's own pictures, 200 test questions beside it."""
     folder = tmp_path_factory.mktemp("easy_vqa")
     for split, count in (("train", 800), ("test", 200)):
-        rows = [example.to_record() for example in read_examples("easy_vqa", split)[:count]]
+        rows = [example.to_record() for example in read_examples("easy_vqa", split).examples[:count]]
         root = Path(str(rows[0]["image"])).parent
         lines = [json.dumps({**row, "image": Path(str(row["image"])).name}) for row in rows]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))

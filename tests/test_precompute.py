@@ -8,7 +8,7 @@ import torch
 from conftest import write_config, write_data_set
 from safetensors.torch import load_file, save_file
 
-import pipeline.images
+import pipeline.encoding
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.assemble import open_batcher
@@ -46,13 +46,15 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
     data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
-    whole = config.model_copy(update={"cache": config.cache.model_copy(update={"dir": data_set / "whole"})})
+    whole = config.model_copy(
+        update={"cache": config.cache.model_copy(update={"dir": data_set / "elsewhere" / "whole"})}
+    )
     precompute(whole)
-    decode = pipeline.images.Preprocessor.__call__
+    read = pipeline.encoding.read_picture
     monkeypatch.setattr(
-        pipeline.images.Preprocessor,
-        "__call__",
-        lambda self, path: (_ for _ in ()).throw(KeyboardInterrupt) if path.name == "18.png" else decode(self, path),
+        pipeline.encoding,
+        "read_picture",
+        lambda path: (_ for _ in ()).throw(KeyboardInterrupt) if path.name == "18.png" else read(path),
     )
     with pytest.raises(KeyboardInterrupt):
         precompute(config)
@@ -79,27 +81,98 @@ def test_only_new_and_changed_pictures_are_encoded(data_set: Path) -> None:
     assert text.record(len(text) - 1)["answers"] == ["new"]
 
 
+def left_out(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_missing_pictures_are_an_error_or_a_counted_skip(data_set: Path) -> None:
     for name in ("0.png", "1.png"):
         (data_set / "images" / name).unlink()
-    with pytest.raises(PipelineError, match=r"2 pictures of 6 questions are not there or not readable: .*/0.png"):
+    with pytest.raises(PipelineError, match=r"6 questions \(not there: .*/0.png, .*/1.png\).*on_missing=skip"):
         precompute(load_config(data_set / "config.yaml"))
+    report = data_set / "cache.left-out.jsonl"
     assert not (data_set / "cache").exists()
+    listed = left_out(report)
+    assert [(one["split"], one["reason"], one["questions"]) for one in listed] == [("train", "not there", 3)] * 2
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
     assert (summary["images"], summary["failed"], summary["questions"]["train"]) == (22, 2, 48)
+    assert summary["left_out"] == {"not there": 6}
+    assert left_out(FeatureReader(data_set / "cache").attachment("left-out.jsonl")) == listed
+    assert not report.exists()  # the cache holds it now
+
+
+def test_what_training_will_not_see_is_said_at_its_start(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data_set / "images" / "0.png").unlink()
+    config = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
+    precompute(config)
+    capsys.readouterr()
+    open_batcher(config, "train")
+    assert "3 questions were left out (not there: 3)" in capsys.readouterr().err
 
 
 def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set: Path) -> None:
     shutil.rmtree(data_set / "images")
-    with pytest.raises(PipelineError, match=r"24 pictures of 72 questions .* Check data.\*.images"):
+    with pytest.raises(PipelineError, match=r"nothing is left to encode. Check data.\*.images"):
         precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_undecodable_picture_is_named(data_set: Path, workers: int) -> None:
-    (data_set / "images" / "5.png").write_bytes(b"<html>not found</html>")
-    with pytest.raises(PipelineError, match=r"images/5\.png: not a picture that can be decoded"):
-        precompute(load_config(data_set / "config.yaml", [f"precompute.num_workers={workers}"]))
+def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_set: Path) -> None:
+    with (data_set / "train.jsonl").open("a") as file:
+        for row in ({"question_id": 1, "answer": "twice"}, {"question_id": 99}):
+            file.write("\n" + json.dumps({"image": "0.png", "question": "what?", **row}))
+    with pytest.raises(PipelineError, match="question_id is there twice"):
+        precompute(load_config(data_set / "config.yaml"))
+    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    assert summary["left_out"] == {"question_id is there twice": 1, "no answer": 1}
+    assert (summary["questions"]["train"], summary["failed"]) == (54, 0)
+
+
+def truncate(path: Path) -> None:
+    """Leaves a good header: that the picture is broken shows only when it is decoded."""
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_a_picture_that_turns_out_broken_costs_no_other_its_features(data_set: Path) -> None:
+    truncate(data_set / "images" / "5.png")
+    config = load_config(data_set / "config.yaml")
+    with pytest.raises(PipelineError, match=r"3 questions \(cannot be decoded: .*/5\.png\).*on_missing=skip"):
+        precompute(config)
+    assert not (data_set / "cache" / "manifest.json").exists()
+    assert left_out(data_set / "cache.left-out.jsonl")[0]["image"].endswith("5.png")
+    skipping = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
+    summary = precompute(skipping)
+    assert (summary["encoded"], summary["reused"], summary["failed"]) == (0, 23, 1)
+    assert summary["questions"] == {"train": 51, "val": 18}
+    write_data_set(data_set / "other", seed=5)
+    shutil.copy(data_set / "other" / "images" / "5.png", data_set / "images" / "5.png")
+    summary = precompute(config)
+    assert (summary["encoded"], summary["reused"], summary["failed"]) == (1, 23, 0)
+
+
+def test_a_broken_picture_leaves_the_others_features_as_they_are(data_set: Path) -> None:
+    """A resumed run must give the same bytes whether or not a picture of the batch fails."""
+    config = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
+    precompute(
+        config.model_copy(update={"cache": config.cache.model_copy(update={"dir": data_set / "elsewhere" / "whole"})})
+    )
+    truncate(data_set / "images" / "5.png")
+    precompute(config.model_copy(update={"cache": config.cache.model_copy(update={"dir": data_set / "apart" / "c"})}))
+    whole, holed = FeatureReader(data_set / "elsewhere" / "whole"), FeatureReader(data_set / "apart" / "c")
+    rows = dict(whole.stored())
+    shared = [(rows[digest], row) for digest, row in holed.stored()]
+    assert len(shared) == 23
+    assert np.array_equal(whole.gather([a for a, _ in shared]), holed.gather([b for _, b in shared]))
+
+
+def test_a_picture_that_changes_during_the_run_is_not_stored_under_its_old_digest(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = pipeline.encoding.read_picture
+    monkeypatch.setattr(
+        pipeline.encoding, "read_picture", lambda path: read(path.with_name("2.png") if path.name == "5.png" else path)
+    )
+    with pytest.raises(PipelineError, match="changed since it was first read"):
+        precompute(load_config(data_set / "config.yaml"))
 
 
 def test_a_cache_of_other_features_is_refused_and_kept(data_set: Path) -> None:

@@ -1,0 +1,174 @@
+"""Before stage one's work: what is to be done, what cannot be, and whether there is room for it."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cache.files import sha256_of
+from cache.writer import Survey
+from pipeline.config import CacheConfig, DataConfig
+from pipeline.errors import PipelineError
+from pipeline.images import PictureError, check_header, image_digest, read_picture
+from pipeline.progress import progress_bar, say
+from pipeline.vqa import LeftOut, VQAExample, read_examples
+
+LEFT_OUT_NAME = "left-out.jsonl"
+NAMED = 3  # of what is left out, in a message
+AT_ONCE = 10_000  # pictures given to the threads that read
+
+
+@dataclass
+class Inputs:
+    """The data set as it was found: the questions that can be trained on, and what cannot be and why."""
+
+    splits: dict[str, list[VQAExample]]
+    left_out: list[LeftOut]
+    digests: dict[Path, bytes]
+    """SHA-256 of every picture that is there and looks like one."""
+    pictures: int
+    """Distinct files that the annotations name."""
+
+    @property
+    def paths(self) -> dict[bytes, Path]:
+        """A file of each distinct picture, in the order of the questions."""
+        return {self.digests[example.image]: example.image for split in self.splits.values() for example in split}
+
+    def without(self, failures: dict[bytes, str]) -> "Inputs":
+        """The same without the questions on these pictures, by digest, and the reason noted."""
+        reasons = {path: failures[digest] for path, digest in self.digests.items() if digest in failures}
+        return _leave_out(self, reasons) if reasons else self
+
+
+def read_inputs(data: DataConfig) -> Inputs:
+    """Reads the annotations of every split, and every picture once for its digest.
+
+    Raises `PipelineError` for annotations that cannot be read.
+    """
+    read = {
+        split: read_examples(data.format, split, files.annotations, files.images, files.questions)
+        for split, files in data.splits.items()
+    }
+    splits = {split: found.examples for split, found in read.items()}
+    left_out = [one for found in read.values() for one in found.left_out]
+    digests, reasons = _digest_pictures({example.image for examples in splits.values() for example in examples})
+    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons)), reasons)
+
+
+def first_line(inputs: Inputs, found: Survey, config: CacheConfig) -> str:
+    """What there is to do, in a line."""
+    parts = [f"{inputs.pictures} pictures, {found.wanted} distinct", f"{found.stored} in the cache already"]
+    if found.nearby:
+        parts.append(f"{found.nearby} to be copied from caches beside it")
+    needed, free = found.bytes_needed, free_bytes(config.dir)
+    return f"{'; '.join(parts)}; {found.to_encode} to encode; {gigabytes(needed)} needed, {gigabytes(free)} free"
+
+
+def check_room(found: Survey, config: CacheConfig) -> None:
+    """Raises `PipelineError` if the disk cannot hold what is missing."""
+    free = free_bytes(config.dir)
+    if found.bytes_needed > free:
+        raise PipelineError(
+            f"{config.dir}: {found.wanted - found.stored} pictures need {gigabytes(found.bytes_needed)}, the disk has "
+            f"{gigabytes(free)} free. Make room, choose another cache.dir, or cache.dtype=float16; nothing was begun"
+        )
+
+
+def tell_left_out(inputs: Inputs, on_missing: str, report: Path) -> None:
+    """Lists what is left out in `report` and says how much it is; `PipelineError` if `on_missing` is "error"."""
+    if not inputs.left_out:
+        report.unlink(missing_ok=True)
+        return
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_bytes(left_out_lines(inputs.left_out))
+    words = f"{in_words(inputs.left_out)}. All of them: {report}"
+    if on_missing == "error":
+        raise PipelineError(
+            f"cannot be used: {words}. Mend the data, or leave these questions out with precompute.on_missing=skip"
+        )
+    say(f"left out: {words}")
+    if not any(inputs.splits.values()):
+        raise PipelineError("nothing is left to encode. Check data.*.images")
+
+
+def in_words(left_out: Sequence[LeftOut]) -> str:
+    """Numbers and first examples by reason."""
+    by_reason: dict[str, list[LeftOut]] = {}
+    for one in left_out:
+        by_reason.setdefault(one.reason, []).append(one)
+    most = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    lines = []
+    for reason, ones in most[:NAMED]:
+        named = ", ".join(one.where for one in ones[:NAMED]) + (", ..." if len(ones) > NAMED else "")
+        lines.append(f"{sum(one.questions for one in ones)} questions ({reason}: {named})")
+    others = sum(one.questions for _, ones in most[NAMED:] for one in ones)
+    return "; ".join(lines) + (f"; {others} questions for other reasons" if others else "")
+
+
+def left_out_lines(left_out: Iterable[LeftOut]) -> bytes:
+    """One JSON object a line."""
+    records = ({key: value for key, value in asdict(one).items() if value is not None} for one in left_out)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def source_digests(data: DataConfig) -> dict[str, dict[str, str]]:
+    """SHA-256 of the annotation files, by split and key, as far as they are there."""
+    found: dict[str, dict[str, str]] = {}
+    for split, files in data.splits.items():
+        named = {"annotations": files.annotations, "questions": files.questions}
+        found[split] = {key: sha256_of(path) for key, path in named.items() if path is not None and path.is_file()}
+    return found
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that holds, or would hold, `folder`."""
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
+def _digest_pictures(paths: set[Path]) -> tuple[dict[Path, bytes], dict[Path, str]]:
+    """Digest of every picture that looks like one, and why the others do not."""
+    ordered = sorted(paths)
+    digests: dict[Path, bytes] = {}
+    reasons: dict[Path, str] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(ordered), "pictures") as bar:
+        for start in range(0, len(ordered), AT_ONCE):
+            some = ordered[start : start + AT_ONCE]
+            for path, found in zip(some, pool.map(_digest_or_reason, some), strict=True):
+                if isinstance(found, bytes):
+                    digests[path] = found
+                else:
+                    reasons[path] = found
+                bar.update()
+    return digests, reasons
+
+
+def _digest_or_reason(path: Path) -> bytes | str:
+    try:
+        data = read_picture(path)
+        check_header(data)
+        return image_digest(data)
+    except PictureError as error:
+        return str(error)
+
+
+def _leave_out(inputs: Inputs, reasons: dict[Path, str]) -> Inputs:
+    """The inputs without the questions on the pictures in `reasons`."""
+    left_out = list(inputs.left_out)
+    for split, examples in inputs.splits.items():
+        questions = Counter(example.image for example in examples if example.image in reasons)
+        left_out += [
+            LeftOut(split, reasons[path], str(path), image=str(path), questions=count)
+            for path, count in questions.items()
+        ]
+    kept = {split: [e for e in examples if e.image not in reasons] for split, examples in inputs.splits.items()}
+    digests = {path: digest for path, digest in inputs.digests.items() if path not in reasons}
+    return replace(inputs, splits=kept, left_out=left_out, digests=digests)
