@@ -46,6 +46,8 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
             return  # one of several processes, not the first: that one tells
         summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
         print(json.dumps(summary) if as_json else _table(summary))
+        if summary.get("damaged"):
+            sys.exit(1)
 
     return run
 
@@ -55,7 +57,9 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
     from pipeline.errors import ConfigError, PipelineError
 
     try:
-        _quiet_libraries()
+        # The libraries' notes to developers; other warnings stay.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
         return call()
     except (PipelineError, CacheError, OSError) as error:
         if debug:
@@ -80,10 +84,8 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         sys.exit(1)
 
 
-def _quiet_libraries() -> None:
-    """Keep the libraries' own bars, and their notes to developers, out of ours; other warnings stay."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+def _quiet_transformers() -> None:
+    """Keep its progress bars out of ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -99,13 +101,16 @@ def _load_bitsandbytes() -> None:
 
     with patch("torch.compile", side_effect=RuntimeError):
         import bitsandbytes  # noqa: F401
+    _quiet_transformers()
 
 
 def _table(summary: dict[str, Any], indent: str = "") -> str:
     lines = []
     for key, value in summary.items():
         name = indent + key.replace("_", " ")
-        if isinstance(value, list):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += _columns(value)
+        elif isinstance(value, list):
             lines += [f"{name if number == 0 else '':<28}{one}" for number, one in enumerate(value)]
         elif isinstance(value, dict):
             lines += [name, _table(value, indent + "  ")]
@@ -114,10 +119,21 @@ def _table(summary: dict[str, Any], indent: str = "") -> str:
     return "\n".join(lines)
 
 
+def _columns(records: list[dict[str, Any]]) -> list[str]:
+    """A line each under a line of names, in columns."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    rows = [[name.replace("_", " ") for name in names]]
+    rows += [[_number(name, record[name]) if name in record else "" for name in names] for record in records]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def _number(key: str, value: Any) -> str:
-    if key.endswith("_bytes"):
+    if key.endswith("bytes"):
         return f"{value / 2**20:,.1f} MiB"
-    return f"{value:,.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.2f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
+    return str(value)
 
 
 @main.command()
@@ -160,6 +176,7 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[
     from pipeline import precompute as stage_one
     from pipeline.config import load_config
 
+    _quiet_transformers()
     loaded = load_config(config, overrides)
     return stage_one.dry_run(loaded) if dry_run else stage_one.precompute(loaded)
 
@@ -214,3 +231,105 @@ def evaluate(run: Path, overrides: tuple[str, ...], adapter: str) -> dict[str, A
     from pipeline.run_folder import RunFolder
 
     return evaluate(RunFolder(run), overrides, adapter == "trained")
+
+
+CACHE = click.argument("folder", metavar="CACHE", type=click.Path(path_type=Path))
+
+
+@main.group()
+def cache() -> None:
+    """Look after caches: ls, info, verify, repair, rm.
+
+    CACHE is a cache's folder, or the config that names it.
+    """
+
+
+@cache.command("ls")
+@click.argument("root", type=click.Path(path_type=Path), default="caches")
+@stage
+def cache_ls(root: Path) -> dict[str, Any]:
+    """List the caches in the folder ROOT and below, by default in ./caches.
+
+    \b
+    Example:  pipe cache ls
+              pipe cache ls /data
+    """
+    from pipeline.upkeep import list_caches
+
+    return list_caches(root)
+
+
+@cache.command("info")
+@CACHE
+@stage
+def cache_info(folder: Path) -> dict[str, Any]:
+    """Say what a cache holds and what it was made of; by default nothing but its manifest is read.
+
+    \b
+    Example:  pipe cache info caches/easy_vqa
+    """
+    from pipeline import upkeep
+
+    return upkeep.cache_info(upkeep.cache_folder(folder))
+
+
+@cache.command("verify")
+@CACHE
+@click.option("--reencode", type=click.IntRange(min=0), default=0, metavar="N",
+              help="Also encode N random pictures again, and tell the largest difference.")  # fmt: skip
+@stage
+def cache_verify(folder: Path, reencode: int) -> dict[str, Any]:
+    """Read all of a cache and compare it with its checksums; exit status 1 if anything is damaged.
+
+    By default no picture is needed; --reencode needs them, and the encoder.
+
+    \b
+    Example:  pipe cache verify caches/easy_vqa
+              pipe cache verify caches/easy_vqa --reencode 20
+    """
+    from pipeline import upkeep
+
+    found = upkeep.cache_folder(folder)
+    summary = upkeep.verify(found)
+    if reencode and not summary["damaged"]:
+        from pipeline.repair import reencode as encode_again
+
+        _quiet_transformers()
+        summary |= encode_again(found, reencode)
+    return summary
+
+
+@cache.command("repair")
+@CACHE
+@stage
+def cache_repair(folder: Path) -> dict[str, Any]:
+    """Encode the damaged rows of a cache again, and only these.
+
+    By default with the config that the cache was made with, whose paths count from the folder you are in.
+
+    \b
+    Example:  pipe cache repair caches/easy_vqa
+              pipe cache repair configs/your_data.yaml
+    """
+    from pipeline.repair import repair
+
+    _quiet_transformers()
+    return repair(folder)
+
+
+@cache.command("rm")
+@CACHE
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@stage
+def cache_rm(folder: Path, yes: bool) -> dict[str, Any]:
+    """Delete a cache; by default it asks first, and other files in its folder are left alone.
+
+    \b
+    Example:  pipe cache rm caches/easy_vqa
+    """
+    from pipeline import upkeep
+
+    found = upkeep.cache_folder(folder)
+    if not yes:
+        click.confirm(f"Delete the cache {found}?", abort=True, err=True)
+    return upkeep.remove_cache(found)

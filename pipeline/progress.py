@@ -8,8 +8,11 @@ from tqdm import tqdm
 from pipeline.team import rank
 
 
-def progress_bar(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
-    """A bar with rate and time left; on a terminal it is redrawn, in a log file it is a line now and then."""
+def progress_bar(what: str, total: int, unit: str, done: int = 0, scaled: bool = False) -> "tqdm[Any]":
+    """A bar with rate and time left; on a terminal it is redrawn, in a log file it is a line now and then.
+
+    `scaled` shows large numbers as k, M, G.
+    """
     on_terminal = sys.stderr.isatty()
     return tqdm(
         desc=f"{what:<10}",
@@ -17,6 +20,7 @@ def progress_bar(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]"
         disable=rank() > 0,
         initial=done,
         unit=f" {unit}",
+        unit_scale=scaled,
         file=sys.stderr,
         dynamic_ncols=on_terminal,
         ncols=None if on_terminal else 100,

@@ -1,0 +1,107 @@
+"""Encoding rows of a cache again: to mend damaged ones, or to see whether they come out as they are stored."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache import audit
+from cache.reader import FeatureReader
+from cache.spec import CacheSpec
+from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
+from pipeline.config import Config, load_config
+from pipeline.device import pick_device
+from pipeline.encoder import load_encoder
+from pipeline.errors import PipelineError
+from pipeline.identity import encoder_spec
+from pipeline.images import PictureError, Preprocessor, image_digest, read_picture
+from pipeline.precompute import precompute
+from pipeline.progress import progress_bar, say
+from pipeline.upkeep import cache_folder, in_words
+
+
+def repair(cache: Path) -> dict[str, Any]:
+    """Takes damaged rows out of a cache and encodes them again; nothing else is encoded.
+
+    The config is the one that the cache was made with, or `cache` itself if that is a config; its paths count from
+    the folder that the command is started in. Raises `CacheError`, `PipelineError`.
+    """
+    folder = cache_folder(cache)
+    damages = audit.verify(folder).damages
+    if not damages:
+        return {"cache": str(folder), "damaged": [], "encoded": 0}
+    config = load_config(cache) if cache.is_file() else _config_of(folder)
+    dropped = audit.drop_damaged(folder, damages)
+    say(f"{folder}: {dropped} damaged rows taken out")
+    made = precompute(config) or {}
+    return {
+        "cache": str(folder),
+        "mended": [in_words(damage) for damage in damages],
+        "encoded": made["encoded"],
+        "reused": made["reused"],
+        "failed": made["failed"],
+    }
+
+
+def reencode(folder: Path, count: int) -> dict[str, Any]:
+    """Encodes `count` random pictures again; the largest difference from what is stored."""
+    config, features = _config_of(folder), FeatureReader(folder)
+    spec = features.spec
+    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
+    differences = spec.diff(encoder_spec(checkpoint, spec.encoder_dtype, spec.dtype))
+    if differences:
+        raise PipelineError(
+            f"{folder}: {config.model.checkpoint} is not what it was made with:\n  " + "\n  ".join(differences)
+        )
+    paths = _pictures(features)
+    chosen = random.sample(sorted(paths), min(count, len(paths)))
+    digests = {row: digest for digest, row in features.stored() if row in set(chosen)}
+    preprocess = Preprocessor(checkpoint)
+    encoder = load_encoder(checkpoint, pick_device(), getattr(torch, spec.encoder_dtype))
+    largest, compared = 0.0, 0
+    with progress_bar("encoding", len(chosen), "pictures") as bar, torch.inference_mode():
+        for row in chosen:
+            pixel_values = _pixel_values(paths[row], digests[row], preprocess)
+            if pixel_values is not None:
+                again = encoder(torch.from_numpy(pixel_values)[None].to(pick_device()))
+                stored = _as_float(features.gather(np.array([row])), spec)
+                largest = max(largest, float((again.cpu().float() - stored).abs().max()))
+                compared += 1
+            bar.update()
+    return {"reencoded": compared, "not_compared": len(chosen) - compared, "largest_difference": largest}
+
+
+def _config_of(folder: Path) -> Config:
+    """The config that the cache in `folder` was made with."""
+    made: dict[str, Any] = FeatureReader(folder).manifest.provenance.get("config", {})
+    try:
+        return Config.model_validate({**made, "cache": {**made.get("cache", {}), "dir": folder}})
+    except ValueError:
+        raise PipelineError(
+            f"{folder}: does not say how it was made: `pipe cache repair CONFIG` with its config"
+        ) from None
+
+
+def _pictures(features: FeatureReader) -> dict[int, Path]:
+    """Row -> a file of its picture, for every row that a question is about."""
+    tables = [features.text(split) for split in features.splits]
+    return {int(row): Path(table.record(i)["image"]) for table in tables for i, row in enumerate(table.image_row)}
+
+
+def _pixel_values(path: Path, digest: bytes, preprocess: Preprocessor) -> np.ndarray | None:
+    """(3, H, W), or None if the picture is not there any more as it was; said in a line."""
+    try:
+        data = read_picture(path)
+        if image_digest(data) == digest:
+            return preprocess(data)
+        say(f"{path}: has changed since it was encoded; not compared")
+    except PictureError as error:
+        say(f"{path}: {error}; not compared")
+    return None
+
+
+def _as_float(stored: np.ndarray, spec: CacheSpec) -> torch.Tensor:
+    tensor = torch.from_numpy(stored)
+    return (tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor).float()
