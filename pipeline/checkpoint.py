@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.embedded import EMBEDDED, embedded_checkpoint
 from pipeline.errors import PipelineError
+from pipeline.remembered import file_states, recall, remember
 
 # The parameters of the two half-models, by the checkpoint's own names.
 ENCODER_HALF = ("vision_model.", "qformer.", "query_tokens")
@@ -71,8 +72,17 @@ def has_half(folder: Path, half: tuple[str, ...]) -> bool:
 
 
 def fingerprint(folder: Path, half: tuple[str, ...]) -> str:
-    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor of `half`, in the order of their names."""
+    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor of `half`, in the order of their names.
+
+    Remembered for files that have not changed since: the tensors of ViT-g take seconds to read.
+    """
     where = _weight_map(folder, half)
+    state = file_states([folder / shard for shard in sorted(set(where.values()))])
+    known = recall(state)
+    return known or remember(state, _fingerprint(folder, where))
+
+
+def _fingerprint(folder: Path, where: dict[str, str]) -> str:
     headers = {shard: _safetensors_header(folder / shard) for shard in set(where.values())}
     digest = hashlib.sha256()
     for name in sorted(where):

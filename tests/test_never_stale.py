@@ -1,0 +1,182 @@
+"""The README's table of what changed and what follows, a test for each line."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import write_config, write_data_set
+from safetensors.torch import load_file, save_file
+
+from cache.manifest import _load_signed, _save_signed
+from cache.reader import FeatureReader
+from cache.spec import CacheError
+from pipeline.assemble import open_batcher
+from pipeline.config import Config, load_config
+from pipeline.errors import PipelineError
+from pipeline.images import Preprocessor
+from pipeline.precompute import precompute
+
+
+@pytest.fixture
+def made(tmp_path: Path, checkpoint: Path) -> Path:
+    """A data set, a checkpoint of its own, and the finished cache of both."""
+    write_data_set(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "model")
+    write_config(tmp_path, model={"checkpoint": f"{tmp_path}/model"})
+    precompute(config_of(tmp_path))
+    return tmp_path
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    return load_config(folder / "config.yaml", overrides)
+
+
+def change_tensor(folder: Path, start: str) -> None:
+    """Changes one number of the first tensor whose name begins with `start`."""
+    path = folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if name.startswith(start))
+    tensors[name].view(-1)[0] += 0.25
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def change_processor(folder: Path, **changes: object) -> None:
+    path = folder / "model" / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["image_processor"].update(changes)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        pytest.param(lambda f: change_tensor(f, "vision_model."), "encoder_fingerprint: cache has", id="ViT"),
+        pytest.param(lambda f: change_tensor(f, "qformer."), "encoder_fingerprint: cache has", id="Q-Former"),
+        pytest.param(lambda f: change_tensor(f, "query_tokens"), "encoder_fingerprint: cache has", id="query tokens"),
+        pytest.param(
+            lambda f: change_processor(f, size={"height": 32, "width": 64}), 'size: cache has .*64.*wanted', id="size"
+        ),
+        pytest.param(
+            lambda f: change_processor(f, image_mean=[0.5, 0.5, 0.5]), "image_mean: cache has .*wanted .0.5", id="mean"
+        ),
+        pytest.param(lambda f: change_processor(f, resample=2), "resample: cache has 3, wanted 2", id="resampling"),
+    ],
+)  # fmt: skip
+def test_another_encoder_or_other_pixels_are_refused_with_the_difference(
+    made: Path, change: Callable[[Path], None], difference: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in (made / "cache").iterdir()}
+    change(made)
+    refused(config_of(made), difference)
+    assert {path.name: path.read_bytes() for path in (made / "cache").iterdir()} == before
+
+
+def refused(config: Config, difference: str) -> None:
+    """By both stages, before any work."""
+    with pytest.raises(CacheError, match=difference):
+        precompute(config)
+    with pytest.raises((PipelineError, CacheError), match=difference):
+        open_batcher(config, "train")
+
+
+def test_another_image_backend_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = Preprocessor.identity
+    monkeypatch.setattr(Preprocessor, "identity", lambda self: identity(self).replace('"pil"', '"torchvision"'))
+    refused(config_of(made), 'backend: cache has "pil", wanted "torchvision"')
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("cache.dtype=float16", "dtype: cache has float32, wanted float16"),
+        ("precompute.dtype=bfloat16", "encoder_dtype: cache has float32, wanted bfloat16"),
+    ],
+)
+def test_another_dtype_is_refused(made: Path, override: str, difference: str) -> None:
+    refused(config_of(made, override), difference)
+
+
+def test_another_format_version_is_refused(made: Path) -> None:
+    path = made / "cache" / "manifest.json"
+    content = {key: value for key, value in _load_signed(path).items() if key != "sha256"}
+    _save_signed(path, {**content, "format_version": 2})
+    refused(config_of(made), "version 2, this program knows .* 1")
+
+
+def test_changed_bytes_are_encoded_again_though_name_size_and_time_are_the_same(made: Path) -> None:
+    picture = made / "images" / "5.png"
+    found = picture.stat()
+    write_data_set(made / "other", seed=5)
+    new = next(
+        data
+        for path in sorted((made / "other" / "images").iterdir())
+        if len(data := path.read_bytes()) <= found.st_size
+    )
+    picture.write_bytes(new.ljust(found.st_size, b"\0"))  # what follows a PNG's end is not looked at
+    os.utime(picture, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert (picture.stat().st_size, picture.stat().st_mtime_ns) == (found.st_size, found.st_mtime_ns)
+    summary = precompute(config_of(made))
+    assert (summary["encoded"], summary["reused"]) == (1, 23)
+
+
+def test_a_renamed_picture_costs_the_text_alone(made: Path) -> None:
+    (made / "images" / "0.png").rename(made / "images" / "Katze 🐘.png")
+    path = made / "train.jsonl"
+    path.write_text(path.read_text().replace('"0.png"', '"Katze 🐘.png"'))
+    summary = precompute(config_of(made))
+    assert (summary["encoded"], summary["reused"]) == (0, 24)
+    assert FeatureReader(made / "cache").text("train").record(0)["image"].endswith("Katze 🐘.png")
+
+
+def test_an_edited_annotation_stops_training_and_costs_the_text_alone(made: Path) -> None:
+    path = made / "train.jsonl"
+    answer = json.loads(path.read_text().splitlines()[0])["answer"]
+    path.write_text(path.read_text().replace(f'"{answer}"', '"changed"', 1))
+    with pytest.raises(PipelineError, match=r"train\.jsonl \(data.train.annotations\) is not what .* was made of"):
+        open_batcher(config_of(made), "train")
+    open_batcher(config_of(made), "val")
+    summary = precompute(config_of(made))
+    assert (summary["encoded"], summary["reused"]) == (0, 24)
+    assert open_batcher(config_of(made), "train").text.record(0)["answers"] == ["changed"]
+
+
+def test_without_pictures_and_annotations_training_goes_on(made: Path) -> None:
+    before = open_batcher(config_of(made), "train").for_training([0, 7])
+    shutil.rmtree(made / "images")
+    (made / "train.jsonl").unlink()
+    after = open_batcher(config_of(made), "train").for_training([0, 7])
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_another_prompt_costs_the_tokens_alone(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(made, 'data.prompt="Q: {question} A:"')
+    before = open_batcher(config_of(made), "train").text
+    after = open_batcher(config, "train").text
+    assert "making the tokens of train again" in capsys.readouterr().err
+    assert list(before.prompt_ids[0]) != list(after.prompt_ids[0])
+    assert precompute(config)["encoded"] == 0
+    open_batcher(config, "train")
+    assert "making the tokens" not in capsys.readouterr().err
+
+
+def test_another_tokenizer_costs_the_tokens_alone(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["merges"].pop()  # the word that it makes falls apart
+    path.write_text(json.dumps(tokenizer))
+    open_batcher(config_of(made), "train")
+    assert "the prompt or the tokenizer has changed" in capsys.readouterr().err
+    assert precompute(config_of(made))["encoded"] == 0
+
+
+def test_another_language_model_costs_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in (made / "cache").iterdir()}
+    change_tensor(made, "language_model.")
+    change_tensor(made, "language_projection.")
+    open_batcher(config_of(made), "train")
+    assert "again" not in capsys.readouterr().err
+    assert precompute(config_of(made))["encoded"] == 0
+    assert {path.name: path.read_bytes() for path in (made / "cache").iterdir()} == before
