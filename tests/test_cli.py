@@ -7,13 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from click import Group
 from click.testing import CliRunner, Result
 from conftest import write_config
 
 from pipeline.cli import main
 from pipeline.config import Config, load_config
 
-COMMANDS = sorted(main.commands)
+
+def commands() -> list[str]:
+    """Every command, with its group's name before it."""
+    groups = {name: group.commands for name, group in main.commands.items() if isinstance(group, Group)}
+    grouped = [f"{name} {sub}" for name, subs in groups.items() for sub in subs]
+    return sorted([*(set(main.commands) - set(groups)), *grouped])
+
+
+COMMANDS = commands()
 
 
 def pipe(*words: object) -> Result:
@@ -21,7 +30,8 @@ def pipe(*words: object) -> Result:
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    assert COMMANDS == ["evaluate", "precompute", "quickstart", "train"]
+    assert COMMANDS == ["cache info", "cache ls", "cache repair", "cache rm", "cache verify", "evaluate", "precompute",
+                        "quickstart", "train"]  # fmt: skip
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for command in COMMANDS:
         assert f"pipe {command}" in readme
@@ -29,7 +39,7 @@ def test_the_commands_are_the_documented_ones() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_by_default_and_gives_an_example(command: str) -> None:
-    text = pipe(command, "--help").output
+    text = pipe(*command.split(), "--help").output
     assert "Example:  pipe " + command in text
     assert "--json" in text
     assert "by default" in text.lower()
@@ -141,3 +151,70 @@ def test_the_installed_command_runs_in_a_folder_of_the_users(cached: Config, tmp
     assert (tmp_path / "my runs" / "config-1" / "adapter" / "adapter_model.safetensors").is_file()
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_a_cache_is_listed_told_verified_repaired_and_removed(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cache = data_set / "config.yaml", data_set / "cache"
+    assert pipe("precompute", config).exit_code == 0
+    (listed,) = json.loads(pipe("cache", "ls", data_set, "--json").stdout)["caches"]
+    assert (listed["cache"], listed["state"], listed["images"], listed["questions"]) == (str(cache), "finished", 24, 72)
+    for named in (cache, config):
+        told = json.loads(pipe("cache", "info", named, "--json").stdout)
+        assert (told["images"], told["spec"]["dtype"], told["checkpoint"]["checkpoint"]) == (24, "float32", "embedded")
+    verified = json.loads(pipe("cache", "verify", cache, "--reencode", 5, "--json").stdout)
+    assert (verified["damaged"], verified["reencoded"], verified["not_compared"]) == ([], 5, 0)
+    assert verified["largest_difference"] < 1e-4
+
+    flip_last_bit(cache / "features-00000.h5")
+    damaged = pipe("cache", "verify", cache, "--json")
+    assert damaged.exit_code == 1
+    assert json.loads(damaged.stdout)["damaged"] == ["features-00000.h5: row 23 is not what was written"]
+    assert "pipe cache repair" in damaged.stderr
+    repaired = json.loads(pipe("cache", "repair", cache, "--json").stdout)
+    assert (repaired["encoded"], repaired["reused"]) == (1, 23)
+    assert pipe("cache", "verify", cache).exit_code == 0
+
+    (cache / "notes.txt").write_text("mine")
+    assert pipe("cache", "rm", cache).exit_code == 1  # asked, and not answered
+    removed = json.loads(pipe("cache", "rm", cache, "--yes", "--json").stdout)
+    assert (removed["left_alone"], sorted(path.name for path in cache.iterdir())) == (["notes.txt"], ["notes.txt"])
+    assert pipe("cache", "rm", cache, "--yes").exit_code == 1
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_text_is_renewed_and_a_damaged_manifest_is_told(data_set: Path) -> None:
+    config, cache = data_set / "config.yaml", data_set / "cache"
+    pipe("precompute", config)
+    flip_last_bit(next(cache.glob("text-train-*.h5")))
+    assert pipe("train", config).exit_code == 1
+    repaired = json.loads(pipe("cache", "repair", config, "--json").stdout)
+    assert (len(repaired["mended"]), repaired["encoded"]) == (1, 0)
+    assert pipe("cache", "verify", cache).exit_code == 0
+    manifest = cache / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rows": 24', '"rows": 25', 1))
+    for command in (["cache", "verify", cache], ["cache", "repair", cache], ["train", config]):
+        done = pipe(*command)
+        assert done.exit_code == 1
+        assert "delete this one file and run `pipe precompute` again: the features are kept" in done.stderr
+    manifest.unlink()
+    again = json.loads(pipe("precompute", config, "--json").stdout)
+    assert (again["encoded"], again["reused"]) == (0, 24)
+
+
+def test_a_dry_run_tells_and_begins_nothing(data_set: Path) -> None:
+    before = sorted(data_set.rglob("*"))
+    done = pipe("precompute", data_set / "config.yaml", "--dry-run", "--json")
+    told = json.loads(done.stdout)
+    assert (told["pictures"], told["images"], told["to_encode"], told["reused"]) == (24, 24, 24, 0)
+    assert told["bytes_needed"] >= 24 * 16 * 128 * 4
+    assert told["images_per_second"] > 0
+    assert "24 to encode" in done.stderr
+    assert sorted(data_set.rglob("*")) == before
+    pipe("precompute", data_set / "config.yaml")
+    told = json.loads(pipe("precompute", data_set / "config.yaml", "--dry-run", "--json").stdout)
+    assert (told["to_encode"], told["reused"], told["seconds_encoding"]) == (0, 24, 0)

@@ -1,0 +1,150 @@
+"""Stage one against the encoder alone: JPEGs of 640 x 480 on disk -> cache, and the bare forward on resident pixels.
+
+    python tests/benchmarks/stage_one.py                        # the embedded checkpoint
+    python tests/benchmarks/stage_one.py --size vit-g           # ViT-g + Q-Former at real size, random weights
+
+Both do the same batches, in turns, in one run. Stage one is the loop of `pipe precompute` with all that belongs to
+it: reading, digest, decoding, preprocessing, encoding, CRC, writing, flushing, sealing. Beside them stands what
+reading and decoding alone do on the same threads: what stage one could reach if encoding were free.
+"""
+
+import argparse
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Blip2Config
+
+from cache.spec import CacheSpec
+from cache.writer import FeatureWriter
+from pipeline.checkpoint import ENCODER_HALF, fingerprint
+from pipeline.device import dtype_name, pick_device, pick_dtype
+from pipeline.embedded import embedded_checkpoint
+from pipeline.encoder import Blip2Encoder, load_encoder
+from pipeline.encoding import Encoded, PictureEncoder
+from pipeline.images import Preprocessor, image_digest, read_picture
+
+
+def main() -> None:
+    options = parse()
+    torch.manual_seed(0)
+    device = pick_device()
+    dtype = pick_dtype(options.dtype, device)
+    with TemporaryDirectory(dir=options.folder) as name:
+        pictures = write_jpegs(Path(name) / "images", options.pictures)
+        encoder, preprocess = build(options.size, device, dtype)
+        spec = spec_of(encoder, preprocess, dtype)
+        first = [preprocess(read_picture(path)) for path in pictures[: options.batch]]
+        resident = torch.from_numpy(np.stack(first)).to(device)
+        bare(encoder, resident, options.batch)  # warms up
+        times: dict[str, list[float]] = {"bare": [], "stage one": [], "decoding alone": []}
+        for turn in range(options.turns):
+            times["bare"].append(bare(encoder, resident, options.pictures))
+            stage = PictureEncoder(encoder, preprocess, options.batch, options.workers)
+            times["stage one"].append(stage_one(stage, Path(name) / f"cache{turn}", spec, pictures))
+            times["decoding alone"].append(decoding(preprocess, pictures, options.workers))
+    report(options, times, dtype, stage.done)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["embedded", "vit-g"], default="embedded")
+    parser.add_argument("--pictures", type=int, help="default: 1,024, or 8 at real size")
+    parser.add_argument("--batch", type=int, help="default: 64, or 4 at real size")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--folder", type=Path, help="where the pictures and the cache go for the time being")
+    options = parser.parse_args()
+    options.pictures = options.pictures or {"embedded": 1024, "vit-g": 8}[options.size]
+    options.batch = options.batch or {"embedded": 64, "vit-g": 4}[options.size]
+    return options
+
+
+def write_jpegs(folder: Path, count: int) -> list[Path]:
+    """Pictures with structure at several scales, so that a file has the tens of KB of a photograph."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for path in paths:
+        layers = [
+            np.asarray(Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)).resize((640, 480), 3), np.float32)
+            for h, w in ((3, 4), (24, 32), (120, 160))
+        ]
+        pixels = np.average(layers, axis=0, weights=[4, 2, 1]).astype(np.uint8)
+        Image.fromarray(pixels).save(path, quality=90)
+    return paths
+
+
+def build(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Blip2Encoder, Preprocessor]:
+    """The encoder, and its preprocessing, which differs in size alone."""
+    preprocess = Preprocessor(embedded_checkpoint())
+    if size == "embedded":
+        return load_encoder(embedded_checkpoint(), device, dtype), preprocess
+    config = Blip2Config()  # its defaults are the real sizes: ViT-g/14 at 224 pixels, a Q-Former of 12 layers
+    preprocess.size = (config.vision_config.image_size,) * 2
+    with torch.device(device):
+        encoder = Blip2Encoder._from_config(config, dtype=dtype)
+    return encoder.eval().requires_grad_(False), preprocess
+
+
+def spec_of(encoder: Blip2Encoder, preprocess: Preprocessor, dtype: torch.dtype) -> CacheSpec:
+    return CacheSpec(
+        encoder_fingerprint=fingerprint(embedded_checkpoint(), ENCODER_HALF),
+        encoder_dtype=dtype_name(dtype),
+        image_preprocessing=preprocess.identity(),
+        query_tokens=encoder.config.num_query_tokens,
+        width=encoder.config.qformer_config.hidden_size,
+        dtype="float16",
+    )
+
+
+@torch.inference_mode()
+def bare(encoder: Blip2Encoder, pixel_values: torch.Tensor, pictures: int) -> float:
+    """Seconds for the forward pass alone, as often as there are batches."""
+    started = time.perf_counter()
+    for start in range(0, pictures, len(pixel_values)):
+        encoder(pixel_values[: pictures - start])
+    if pixel_values.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def stage_one(stage: PictureEncoder, folder: Path, spec: CacheSpec, pictures: list[Path]) -> float:
+    """Seconds from an empty cache to sealed parts."""
+    digests = {image_digest(read_picture(path)): path for path in pictures}
+    with FeatureWriter(folder, spec, list(digests)) as writer:
+        started = time.perf_counter()
+        done = stage.fill(writer.parts, digests)
+        seconds = time.perf_counter() - started
+    assert done.rows == len(pictures), "every picture was encoded"
+    return seconds
+
+
+def decoding(preprocess: Preprocessor, pictures: list[Path], workers: int) -> float:
+    started = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(lambda path: preprocess(read_picture(path)), pictures):
+            pass
+    return time.perf_counter() - started
+
+
+def report(options: argparse.Namespace, times: dict[str, list[float]], dtype: torch.dtype, last: Encoded) -> None:
+    print(f"{options.size}, {options.pictures} JPEGs of 640 x 480, batches of {options.batch}, {dtype_name(dtype)}")
+    print(f"{torch.get_num_threads()} threads for the encoder, {options.workers} to decode; medians of {options.turns}")
+    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, seconds in times.items():
+        each = ", ".join(f"{options.pictures / one:.2f}" for one in seconds)
+        print(f"{name:<16}{options.pictures / middle[name]:>10.2f} pictures/s   (each turn: {each})")
+    print(f"stage one's last turn: {last.encoding:.2f} s encoding, {last.waiting_for_pictures:.2f} s waiting for "
+          f"pictures, {last.waiting_for_disk:.2f} s waiting for the disk")  # fmt: skip
+    print(f"ratio, stage one to bare: {middle['bare'] / middle['stage one']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
