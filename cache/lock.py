@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -28,8 +29,7 @@ class FolderLock:
         self._descriptor: int | None = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if not lock(self._descriptor, PATIENCE):
-                message = f"{folder}: {holder(folder)} is writing this cache. Run the command again when it is done."
-                raise CacheError(message)
+                raise CacheError(_held(folder))
             self._sign()
         except BaseException:
             os.close(self._descriptor)
@@ -45,8 +45,22 @@ class FolderLock:
         assert self._descriptor is not None
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         owner = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since})
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, owner.encode(), 0)
+        with suppress(OSError):  # on a full disk a cache must still be removable
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, owner.encode(), 0)
+
+
+def require_free(folder: Path) -> None:
+    """Raises CacheError if another process is writing the cache in `folder`: to be said before long preparations."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # nobody has begun there; or it cannot be written, which its writer will say
+    try:
+        if not lock(descriptor, PATIENCE):
+            raise CacheError(_held(folder))
+    finally:
+        os.close(descriptor)
 
 
 def lock(descriptor: int, patience: float = 0) -> bool:
@@ -64,6 +78,10 @@ def lock(descriptor: int, patience: float = 0) -> bool:
             if error.errno not in _UNSUPPORTED:
                 raise
             return True
+
+
+def _held(folder: Path) -> str:
+    return f"{folder}: {holder(folder)} is writing this cache. Run the command again when it is done."
 
 
 def holder(folder: Path) -> str:

@@ -85,6 +85,12 @@ class TextTable:
     def __len__(self) -> int:
         return len(self.image_row)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns, in memory as on disk."""
+        ragged = [getattr(self, name) for name in _RAGGED]
+        return int(self.image_row.nbytes + sum(column.values.nbytes + column.offsets.nbytes for column in ragged))
+
     def record(self, i: int) -> dict[str, Any]:
         """Question i as it was given. Raises CacheError if it is not a JSON object."""
         try:

@@ -90,6 +90,8 @@ class PrecomputeConfig(Section):
     """Threads that decode pictures, at least one."""
     dtype: Precision = "auto"
     """Of the encoder; auto is bfloat16 where the device computes in it, else float16 on CUDA and float32 on a CPU."""
+    compile: bool = False
+    """Compile the encoder with torch.compile, which takes a minute or more. On a CPU it does not pay."""
     on_missing: Literal["error", "skip"] = "error"
     """What to do about questions that cannot be used: no picture, no answer, an id that is there twice."""
 

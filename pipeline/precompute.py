@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cache.format import inspect_part
+from cache.lock import require_free
 from cache.spec import CacheSpec
 from cache.text import TextTable
 from cache.writer import FeatureWriter, Survey, caches_beside, survey
@@ -100,6 +101,7 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _lead(config: Config, team: Team) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
+    require_free(config.cache.dir)
     prepared = _prepare(config)
     inputs, spec = prepared.inputs, prepared.spec
     with FeatureWriter(config.cache.dir, spec, list(inputs.paths), config.cache.part_rows, prepared.beside) as writer:
@@ -154,6 +156,7 @@ def _prepare(config: Config) -> Prepared:
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
     beside = caches_beside(config.cache.dir, spec)
     found = survey(config.cache.dir, spec, list(inputs.paths), beside)
+    found = replace(found, bytes_needed=found.bytes_needed + sum(text.nbytes for text in texts.values()))
     say(first_line(inputs, found, config.cache))
     check_room(found, config.cache)
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
@@ -177,6 +180,8 @@ def _encode(share: Share, checkpoint: Path, settings: PrecomputeConfig) -> Encod
 
 def _picture_encoder(checkpoint: Path, spec: CacheSpec, settings: PrecomputeConfig) -> PictureEncoder:
     encoder = load_encoder(checkpoint, pick_device(), getattr(torch, spec.encoder_dtype))
+    if settings.compile:
+        encoder.compile(dynamic=False)  # there are two shapes at most: a full batch, and the last one of a part
     return PictureEncoder(encoder, Preprocessor(checkpoint), settings.batch_size, settings.num_workers)
 
 

@@ -72,8 +72,9 @@ def check_room(found: Survey, config: CacheConfig) -> None:
     """Raises `PipelineError` if the disk cannot hold what is missing."""
     free = free_bytes(config.dir)
     if found.bytes_needed > free:
+        missing = found.wanted - found.stored
         raise PipelineError(
-            f"{config.dir}: {found.wanted - found.stored} pictures need {gigabytes(found.bytes_needed)}, the disk has "
+            f"{config.dir}: {missing} pictures and the text need {gigabytes(found.bytes_needed)}, the disk has "
             f"{gigabytes(free)} free. Make room, choose another cache.dir, or cache.dtype=float16; nothing was begun"
         )
 
@@ -83,8 +84,14 @@ def tell_left_out(inputs: Inputs, on_missing: str, report: Path) -> None:
     if not inputs.left_out:
         report.unlink(missing_ok=True)
         return
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_bytes(left_out_lines(inputs.left_out))
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_bytes(left_out_lines(inputs.left_out))
+    except OSError as error:
+        raise PipelineError(
+            f"{report}: cannot list what is left out: {error.strerror}. What is written stays good: once the disk "
+            "takes more, run the same command again, or choose another cache.dir"
+        ) from error
     words = f"{in_words(inputs.left_out)}. All of them: {report}"
     if on_missing == "error":
         raise PipelineError(

@@ -236,3 +236,15 @@ def test_features_of_a_split_the_cache_lacks_are_asked_for_by_name(data_set: Pat
     precompute(config)
     with pytest.raises(CacheError, match="no split 'test'; there are: train, val"):
         open_batcher(config, "test")
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_features_to_rounding(data_set: Path) -> None:
+    eager, compiled = (
+        load_config(data_set / "config.yaml", [f"precompute.compile={on}", f"cache.dir={data_set}/{on}/cache"])
+        for on in ("false", "true")
+    )
+    precompute(eager)
+    precompute(compiled)
+    wanted, found = (FeatureReader(config.cache.dir).gather(np.arange(24)) for config in (eager, compiled))
+    assert np.abs(found - wanted).max() < 1e-4
