@@ -73,6 +73,7 @@ class PictureEncoder:
         self.encoder, self.preprocess, self.batch_size = encoder, preprocess, batch_size
         self.device = pick_device()
         self.done = Encoded()
+        self._in_work: list[PartWriter] = []  # one, or two where a batch of the next is being decoded
         self._decoders = ThreadPoolExecutor(max(1, workers), "decode")
         self._disk = ThreadPoolExecutor(1, "write")
 
@@ -81,13 +82,14 @@ class PictureEncoder:
 
         Raises CacheError if the disk does not take it; what is written stays.
         """
-        with ExitStack() as parts, ExitStack() as threads:  # the threads end before the parts are closed
-            threads.callback(self._disk.shutdown, cancel_futures=True)
-            threads.callback(self._decoders.shutdown, cancel_futures=True)
+        with ExitStack() as ending:  # in the reverse order: the threads end before the parts are closed
+            ending.callback(self._close_parts)
+            ending.callback(self._disk.shutdown, cancel_futures=True)
+            ending.callback(self._decoders.shutdown, cancel_futures=True)
             total = sum(int((inspect_part(path).crc32 == NOT_WRITTEN).sum()) for path in paths)
             clock = _Clock(total)
             with progress_bar("encoding", total, "pictures") as bar, torch.inference_mode():
-                for rows in self._encode(self._decode_ahead(paths, pictures, parts)):
+                for rows in self._encode(self._decode_ahead(paths, pictures)):
                     bar.update(rows)
                     clock.tick(rows)
         return self.done
@@ -121,13 +123,12 @@ class PictureEncoder:
         if written:
             yield self._wait_for_disk(written)
 
-    def _decode_ahead(
-        self, paths: Sequence[Path], pictures: Mapping[bytes, Path], stack: ExitStack
-    ) -> Iterator[_Batch]:
+    def _decode_ahead(self, paths: Sequence[Path], pictures: Mapping[bytes, Path]) -> Iterator[_Batch]:
         """The batches in order, each with its pictures decoded or being decoded."""
         ahead: deque[_Batch] = deque()
         for path in paths:
-            part = stack.enter_context(PartWriter(path))
+            part = PartWriter(path)
+            self._in_work.append(part)
             for rows in part.open_batches(self.batch_size):
                 ahead.append(self._begin(part, rows, pictures))
                 if len(ahead) > BATCHES_AHEAD:
@@ -191,6 +192,7 @@ class PictureEncoder:
         part.give_up(rows[~good & batch.is_open])
         if not part.open_rows.size:
             part.seal()
+            self._in_work.remove(part)
         for slot in np.flatnonzero(~good & batch.is_open).tolist():
             self.done.failures[part.digests[rows[slot]].tobytes()] = launched.failures[slot]
         return int((good & batch.is_open).sum())
@@ -200,6 +202,10 @@ class PictureEncoder:
             rows = written.result()
         self.done.rows += rows
         return rows
+
+    def _close_parts(self) -> None:
+        for part in self._in_work:
+            part.close()
 
 
 class _Clock:

@@ -82,7 +82,8 @@ def check_room(found: Survey, config: CacheConfig) -> None:
 def tell_left_out(inputs: Inputs, on_missing: str, report: Path) -> None:
     """Lists what is left out in `report` and says how much it is; `PipelineError` if `on_missing` is "error"."""
     if not inputs.left_out:
-        report.unlink(missing_ok=True)
+        if report.exists():  # a read-only disk refuses to remove even what is not there
+            report.unlink()
         return
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
