@@ -68,8 +68,8 @@ def verify(folder: Path, on_bytes: Callable[[int], object] = lambda count: None)
 def drop_damaged(folder: Path, damages: Iterable[Damage]) -> int:
     """Takes damaged rows out of the cache, so that `pipe precompute` sees what is missing; -> how many rows.
 
-    A part is replaced by a new file in which those rows are marked as not written, all of them if the file as a
-    whole cannot be trusted. The others keep their numbers. A kill at any moment leaves the old or the new cache.
+    A part is replaced by a new file in which those rows are given up, all of them if the file as a whole cannot be
+    trusted. The others keep their numbers. A kill at any moment leaves the old or the new cache. Raises CacheError.
     """
     by_part: dict[str, set[int | None]] = {}
     for damage in damages:
@@ -77,37 +77,39 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> int:
             by_part.setdefault(damage.file, set()).add(damage.row)
     if not by_part:
         return 0
-    lock = FolderLock(folder)
     try:
-        return _replace_parts(folder, by_part)
+        lock = FolderLock(folder)
+        try:
+            return _replace_parts(folder, by_part)
+        finally:
+            lock.release()
     except OSError as error:
         raise CacheError(f"{folder}: {error}. The cache is as it was; run the same command again.") from error
-    finally:
-        lock.release()
 
 
 def _replace_parts(folder: Path, by_part: Mapping[str, set[int | None]]) -> int:
     manifest = Manifest.load(folder)
     names = free_names(folder, [part.file for part in manifest.parts])
-    dropped, parts = 0, list(manifest.parts)
+    parts = list(manifest.parts)
     for index, part in enumerate(manifest.parts):
-        if part.file in by_part:
-            bad = by_part[part.file]
-            layout = None if None in bad else inspect_part(folder / part.file)
-            keep = np.zeros(part.rows, bool) if layout is None else layout.crc32 >= 0
+        bad = by_part.get(part.file, set())
+        if None in bad:  # of the file nothing is lost if it is replaced at once
+            parts[index] = _rebuild(folder / part.file, manifest.spec, part, None, np.zeros(part.rows, bool))
+        elif bad:
+            layout = inspect_part(folder / part.file)
+            keep = layout.crc32 >= 0
             keep[[row for row in bad if row is not None]] = False
-            parts[index], lost = _rebuild(folder / next(names), manifest.spec, part, layout, keep)
-            dropped += lost
-    replace(manifest, parts=parts, rows=manifest.rows - dropped).save(folder)
-    for file in by_part:
-        (folder / file).unlink(missing_ok=True)
-    return dropped
+            parts[index] = _rebuild(folder / next(names), manifest.spec, part, layout, keep)
+    rows = sum(int((inspect_part(folder / part.file).crc32 >= 0).sum()) for part in parts)
+    replace(manifest, parts=parts, rows=rows).save(folder)
+    for old, new in zip(manifest.parts, parts, strict=True):
+        if old.file != new.file:
+            (folder / old.file).unlink()
+    return manifest.rows - rows
 
 
-def _rebuild(
-    path: Path, spec: CacheSpec, part: PartEntry, old: PartLayout | None, keep: Array
-) -> tuple[PartEntry, int]:
-    """Writes a part to `path` with only those rows of `old` that are to be kept; -> its entry, and the rows lost."""
+def _rebuild(path: Path, spec: CacheSpec, part: PartEntry, old: PartLayout | None, keep: Array) -> PartEntry:
+    """Writes a part to `path` with only those rows of `old` that are to be kept; -> its entry."""
     building = temporary(path)
     digests = np.zeros((part.rows, DIGEST_BYTES), np.uint8) if old is None else old.digests
     lay_out_part(building, spec, digests)
@@ -123,8 +125,7 @@ def _rebuild(
         pwrite_all(target, as_bytes(checksums.astype("<i8")), new.crc_offset)
         os.fsync(target)
     rename(building, path)
-    lost = part.rows if old is None else int((old.crc32 >= 0).sum() - keep.sum())
-    return part_entry(inspect_part(path)), lost
+    return part_entry(inspect_part(path))
 
 
 def _verify_part(folder: Path, part: PartEntry, spec: CacheSpec, on_bytes: Callable[[int], object]) -> list[Damage]:

@@ -12,7 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cache.files import as_bytes, opened, pread_into, pwrite_all, rename, sha256_of, temporary
+from cache.files import as_bytes, opened, pread_into, pwrite_all, sha256_of
 from cache.spec import CacheError, CacheSpec
 
 PAGE = 4096
@@ -48,17 +48,11 @@ def part_name(index: int, sealed: bool = True) -> str:
     return f"features-{index:05d}.h5" + ("" if sealed else ".partial")
 
 
-def create_part(path: Path, spec: CacheSpec, digests: Array) -> None:
-    """Creates a part for the images `digests` (rows, 32) uint8, without any row written.
-
-    The file gets its name once it is complete and on disk. Raises CacheError, OSError.
-    """
-    lay_out_part(temporary(path), spec, digests)
-    rename(temporary(path), path)
-
-
 def lay_out_part(path: Path, spec: CacheSpec, digests: Array) -> None:
-    """As `create_part`, under its name from the first byte on."""
+    """Creates a part for the images `digests` (rows, 32) uint8, without any row written, and brings it to disk.
+
+    Raises CacheError, OSError.
+    """
     rows = len(digests)
     arrays = {"image_digest": digests, "crc32": np.full(rows, NOT_WRITTEN, "<i8")}
     _create(path, _part_shapes(spec, rows), arrays, spec.to_attributes())
@@ -114,8 +108,8 @@ def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
 
     Raises OSError.
     """
-    head = bytearray(head_bytes)
     with opened(path, os.O_RDONLY) as descriptor:
+        head = bytearray(min(head_bytes, os.fstat(descriptor).st_size))
         pread_into(descriptor, memoryview(head), 0)
     del head[crc_offset : crc_offset + rows * 8]
     return hashlib.sha256(head).hexdigest()
@@ -175,7 +169,9 @@ def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, in
             for name, (shape, dtype) in shapes.items():
                 file.create_dataset(name, shape=shape, dtype=dtype, dcpl=plan, track_times=False)
             return {name: file[name].id.get_offset() for name in shapes}
-    except (RuntimeError, ValueError, TypeError) as error:  # what h5py raises beside OSError
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        if found := re.search(r"errno = (\d+)", str(error)):  # of a full disk HDF5 tells in three lines, in any of them
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
 
 

@@ -32,6 +32,9 @@ class PartEntry:
     """All of the file but its features."""
     head_sha256: str
 
+    def __post_init__(self) -> None:
+        _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes)
+
     def check(self, folder: Path, row_bytes: int) -> None:
         """Raises CacheError if the file is missing, cut, or its head is not what was written."""
         check_head(folder / self.file, self.head_bytes, self.head_sha256, self.head_bytes + self.rows * row_bytes)
@@ -44,6 +47,12 @@ class TextEntry:
     file: str
     questions: int
     sha256: str
+
+
+def _require_counts(file: str, **values: int) -> None:
+    for name, value in values.items():
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise CacheError(f"{file}: {name} is {value!r}, must be a whole number from 1 to {(1 << 31) - 1}")
 
 
 def attachment_file(name: str, sha256: str) -> str:
@@ -79,8 +88,6 @@ class Manifest:
             found = PART_NAME.fullmatch(part.file)
             if not found or found[2]:
                 raise CacheError(f"{part.file!r} is not the name of a sealed part inside the cache's folder")
-            if min(part.rows, part.head_bytes) < 1:
-                raise CacheError(f"{part.file}: {part.rows} rows behind {part.head_bytes} bytes cannot be")
         for split, text in self.splits.items():
             named = TEXT_NAME.fullmatch(text.file)
             if not named or named[1] != split:
@@ -129,6 +136,9 @@ class PlannedPart:
     rows: int
     sha256: str
     """Of the head without `crc32`."""
+
+    def __post_init__(self) -> None:
+        _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes, crc_offset=self.crc_offset)
 
     def check(self, path: Path) -> None:
         """Raises CacheError if the head is not what was written."""
@@ -188,7 +198,7 @@ def _explained(path: Path) -> Iterator[None]:
     """Whatever is wrong with the content comes out as a CacheError that begins with the path."""
     try:
         yield
-    except (CacheError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (CacheError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         advice = "delete this one file and run `pipe precompute` again: the features are kept."
         raise CacheError(f"{path}: cannot be used: {problem}. If it is damaged, {advice}") from error

@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -42,7 +43,7 @@ class FeatureReader:
         for part in self.manifest.parts:
             _check_size(self.folder, part, self.spec.row_bytes)
         self._ends = np.cumsum([part.rows for part in self.manifest.parts], dtype=np.int64)
-        self._parts: dict[int, _OpenPart] = {}
+        self._forget()
 
     def __enter__(self) -> "FeatureReader":
         return self
@@ -51,13 +52,24 @@ class FeatureReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_parts": {}}
+        own = ("_parts", "_maps", "_opening", "_checked")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def close(self) -> None:
-        """Lets go of maps and files; a later `gather` opens them again."""
+        """Lets go of maps and files; a later `gather` opens and checks them again."""
         for part in self._parts.values():
             part.close()
-        self._parts = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._parts: dict[int, _OpenPart] = {}
+        self._maps: _Maps | None = None
+        self._opening = Lock()
+        self._checked = np.zeros(self._total, bool)  # rows that were read and found good
 
     def stored(self) -> Iterator[tuple[bytes, int]]:
         """SHA-256 of the image file, and row, of every stored image, in the order of the rows; a part at a time."""
@@ -84,10 +96,18 @@ class FeatureReader:
         if outside.any():
             row = int(rows[outside][0])
             raise CacheError(f"{self.folder}: row {row} is not one of {self._total}. {_RENEW}")
-        parts = np.searchsorted(self._ends, rows, side="right").tolist()
-        for place, (index, row) in enumerate(zip(parts, rows.tolist(), strict=True)):
-            part = self._parts.get(index) or self._open(index)
-            part.read(row - part.start, features[place])
+        indices = np.searchsorted(self._ends, rows, side="right")
+        inside = rows - np.concatenate([[0], self._ends])[indices]
+        unchecked = np.flatnonzero(~self._checked[rows]).tolist()
+        self._open({int(indices[place]) for place in unchecked})
+        if self._maps and len(rows):
+            self._maps.gather(indices, inside, features)
+        else:
+            for place, (index, row) in enumerate(zip(indices.tolist(), inside.tolist(), strict=True)):
+                self._parts[index].read(row, features[place])
+        for place in unchecked:
+            self._parts[int(indices[place])].check(int(inside[place]), features[place])
+            self._checked[rows[place]] = True
         return features
 
     def text(self, split: str) -> TextTable:
@@ -134,32 +154,70 @@ class FeatureReader:
             raise CacheError(f"{path}: is not laid out as {MANIFEST_NAME} says. Run `pipe precompute` again.")
         return layout
 
-    def _open(self, index: int) -> "_OpenPart":
+    def _open(self, indices: set[int]) -> None:
+        if indices <= self._parts.keys():
+            return
+        with self._opening:  # threads may share a reader
+            parts = dict(self._parts)
+            try:
+                for index in sorted(indices - parts.keys()):
+                    parts[index] = self._open_one(index)
+            finally:
+                maps = {index: part.map for index, part in parts.items() if part.map is not None}
+                self._maps = _Maps(maps, self.spec.row_bytes) if maps else None
+                self._parts = parts  # after the maps: another thread looks here first
+
+    def _open_one(self, index: int) -> "_OpenPart":
         layout = self._inspect(index)
         try:
-            part = _OpenPart(layout, int(self._ends[index]) - layout.rows, self.io)
+            return _OpenPart(layout, int(self._ends[index]) - layout.rows, self.io)
         except (OSError, ValueError) as error:
             raise CacheError(f"{layout.path}: cannot be opened: {error}. Is its disk still there?") from error
-        self._parts[index] = part
-        return part
+
+
+class _Maps:
+    """One array over the maps (rows, Q, D) of parts, by their index, from the lowest address to the highest.
+
+    It is there for `np.take`, which copies rows out of any parts in one call; a loop over the rows in Python takes
+    half as long again. What lies between the maps is never touched.
+    """
+
+    def __init__(self, maps: dict[int, Array], row_bytes: int) -> None:
+        self._maps, self._row_bytes = maps, row_bytes
+        addresses = {index: mapped.ctypes.data for index, mapped in maps.items()}
+        first = min(addresses, key=addresses.__getitem__)
+        end = max(addresses[index] + mapped.nbytes for index, mapped in maps.items())
+        self._starts = np.zeros(max(maps) + 1, np.int64)  # where the first row of each part is in the array, in bytes
+        self._starts[[*addresses]] = np.array([*addresses.values()]) - addresses[first]
+        # The largest items that all places and rows are whole numbers of: pages, of 4096 bytes, or rows if small.
+        item = int(np.gcd.reduce([row_bytes, *self._starts.tolist()]))
+        items = maps[first].reshape(-1).view(f"V{item}")
+        self._array = np.lib.stride_tricks.as_strided(items, ((end - addresses[first]) // item,), writeable=False)
+
+    def gather(self, indices: Array, rows: Array, out: Array) -> None:
+        """Copies `rows` (n,) of the parts `indices` (n,) to `out` (n, Q, D)."""
+        item = self._array.itemsize
+        places = (self._starts[indices] + rows * self._row_bytes) // item
+        every = places[:, None] + np.arange(self._row_bytes // item)
+        np.take(self._array, every.reshape(-1), out=out.reshape(-1).view(self._array.dtype), mode="clip")
 
 
 class _OpenPart:
-    """One part's rows, as a map or an open file, and which of them were found good."""
+    """One part's rows, as a map or an open file."""
 
     def __init__(self, layout: PartLayout, start: int, io: str) -> None:
-        self.start = start
+        self._start = start
         """Row of the cache that is this part's first."""
         self._layout = layout
-        self._checked = np.zeros(layout.rows, bool)
-        self._map: Array | None = None
+        self.map: Array | None = None
+        """(rows, Q, D); None if rows are to be read with `read`."""
         self._descriptor = -1
         if io == "pread":
             self._descriptor = os.open(layout.path, os.O_RDONLY | os.O_CLOEXEC)
         else:
             shape = (layout.rows, layout.spec.query_tokens, layout.spec.width)
             whole = np.memmap(layout.path, layout.spec.storage_dtype, "r", layout.features_offset, shape)
-            self._map = np.asarray(whole)  # a memmap's own indexing is ten times slower
+            self.map = np.asarray(whole)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -167,20 +225,16 @@ class _OpenPart:
 
     def read(self, row: int, out: Array) -> None:
         """Copies a row of the part to `out` (Q, D). Raises CacheError."""
-        if self._map is not None:
-            out[...] = self._map[row]
-        else:
-            layout = self._layout
-            try:
-                pread_into(self._descriptor, as_bytes(out), layout.features_offset + row * layout.spec.row_bytes)
-            except OSError as error:
-                raise CacheError(f"{layout.path}: cannot be read: {error}. Is its disk still there?") from error
-        if not self._checked[row]:
-            self._check(row, out)
+        layout = self._layout
+        try:
+            pread_into(self._descriptor, as_bytes(out), layout.features_offset + row * layout.spec.row_bytes)
+        except OSError as error:
+            raise CacheError(f"{layout.path}: cannot be read: {error}. Is its disk still there?") from error
 
-    def _check(self, row: int, features: Array) -> None:
+    def check(self, row: int, features: Array) -> None:
+        """Raises CacheError if the row of the part was never written, or `features` are not what was."""
         wanted = int(self._layout.crc32[row])
-        place = f"{self._layout.path}: row {row} (row {self.start + row} of the cache)"
+        place = f"{self._layout.path}: row {row} (row {self._start + row} of the cache)"
         if wanted < 0:
             raise CacheError(f"{place} was never written. {_RENEW}")
         if zlib.crc32(as_bytes(features)) != wanted:
@@ -188,7 +242,6 @@ class _OpenPart:
                 f"{place} is not what was written, the file is damaged. Run `pipe cache repair`, or delete the file "
                 "and run `pipe precompute` again: its rows are made anew."
             )
-        self._checked[row] = True
 
 
 _RENEW = "Run `pipe precompute` again: it renews the text."

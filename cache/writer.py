@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cache.files import TEMPORARY, fsync_folder, sha256_of, write_atomically
+from cache.files import TEMPORARY, fsync_folder, rename, sha256_of, temporary, write_atomically
 from cache.format import (
     DIGEST_BYTES,
     NOT_WRITTEN,
     PART_NAME,
     PartLayout,
-    create_part,
     head_sha256,
     inspect_part,
+    lay_out_part,
     part_name,
 )
 from cache.lock import LOCK_NAME, FolderLock
@@ -169,9 +169,9 @@ class FeatureWriter:
         layouts = self._layouts() if listed else []
         images = {part.digests.tobytes() for part in layouts if part.path.name in listed}
         for part in layouts:
-            if part.path.name not in listed and _sealed_name(part.path) not in plan:
-                if part.digests.tobytes() in images:
-                    part.path.unlink()
+            unknown = part.path.name not in listed and _sealed_name(part.path) not in plan
+            if unknown and part.digests.tobytes() in images:
+                part.path.unlink()
 
     def _missing(self) -> dict[bytes, None]:
         """The wanted images that no part has, in order."""
@@ -191,16 +191,24 @@ class FeatureWriter:
         to_copy = [digest for digest in unplanned if digest in origins]
         to_encode = [digest for digest in unplanned if digest not in origins]
         names = free_names(self.folder, _listed(self.folder, self.spec))
+        new: list[Path] = []
         for chunk in [*_chunks(to_copy, self.part_rows), *_chunks(to_encode, self.part_rows)]:
             digests = np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, DIGEST_BYTES)
-            create_part(self.folder / f"{next(names)}.partial", self.spec, digests)
-        self._guard()
+            new.append(self.folder / f"{next(names)}.partial")
+            lay_out_part(temporary(new[-1]), self.spec, digests)
+        self._guard(new)
+        for path in new:
+            rename(temporary(path), path)
 
-    def _guard(self) -> None:
-        """Notes what the begun parts are, so that no later run lets HDF5 open a damaged one."""
+    def _guard(self, new: Sequence[Path]) -> None:
+        """Notes what the begun parts are, and the `new` ones before they get their names.
+
+        So no later run lets HDF5 open a damaged one.
+        """
         listed = _listed(self.folder, self.spec)
-        begun = [part for part in self._layouts() if _sealed_name(part.path) not in listed]
-        plan = Plan({_sealed_name(part.path): _planned(part) for part in begun})
+        begun = {_sealed_name(part.path): part for part in self._layouts()}
+        begun |= {_sealed_name(path): inspect_part(temporary(path)) for path in new}
+        plan = Plan({name: _planned(name, part) for name, part in begun.items() if name not in listed})
         if plan != Plan.load(self.folder):
             plan.save(self.folder)
 
@@ -236,7 +244,7 @@ class Survey:
 def survey(folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = ()) -> Survey:
     """What a `FeatureWriter` would find; changes nothing. Raises CacheError as it does."""
     wanted = _distinct(digests)
-    layouts = part_layouts(folder, spec) if folder.is_dir() else []
+    layouts = _layouts_meanwhile(folder, spec) if folder.is_dir() else []
     stored = {digest for part in layouts for digest, _ in _stored(part) if digest in wanted}
     missing = {digest: None for digest in wanted if digest not in stored}
     bytes_needed = len(missing) * (spec.row_bytes + _HEAD_BYTES_A_ROW)
@@ -282,6 +290,17 @@ def part_layouts(folder: Path, spec: CacheSpec) -> list[PartLayout]:
         layouts.append(inspect_part(path))
         _require(spec, layouts[-1].spec, path)
     return layouts
+
+
+def _layouts_meanwhile(folder: Path, spec: CacheSpec) -> list[PartLayout]:
+    """`part_layouts` of a folder in which another process may be giving parts their names."""
+    while True:
+        before = {path.name for path in folder.iterdir()}
+        try:
+            return part_layouts(folder, spec)
+        except (CacheError, OSError):
+            if {path.name for path in folder.iterdir()} == before:
+                raise
 
 
 def _copy_rows(part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], readers: dict[Path, FeatureReader]) -> int:
@@ -346,9 +365,9 @@ def free_names(folder: Path, listed: Container[str]) -> Iterator[str]:
     return (name for name in names if name not in taken and name not in listed)
 
 
-def _planned(part: PartLayout) -> PlannedPart:
+def _planned(name: str, part: PartLayout) -> PlannedPart:
     place = (part.features_offset, part.crc_offset, part.rows)
-    return PlannedPart(_sealed_name(part.path), *place, head_sha256(part.path, *place))
+    return PlannedPart(name, *place, head_sha256(part.path, *place))
 
 
 def part_entry(part: PartLayout) -> PartEntry:

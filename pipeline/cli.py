@@ -55,7 +55,9 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
 def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
     from cache.spec import CacheError
     from pipeline.errors import ConfigError, PipelineError
+    from pipeline.team import local_rank
 
+    speaks = local_rank() == 0  # of what all processes of a machine meet alike
     try:
         # The libraries' notes to developers; other warnings stay.
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -64,14 +66,16 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
     except (PipelineError, CacheError, OSError) as error:
         if debug:
             raise
-        click.echo(f"pipe: {error}", err=True)
+        if speaks or not isinstance(error, ConfigError):
+            click.echo(f"pipe: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        click.echo(
-            "\npipe: interrupted; what is written stays good. The same command goes on with a precompute, "
-            "pipe train RUN/config.yaml --name RUN --resume with a training",
-            err=True,
-        )
+        if speaks:
+            click.echo(
+                "\npipe: interrupted; what is written stays good. The same command goes on with a precompute, "
+                "pipe train RUN/config.yaml --name RUN --resume with a training",
+                err=True,
+            )
         sys.exit(1)
     except click.ClickException:
         raise

@@ -34,7 +34,7 @@ from pipeline.preflight import (
     tell_left_out,
 )
 from pipeline.progress import say
-from pipeline.team import Team
+from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, tokenize
 
 
@@ -77,8 +77,13 @@ def precompute(config: Config) -> dict[str, Any] | None:
         return None
 
 
-def dry_run(config: Config) -> dict[str, Any]:
-    """What `precompute` would do, how long it would take, and what it would leave out; the cache stays as it is."""
+def dry_run(config: Config) -> dict[str, Any] | None:
+    """What `precompute` would do, how long it would take, and what it would leave out; the cache stays as it is.
+
+    None in a process that is not the first.
+    """
+    if rank() > 0:
+        return None
     prepared = _prepare(config)
     found, settings = prepared.found, config.precompute
     a_second = None
@@ -141,8 +146,9 @@ def _lead(config: Config, team: Team) -> dict[str, Any]:
 
 def _help(config: Config, team: Team) -> None:
     """A process that is not 0: encodes its share."""
+    share = team.receive(Share)  # first: what is wrong with the checkpoint, process 0 has said
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
-    team.gather(_encode(team.receive(Share), checkpoint, config.precompute))
+    team.gather(_encode(share, checkpoint, config.precompute))
 
 
 def _prepare(config: Config) -> Prepared:
@@ -165,8 +171,8 @@ def _prepare(config: Config) -> Prepared:
 def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, Path], processes: int) -> list[Share]:
     """The parts dealt out, and of the pictures only those that each process encodes."""
     shares = []
-    for rank in range(processes):
-        mine = list(parts[rank::processes])
+    for process in range(processes):
+        mine = list(parts[process::processes])
         digests = {digest.tobytes() for path in mine for digest in inspect_part(path).digests}
         shares.append(Share(spec, mine, {digest: pictures[digest] for digest in digests if digest in pictures}))
     return shares

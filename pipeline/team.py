@@ -2,9 +2,13 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
+
+from pipeline.errors import PipelineError
 
 T = TypeVar("T")
 
@@ -14,6 +18,11 @@ PATIENCE = timedelta(days=30)  # the first to finish waits for the last, however
 def rank() -> int:
     """Number of this process among those started together, from 0."""
     return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Number of this process among those on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
@@ -41,9 +50,11 @@ class Team:
         if self.size > 1:
             from torch import distributed
 
-            if error is not None and self.rank == 0 and not self._shared:
-                self._scatter([None] * self.size)
-            distributed.destroy_process_group()
+            if error is None:
+                distributed.destroy_process_group()
+            elif self.rank == 0 and not self._shared:  # else the others notice when this process is gone
+                with suppress(PipelineError):  # the error at hand comes first
+                    self._scatter([None] * self.size)
 
     def share_out(self, shares: list[T]) -> T:
         """In process 0: gives one share to each process, and returns its own."""
@@ -56,6 +67,7 @@ class Team:
         """In the others: the share that process 0 gives."""
         share = self._scatter([])
         if not isinstance(share, kind):
+            self._scatter([])  # until process 0 has spoken and is gone: a launcher that sees another end kills it
             sys.exit(1)
         return share
 
@@ -66,12 +78,27 @@ class Team:
         from torch import distributed
 
         reports: list[T] | None = [report] * self.size if self.rank == 0 else None
-        distributed.gather_object(report, reports)
+        with self._others():
+            distributed.gather_object(report, reports)
         return reports or []
 
     def _scatter(self, shares: list[Any]) -> Any:
         from torch import distributed
 
         received = [None]
-        distributed.scatter_object_list(received, shares if self.rank == 0 else None)
+        with self._others():
+            distributed.scatter_object_list(received, shares if self.rank == 0 else None)
         return received[0]
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        """Work with the others; if one of them is gone, it has said why, and process 0 alone says what that means."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo's
+            if self.rank > 0:
+                sys.exit(1)
+            raise PipelineError(
+                "another of the processes ended before its share was done; it, or torchrun, says why. What is written "
+                "stays good: the same command goes on"
+            ) from error

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.format import inspect_part
+from cache.manifest import _save_signed
+from cache.part import PartWriter
+from cache.reader import FeatureReader
 from cache.spec import CacheSpec
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
@@ -47,22 +51,74 @@ def table(rows):
 
 
 def write_some(writer, limit=None, batch=2):
-    """Writes batches until nothing is pending or `limit` images are written; -> digests in the order written."""
+    """Writes batches until nothing is open or `limit` images are written; -> digests in the order written."""
     written = []
-    while writer.pending and (limit is None or len(written) < limit):
-        wanted = writer.pending[: batch if limit is None else min(batch, limit - len(written))]
-        writer.write(wanted, features(wanted, writer.spec))
-        written += wanted
+    for path in writer.parts:
+        with PartWriter(path) as part:
+            for places in part.open_batches(batch):
+                rows = np.intersect1d(places, part.open_rows)[: None if limit is None else limit - len(written)]
+                wanted = [part.digests[row].tobytes() for row in rows]
+                part.write(rows, features(wanted, writer.spec))
+                written += wanted
+                if len(written) == limit:
+                    return written
+            part.seal()
     return written
 
 
-def build(folder, wanted, kind=None, part_rows=3):
+def to_write(writer):
+    """Digests of the images still to be written, in order."""
+    parts = [inspect_part(path) for path in writer.parts]
+    return [part.digests[row].tobytes() for part in parts for row in np.flatnonzero(part.crc32 == -1)]
+
+
+def build(folder, wanted, kind=None, part_rows=3, sources=()):
     """One run over the wanted images, to the end; -> the digests that it wrote."""
-    with FeatureWriter(Path(folder), kind or spec(), wanted, part_rows) as writer:
+    with FeatureWriter(Path(folder), kind or spec(), wanted, part_rows, sources) as writer:
         written = write_some(writer)
-        writer.finish({"train": table([writer.rows[digest] for digest in wanted])}, {"model": "fake"})
+        writer.finish(texts_of(writer, wanted), {"left-out.jsonl": b'{"reason": "none"}\n'}, {"model": "fake"})
     return written
+
+
+def edit_manifest(folder, change, name="manifest.json"):
+    """Has `change` alter the manifest, or the plan, and signs it again."""
+    content = json.loads((folder / name).read_bytes())
+    del content["sha256"]
+    change(content)
+    _save_signed(folder / name, content)
+
+
+def flip(path, byte, bit=0):
+    """Flips one bit of a file in place."""
+    with Path(path).open("r+b") as file:
+        file.seek(byte)
+        value = file.read(1)[0]
+        file.seek(byte)
+        file.write(bytes([value ^ 1 << bit]))
+
+
+def texts_of(writer, wanted):
+    """One question on each of the images that are stored, in order."""
+    rows = writer.rows()
+    return {"train": table([rows[digest] for digest in wanted if digest in rows])}
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def put(part, *rows):
+    """Writes rows of a part in work."""
+    if rows:
+        wanted = [part.digests[row].tobytes() for row in rows]
+        part.write(np.array(rows), features(wanted, part.spec))
+
+
+def stored_rows(folder, kind):
+    """Digests of a finished cache of which every row that it serves was found to hold the right numbers."""
+    with FeatureReader(Path(folder)) as reader:
+        rows = dict(reader.stored())
+        np.testing.assert_array_equal(reader.gather([*rows.values()]), features(rows, kind))
+        for split in reader.splits:
+            assert len(reader.text(split)) == reader.splits[split]
+        return set(rows)

@@ -3,16 +3,17 @@ import time
 import h5py
 import numpy as np
 import pytest
-from cache_fakes import D, Q, digests, spec
+from cache_fakes import D, Q, digests, flip, spec
 
-from cache.format import create_part, inspect_part, read_arrays, write_arrays
+from cache.format import head_sha256, inspect_part, lay_out_part, read_arrays, write_arrays
+from cache.part import PartWriter
 from cache.spec import CacheError
 
 ROWS = 4
 
 
 def make(path, kind=None, rows=ROWS):
-    create_part(path, kind or spec(), np.frombuffer(b"".join(digests(rows)), np.uint8).reshape(-1, 32))
+    lay_out_part(path, kind or spec(), np.frombuffer(b"".join(digests(rows)), np.uint8).reshape(-1, 32))
     return path
 
 
@@ -36,6 +37,40 @@ def test_new_part(tmp_path):
 def test_features_are_page_aligned(tmp_path):
     layout = inspect_part(make(tmp_path / "part.h5", spec(query_tokens=32, width=768)))
     assert layout.features_offset % 4096 == 0
+
+
+def test_head_comes_first_and_the_features_last(tmp_path):
+    layout = inspect_part(make(tmp_path / "part.h5"))
+    with h5py.File(layout.path) as file:
+        digests_offset = file["image_digest"].id.get_offset()
+        headers = [h5py.h5o.get_info(file[name].id).addr for name in file]
+    assert digests_offset < layout.crc_offset < layout.features_offset
+    assert max(headers) < layout.features_offset
+    assert layout.features_offset + ROWS * layout.spec.row_bytes == layout.path.stat().st_size
+
+
+def test_head_digest_leaves_out_the_checksums_only(tmp_path):
+    layout = inspect_part(make(tmp_path / "part.h5"))
+    place = (layout.features_offset, layout.crc_offset, layout.rows)
+    before = head_sha256(layout.path, *place)
+    for byte in (layout.crc_offset, layout.crc_offset + 8 * ROWS - 1, layout.features_offset):
+        flip(layout.path, byte)
+        assert head_sha256(layout.path, *place) == before
+    for byte in (0, layout.crc_offset - 1, layout.crc_offset + 8 * ROWS, layout.features_offset - 1):
+        flip(layout.path, byte)
+        assert head_sha256(layout.path, *place) != before
+        flip(layout.path, byte)
+
+
+@pytest.mark.parametrize("length", [10, 3_000, 60_000])
+def test_long_preprocessing_fits_into_the_head(tmp_path, length):
+    kind = spec(image_preprocessing=f'{{"a":"{"x" * length}"}}')
+    assert inspect_part(make(tmp_path / "part.h5", kind)).spec == kind
+
+
+def test_a_part_in_work_can_be_looked_into(tmp_path):
+    with PartWriter(make(tmp_path / "part.h5")) as part:
+        assert inspect_part(part.path).rows == ROWS
 
 
 def test_bytes_do_not_depend_on_the_time(tmp_path):
@@ -124,6 +159,29 @@ def test_missing_and_additional_data_sets_are_refused(tmp_path):
         inspect_part(tampered(tmp_path, "crc32", lambda file, name: None))
     with pytest.raises(CacheError, match="data sets"):
         inspect_part(tampered(tmp_path, "crc32", lambda file, name: file.update({name: [1], "more": [1]})))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("crc32", "image_digest", "query_features"), "crc32 begins at"),
+        (("query_features", "image_digest", "crc32"), "image_digest begins at|query_features begins at"),
+    ],
+)
+def test_other_order_of_the_data_sets_is_refused(tmp_path, names, words):
+    arrays = {"image_digest": np.zeros((ROWS, 32), np.uint8), "crc32": np.zeros(ROWS, np.int64)}
+    arrays |= {"query_features": np.zeros((ROWS, Q, D), np.float16)}
+    write_arrays(tmp_path / "part.h5", {name: arrays[name] for name in names}, spec().to_attributes())
+    with pytest.raises(CacheError, match=words):
+        inspect_part(tmp_path / "part.h5")
+
+
+def test_bytes_behind_the_features_are_refused(tmp_path):
+    path = make(tmp_path / "part.h5")
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CacheError, match="must end with its features"):
+        inspect_part(path)
 
 
 def test_cut_file_is_refused(tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -29,8 +30,10 @@ def test_offsets_that_do_not_fit(offsets):
 @pytest.mark.parametrize("rows", [[4, 0, 0], []])
 def test_table_round_trip(tmp_path, rows):
     mine = table(rows)
-    mine.save(tmp_path / "text.h5")
-    found = TextTable.load(tmp_path / "text.h5")
+    entry = mine.save(tmp_path, "train")
+    assert [path.name for path in tmp_path.iterdir()] == [entry.file]
+    assert entry.questions == len(rows)
+    found = TextTable.load(tmp_path / entry.file)
     assert len(found) == len(rows)
     assert [found.record(i) for i in range(len(rows))] == [
         {"question": f"Wie groß ist Bild {i}? 🐘"} for i in range(len(rows))
@@ -53,14 +56,29 @@ def test_table_round_trip(tmp_path, rows):
     ],
 )
 def test_table_that_is_not_sound(tmp_path, change, words):
-    path = tmp_path / "text.h5"
-    table([0, 1, 2]).save(path)
+    path = tmp_path / table([0, 1, 2]).save(tmp_path, "train").file
     arrays, attributes = read_arrays(path)
     change(arrays, attributes)
     write_arrays(path, arrays, attributes)
     with pytest.raises(CacheError, match=words) as caught:
         TextTable.load(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_table_gets_the_name_of_its_digest_so_that_none_is_replaced(tmp_path):
+    first, second = table([0, 1]).save(tmp_path, "val_2"), table([0, 2]).save(tmp_path, "val_2")
+    assert {path.name for path in tmp_path.iterdir()} == {first.file, second.file}
+    for entry in (first, second):
+        digest = hashlib.sha256((tmp_path / entry.file).read_bytes()).hexdigest()
+        assert (entry.file, entry.sha256) == (f"text-val_2-{digest[:12]}.h5", digest)
+    assert table([0, 1]).save(tmp_path, "val_2") == first
+
+
+@pytest.mark.parametrize("split", ["", "../x", "a b", "-x", "x/y", "ä"])
+def test_split_whose_name_is_no_file_name(tmp_path, split):
+    with pytest.raises(CacheError, match="not a name that a split may have"):
+        table([0]).save(tmp_path, split)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("record", [b"[1]", b"{", b"\xff"])

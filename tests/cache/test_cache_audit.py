@@ -1,0 +1,313 @@
+import random
+import shutil
+
+import numpy as np
+import pytest
+from cache_fakes import (
+    build,
+    contents,
+    digests,
+    features,
+    flip,
+    put,
+    spec,
+    stored_rows,
+    table,
+    texts_of,
+    to_write,
+)
+from cache_kill import killed, undisturbed
+
+from cache.audit import Damage, drop_damaged, verify
+from cache.format import inspect_part
+from cache.part import PartWriter
+from cache.reader import FeatureReader
+from cache.spec import CacheError
+from cache.writer import FeatureWriter
+
+WANTED = digests(8)
+KIND = spec(query_tokens=4, width=32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build(tmp_path / "cache", WANTED)
+    return tmp_path / "cache"
+
+
+def damage_row(folder, part, row):
+    layout = inspect_part(folder / f"features-{part:05d}.h5")
+    flip(layout.path, layout.features_offset + row * layout.spec.row_bytes + 3, bit=5)
+
+
+def problems(folder):
+    return [(damage.file, damage.row) for damage in verify(folder).damages]
+
+
+# Verification
+
+
+def test_sound_cache(folder):
+    told = []
+    found = verify(folder, told.append)
+    files = [path for path in folder.iterdir() if path.stat().st_size]  # not .lock, which is empty
+    assert found.damages == []
+    assert (found.files, found.rows) == (len(files), 8) == (6, 8)
+    parts = sum(path.stat().st_size for path in files if path.name.startswith("features"))
+    assert sum(told) == parts < found.bytes <= sum(path.stat().st_size for path in files)
+
+
+def test_every_damage_is_named_with_its_place(folder):
+    damage_row(folder, 0, 2)
+    damage_row(folder, 1, 0)
+    flip(folder / "features-00002.h5", 60)
+    text, attachment = next(folder.glob("text-*")), next(folder.glob("left-out-*"))
+    flip(text, 900)
+    attachment.unlink()
+    assert sorted(problems(folder), key=str) == sorted(
+        [
+            ("features-00000.h5", 2),
+            ("features-00001.h5", 0),
+            ("features-00002.h5", None),
+            (text.name, None),
+            (attachment.name, None),
+        ],
+        key=str,
+    )
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"0", lambda data: b""])
+def test_file_of_another_length_is_found(folder, change):
+    path = folder / "features-00001.h5"
+    path.write_bytes(change(path.read_bytes()))
+    assert problems(folder) == [(path.name, None)]
+
+
+def test_part_of_another_cache_is_found(folder, tmp_path):
+    build(tmp_path / "other", digests(8, start=50))
+    shutil.copy(tmp_path / "other" / "features-00001.h5", folder)
+    assert problems(folder) == [("features-00001.h5", None)]
+
+
+def test_without_a_sound_manifest_nothing_is_trusted(folder):
+    flip(folder / "manifest.json", 100)
+    with pytest.raises(CacheError, match="manifest"):
+        verify(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CacheError, match="unfinished"):
+        verify(folder)
+    with pytest.raises(CacheError, match="no cache"):
+        verify(folder / "absent")
+
+
+def read_all(folder):
+    """Whether the cache gives the right numbers: every row, text and attachment; no other outcome is allowed."""
+    try:
+        assert stored_rows(folder, KIND) == set(WANTED)
+        with FeatureReader(folder) as reader:
+            np.testing.assert_array_equal(reader.gather(reader.text("train").image_row), features(WANTED, KIND))
+            assert reader.attachment("left-out.jsonl").read_bytes() == b'{"reason": "none"}\n'
+    except CacheError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_any_flipped_bit_is_found_and_never_becomes_a_number(tmp_path, flips):
+    build(tmp_path, WANTED, KIND)
+    rng = random.Random(flips)
+    files = sorted(path for path in tmp_path.iterdir() if path.stat().st_size)
+    starts = {path: inspect_part(path).features_offset for path in files if path.name.startswith("features")}
+    for _ in range(flips):
+        path = rng.choice(files)
+        first = rng.choice([0, starts.get(path, 0)])  # half of them in the features
+        byte, bit = rng.randrange(first, path.stat().st_size), rng.randrange(8)
+        flip(path, byte, bit)
+        try:
+            found = verify(tmp_path).damages
+        except CacheError:
+            found = [path.name]
+        assert found, f"{path.name}: byte {byte}, bit {bit}"
+        assert not read_all(tmp_path)
+        flip(path, byte, bit)
+    assert verify(tmp_path).damages == []
+    assert read_all(tmp_path)
+
+
+# Repair
+
+
+def rows_of(folder):
+    with FeatureReader(folder) as reader:
+        return dict(reader.stored())
+
+
+def test_damaged_rows_are_written_again_and_the_others_keep_their_numbers(folder):
+    before = rows_of(folder)
+    damage_row(folder, 0, 1)
+    damage_row(folder, 2, 0)
+    damage_row(folder, 2, 1)
+    bad = [WANTED[1], WANTED[6], WANTED[7]]
+    assert drop_damaged(folder, verify(folder).damages) == 3
+    assert verify(folder).damages == []
+    assert rows_of(folder) == {digest: row for digest, row in before.items() if digest not in bad}
+    with FeatureReader(folder) as reader, pytest.raises(CacheError, match=r"row 1 .*never written.*pipe precompute"):
+        reader.gather(reader.text("train").image_row)
+    assert build(folder, WANTED) == bad
+    assert {digest: row for digest, row in rows_of(folder).items() if digest not in bad} == {
+        digest: row for digest, row in before.items() if digest not in bad
+    }
+    assert stored_rows(folder, spec()) == set(WANTED)
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        lambda path: flip(path, 0),
+        lambda path: flip(path, inspect_part(path).crc_offset + 8),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+    ids=["head", "checksum", "cut", "empty", "missing"],
+)
+def test_a_part_that_cannot_be_trusted_leaves_the_numbers_of_the_others_and_is_written_again(folder, hurt):
+    before = rows_of(folder)
+    hurt(folder / "features-00001.h5")
+    assert drop_damaged(folder, verify(folder).damages) == 3
+    kept = {digest: row for digest, row in before.items() if row not in (3, 4, 5)}
+    assert rows_of(folder) == kept
+    assert build(folder, WANTED) == WANTED[3:6]
+    assert len(rows_of(folder)) == len(WANTED)
+    assert stored_rows(folder, spec()) == set(WANTED)
+    assert verify(folder).damages == []
+
+
+def test_damaged_text_is_made_anew_by_the_next_run(folder):
+    before = contents(folder)
+    flip(next(folder.glob("text-*")), 1000)
+    flip(next(folder.glob("left-out-*")), 3)
+    assert drop_damaged(folder, verify(folder).damages) == 0
+    assert build(folder, WANTED) == []
+    assert contents(folder) == before
+
+
+def test_holes_survive_a_repair(tmp_path):
+    with FeatureWriter(tmp_path, spec(), WANTED[:5]) as writer, PartWriter(writer.parts[0]) as part:
+        put(part, 0, 2, 4)
+        part.give_up(np.array([1]))
+        part.seal()
+        writer.finish({"train": table([0, 2])})
+    damage_row(tmp_path, 0, 2)
+    assert drop_damaged(tmp_path, verify(tmp_path).damages) == 1
+    assert rows_of(tmp_path) == {WANTED[0]: 0, WANTED[4]: 4}
+    assert verify(tmp_path).rows == 2
+    with FeatureWriter(tmp_path, spec(), WANTED[:5]) as writer:
+        assert to_write(writer) == [WANTED[1], WANTED[2], WANTED[3]]
+
+
+def test_the_rows_of_a_part_with_holes_that_is_lost_are_counted_right(tmp_path):
+    with FeatureWriter(tmp_path, spec(), WANTED[:5], 3) as writer:
+        for path, rows in zip(writer.parts, ([0, 2], [1]), strict=True):
+            with PartWriter(path) as part:
+                put(part, *rows)
+                part.give_up(part.open_rows)
+                part.seal()
+        writer.finish({})
+    flip(tmp_path / "features-00000.h5", 8)
+    assert drop_damaged(tmp_path, verify(tmp_path).damages) == 2
+    assert verify(tmp_path).rows == 1
+    assert rows_of(tmp_path) == {WANTED[4]: 4}
+
+
+def test_nothing_damaged_nothing_done(folder):
+    before = contents(folder)
+    assert drop_damaged(folder, []) == 0
+    assert drop_damaged(folder, [Damage("notes.txt", "mine")]) == 0
+    assert contents(folder) == before
+
+
+def test_repair_respects_the_writer(folder, monkeypatch):
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    damage_row(folder, 0, 1)
+    damages = verify(folder).damages
+    before = contents(folder)
+    with FeatureWriter(folder, spec(), WANTED), pytest.raises(CacheError, match="is writing this cache"):
+        drop_damaged(folder, damages)
+    assert contents(folder) == before
+
+
+def test_full_disk_leaves_the_cache_as_it_was(folder, monkeypatch):
+    damage_row(folder, 0, 1)
+    damages, before = verify(folder).damages, rows_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(CacheError, match=r"No space left.*run the same command again"):
+            drop_damaged(folder, damages)
+    assert rows_of(folder) == before
+    assert drop_damaged(folder, damages) == 1
+    assert build(folder, WANTED) == [WANTED[1]]
+    assert {path.name.split("-")[0] for path in folder.iterdir()} == {
+        ".lock",
+        "features",
+        "left",
+        "manifest.json",
+        "text",
+    }
+
+
+def repair(folder):
+    drop_damaged(folder, verify(folder).damages)
+
+
+def damage_rows(folder):
+    damage_row(folder, 0, 1)
+    damage_row(folder, 1, 0)
+    damage_row(folder, 1, 1)  # all of this part
+
+
+def lose_a_part(folder):
+    (folder / "features-00001.h5").unlink()
+
+
+def damage_a_head(folder):
+    flip(folder / "features-00000.h5", 100)
+
+
+@pytest.mark.parametrize("hurt", [damage_rows, lose_a_part, damage_a_head])
+def test_kill_of_a_repair_leaves_the_old_or_the_new_cache(tmp_path, hurt):
+    folder, wanted = tmp_path / "damaged", WANTED[:5]
+    build(folder, wanted)
+    hurt(folder)
+    shutil.copytree(folder, tmp_path / "repaired")
+    old = (folder / "manifest.json").read_bytes()
+    steps = undisturbed(lambda: repair(tmp_path / "repaired"))
+    new = (tmp_path / "repaired" / "manifest.json").read_bytes()
+    shutil.copytree(tmp_path / "repaired", tmp_path / "whole")
+    written_again = build(tmp_path / "whole", wanted)
+    found = set()
+    for step in range(1, steps + 1):
+        copy = tmp_path / str(step)
+        shutil.copytree(folder, copy)
+        killed(step, lambda copy=copy: repair(copy))
+        manifest = (copy / "manifest.json").read_bytes()
+        assert manifest in (old, new)
+        found.add(manifest)
+        assert problems(copy) == (problems(folder) if manifest == old else [])
+        repair(copy)
+        assert build(copy, wanted) == written_again
+        assert stored_rows(copy, spec()) == set(wanted)
+        assert len([*copy.glob("features-*")]) == len([*(tmp_path / "whole").glob("features-*")]), "something is left"
+    assert found == {old, new}
+
+
+def test_text_of_a_repaired_cache_can_be_remade_without_the_lost_images(folder):
+    damage_row(folder, 1, 1)
+    repair(folder)
+    with FeatureWriter(folder, spec(), WANTED, 3) as writer:
+        for path in writer.parts:
+            with PartWriter(path) as part:
+                part.give_up(part.open_rows)
+                part.seal()
+        writer.finish(texts_of(writer, WANTED))
+    assert stored_rows(folder, spec()) == {*WANTED} - {WANTED[4]}

@@ -1,0 +1,122 @@
+import pytest
+from cache_fakes import build, contents, digests, flip, spec, stored_rows, write_some
+from cache_kill import killed, undisturbed
+
+from cache.inventory import describe, find_caches, remove
+from cache.reader import FeatureReader
+from cache.spec import CacheError
+from cache.writer import FeatureWriter
+
+WANTED = digests(8)
+
+
+def test_finished_cache(tmp_path):
+    build(tmp_path, WANTED)
+    (tmp_path / "thesis.txt").write_text("mine")
+    found = describe(tmp_path)
+    with FeatureReader(tmp_path) as reader:
+        assert found.manifest == reader.manifest
+    assert (found.sealed, found.in_work, found.foreign) == (3, 0, ["thesis.txt"])
+    assert found.bytes >= 8 * spec().row_bytes
+
+
+def test_unfinished_cache(tmp_path):
+    with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
+        write_some(writer, limit=4)
+        found = describe(tmp_path)
+    assert (found.manifest, found.sealed, found.in_work, found.foreign) == (None, 1, 2, [])
+
+
+def test_a_part_in_work_counts_with_what_it_takes_on_disk(tmp_path):
+    kind = spec(query_tokens=32, width=768)
+    FeatureWriter(tmp_path, kind, digests(1024)).close()
+    assert describe(tmp_path).bytes < 1024 * kind.row_bytes / 10
+
+
+def test_no_cache_and_a_damaged_one(tmp_path):
+    (tmp_path / "train.jsonl").write_text("mine")
+    for folder in (tmp_path, tmp_path / "absent", tmp_path / "train.jsonl"):
+        with pytest.raises(CacheError, match=r"no cache is there.*pipe cache ls"):
+            describe(folder)
+    build(tmp_path / "cache", WANTED[:1])
+    flip(tmp_path / "cache" / "manifest.json", 30)
+    with pytest.raises(CacheError, match=r"manifest\.json: cannot be used"):
+        describe(tmp_path / "cache")
+
+
+def test_caches_below_a_folder(tmp_path):
+    build(tmp_path / "b" / "finished", WANTED[:1])
+    FeatureWriter(tmp_path / "a", spec(), WANTED).close()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(b"")
+    assert find_caches(tmp_path) == [tmp_path / "a", tmp_path / "b" / "finished"]
+    assert find_caches(tmp_path / "a") == [tmp_path / "a"]
+    assert find_caches(tmp_path / "pictures") == find_caches(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_removed_cache_is_gone_with_its_folder(tmp_path, finished):
+    folder = tmp_path / "cache"
+    if finished:
+        build(folder, WANTED)
+    else:
+        FeatureWriter(folder, spec(), WANTED, part_rows=3).close()
+    (folder / "features-00009.h5.partial.tmp").write_bytes(b"half of")
+    told = describe(folder).bytes
+    assert remove(folder) == told > 0
+    assert not folder.exists()
+
+
+def test_other_files_are_kept(tmp_path):
+    build(tmp_path / "cache", WANTED)
+    mine = dict.fromkeys(("thesis.txt", "train.jsonl", "annotations.h5", "text-mine.h5", ".hidden"), b"mine")
+    for name, data in mine.items():
+        (tmp_path / "cache" / name).write_bytes(data)
+    assert sorted(describe(tmp_path / "cache").foreign) == sorted(mine)
+    remove(tmp_path / "cache")
+    assert contents(tmp_path / "cache") == mine
+    with pytest.raises(CacheError, match="nothing was deleted"):
+        remove(tmp_path / "cache")
+    assert contents(tmp_path / "cache") == mine
+
+
+def test_damaged_cache_can_be_removed(tmp_path):
+    build(tmp_path / "cache", WANTED)
+    flip(tmp_path / "cache" / "manifest.json", 30)
+    (tmp_path / "cache" / "features-00001.h5").write_bytes(b"")
+    remove(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_is_being_written_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    build(tmp_path, WANTED[:1])
+    with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3):
+        before = contents(tmp_path)
+        with pytest.raises(CacheError, match="is writing this cache"):
+            remove(tmp_path)
+        assert contents(tmp_path) == before
+
+
+def test_a_cache_can_be_removed_from_a_full_disk(tmp_path, monkeypatch):
+    build(tmp_path / "cache", WANTED)
+    monkeypatch.setattr("os.pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    remove(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_half_removed_is_never_taken_for_a_whole_one(tmp_path):
+    build(tmp_path / "whole", WANTED)
+    steps = undisturbed(lambda: remove(tmp_path / "whole"))
+    for step in range(1, steps + 1):
+        folder = tmp_path / str(step)
+        build(folder, WANTED)
+        killed(step, lambda folder=folder: remove(folder))
+        if (folder / "manifest.json").exists():
+            assert stored_rows(folder, spec()) == set(WANTED)
+        else:
+            with pytest.raises(CacheError, match=r"unfinished|no cache"):
+                FeatureReader(folder)
+        if {path.name for path in folder.iterdir()} - {".lock"}:
+            remove(folder)
+            assert not folder.exists()

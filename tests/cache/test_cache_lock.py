@@ -1,0 +1,112 @@
+"""Who may write a cache. The other process is a real one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cache_fakes import build, contents, digests, put, spec, to_write, write_some
+
+from cache.lock import FolderLock, holder
+from cache.part import PartWriter
+from cache.spec import CacheError
+from cache.writer import FeatureWriter
+
+WANTED = digests(8)
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+
+
+@contextmanager
+def another_process(script):
+    """Runs until it has printed a line, and ends by SIGKILL."""
+    setup = "import sys; from cache_fakes import *\n"
+    wait = "\nprint('ready', flush=True); sys.stdin.read()"
+    env = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
+    command = [sys.executable, "-c", setup + script + wait]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as child:
+        try:
+            assert child.stdout.readline() == b"ready\n"
+            yield child
+        finally:
+            child.send_signal(signal.SIGKILL)
+
+
+def test_a_second_writer_is_told_who_holds_the_cache(tmp_path):
+    script = f"writer = FeatureWriter(Path({str(tmp_path)!r}), spec(), digests(8))"
+    with another_process(script) as child:
+        who = rf"process {child.pid} on {socket.gethostname()} \(since 2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d.*\)"
+        with pytest.raises(CacheError, match=rf"{who} is writing this cache\. Run the command again when it is done"):
+            FeatureWriter(tmp_path, spec(), WANTED)
+        before = contents(tmp_path)
+    FeatureWriter(tmp_path, spec(), WANTED).close()  # the holder was killed with -9
+    assert contents(tmp_path) == before | {".lock": b""}
+
+
+def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
+    with FeatureWriter(tmp_path, spec(), WANTED), pytest.raises(CacheError, match=f"process {os.getpid()} on"):
+        FeatureWriter(tmp_path, spec(), WANTED)
+    FeatureWriter(tmp_path, spec(), WANTED).close()
+
+
+def test_a_writer_that_fails_at_its_start_lets_go(tmp_path):
+    build(tmp_path, WANTED)
+    with pytest.raises(CacheError, match="another kind") as caught:
+        FeatureWriter(tmp_path, spec("float32"), WANTED)
+    assert caught.tb  # which keeps the writer alive
+    FeatureWriter(tmp_path, spec(), WANTED).close()
+
+
+def test_the_second_writer_waits_a_while_for_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.lock.PATIENCE", 30)
+    first = FolderLock(tmp_path)
+    monkeypatch.setattr("time.sleep", lambda _: first.release())
+    FolderLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"process": 3}', b"\xff"])
+def test_a_holder_without_a_name_is_another_process(tmp_path, content):
+    (tmp_path / ".lock").write_bytes(content)
+    assert holder(tmp_path) == "another process"
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    assert build(tmp_path, WANTED) == WANTED
+
+
+def test_a_part_that_another_process_writes_is_refused(tmp_path):
+    with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
+        first, second = writer.parts[:2]
+        with another_process(f"part = PartWriter(Path({str(first)!r}))"):
+            with pytest.raises(CacheError, match=r"features-00000\.h5\.partial: another process is writing this part"):
+                PartWriter(first)
+            with PartWriter(second) as part:
+                put(part, 0)
+            assert to_write(writer) == [*WANTED[:3], *WANTED[4:]]  # looking into it is no writing
+        with PartWriter(first) as part:  # the other was killed with -9
+            assert part.open_rows.tolist() == [0, 1, 2]
+
+
+def test_kill_minus_nine_loses_only_what_was_not_committed(tmp_path):
+    build(tmp_path / "whole", WANTED)
+    folder = tmp_path / "cache"
+    script = (
+        f"writer = FeatureWriter(Path({str(folder)!r}), spec(), digests(8), 3)\n"
+        "write_some(writer, limit=4); part = PartWriter(writer.parts[2]); put(part, 0); part.commit(); put(part, 1)"
+    )
+    with another_process(script):
+        pass
+    with FeatureWriter(folder, spec(), WANTED, 3) as writer:
+        assert (writer.reused, to_write(writer)) == (5, [WANTED[4], WANTED[5], WANTED[7]])
+        assert write_some(writer) == [WANTED[4], WANTED[5], WANTED[7]]
+    assert build(folder, WANTED) == []
+    assert contents(folder) == contents(tmp_path / "whole")

@@ -1,0 +1,297 @@
+"""Stage one in several processes: the same bytes whatever their number, one voice, and no hang.
+
+The fast tests fork the processes and give them what `torchrun` gives; the slow ones run `torchrun` itself.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import write_config, write_data_set
+from processes import HUNG, Ended, Running, contents, pipe, started
+
+import cache.lock
+import cache.part
+import pipeline.encoding
+from cache.audit import verify
+from cache.reader import FeatureReader
+from cache.writer import survey
+from pipeline.images import read_picture
+
+PIPE = Path(sys.executable).with_name("pipe")
+PICTURES = 44
+BROKEN = "13.png"  # in a part of process 1, whatever the number of processes above one
+
+REASON = "cannot be decoded: image file is truncated"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with a picture that cannot be decoded, in five parts."""
+    folder = tmp_path_factory.mktemp("data")
+    write_data_set(folder, PICTURES)
+    broken = folder / "images" / BROKEN
+    broken.write_bytes(broken.read_bytes()[:-100])
+    settings = {"batch_size": 4, "num_workers": 1, "dtype": "float32", "on_missing": "skip"}
+    return write_config(
+        folder, cache={"dir": f"{folder}/cache", "dtype": "float32", "part_rows": 10}, precompute=settings
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the cache that one process makes."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert pipe(folder, "precompute", config, f"cache.dir={folder}/cache").status == 0
+    return contents(folder / "cache")
+
+
+@contextmanager
+def team(logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None) -> Iterator[list[Running]]:
+    """`pipe WORDS` in processes that belong together."""
+    with socket.socket() as free, ExitStack() as processes:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+        free.close()
+        yield [
+            processes.enter_context(
+                started(
+                    logs, *words, prepare=prepare,
+                    environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+
+
+def together(logs: Path, size: int, *words: object) -> list[Ended]:
+    with team(logs, size, *words) as processes:
+        return [process.ended() for process in processes]
+
+
+def slow_pictures() -> None:
+    """So that something can happen in the middle."""
+
+    def read(path: Path) -> bytes:
+        time.sleep(0.05)
+        return read_picture(path)
+
+    cache.part.COMMIT_SECONDS = 0.0
+    pipeline.encoding.read_picture = read
+
+
+def wait_for(there: Callable[[], object], process: Running) -> None:
+    while not there():
+        assert process.process.is_alive(), process.err
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_the_cache_is_the_same_and_one_process_speaks(
+    config: Path, alone: dict[str, bytes], tmp_path: Path, size: int
+) -> None:
+    """Six: more than there are parts."""
+    ended = together(tmp_path, size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
+    assert [one.status for one in ended] == [0] * size, "\n".join(one.err for one in ended)
+    assert contents(tmp_path / "cache") == alone
+    assert not verify(tmp_path / "cache").damages
+    summary = json.loads(ended[0].out)
+    assert (summary["images"], summary["encoded"], summary["failed"]) == (PICTURES - 1, PICTURES - 1, 1)
+    assert summary["left_out"] == {REASON: 3}
+    assert f"3 questions ({REASON}: " in ended[0].err
+    assert [(one.out, one.err) for one in ended[1:]] == [("", "")] * (size - 1)
+    told = ended[0].told()
+    assert len(told) == len(set(told)), told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("data.train.annotations=/nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+        ("model.checkpoint=/nowhere", "/nowhere"),
+        ("cache.part_row=3", "unknown key cache.part_row; did you mean part_rows?"),
+    ],
+)
+def test_what_is_wrong_is_told_once_and_all_end(config: Path, tmp_path: Path, wrong: str, words: str) -> None:
+    first, second = together(tmp_path, 2, "precompute", config, f"cache.dir={tmp_path}/cache", wrong)
+    assert words in first.error()
+    assert (second.status, second.out, second.err) == (first.status, "", "")
+
+
+def test_a_dry_run_is_told_once(config: Path, tmp_path: Path) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache", "--dry-run", "--json")
+    first, second = together(tmp_path, 2, *words)
+    assert json.loads(first.out)["to_encode"] == PICTURES
+    assert (second.status, second.out, second.err) == (0, "", "")
+
+
+def test_ctrl_c_is_told_once(config: Path, tmp_path: Path) -> None:
+    with team(tmp_path, 2, "precompute", config, f"cache.dir={tmp_path}/cache", prepare=slow_pictures) as processes:
+        wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
+        for process in processes:
+            os.kill(process.process.pid or 0, signal.SIGINT)
+        first, second = [process.ended() for process in processes]
+    assert "interrupted; what is written stays good" in first.error()
+    assert (second.status, second.out, second.err) == (1, "", "")
+
+
+def test_a_picture_that_another_process_found_broken_is_told_by_the_first(config: Path, tmp_path: Path) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache", "precompute.on_missing=error")
+    told = together(tmp_path, 2, *words)[0].error()
+    assert f"3 questions ({REASON}: " in told
+    assert BROKEN in told
+    listed = [json.loads(line) for line in (tmp_path / "cache.left-out.jsonl").read_text().splitlines()]
+    assert [Path(one["image"]).name for one in listed] == [BROKEN]
+
+
+def test_a_process_that_dies_ends_the_others_and_the_work_goes_on(
+    config: Path, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache")
+    with team(tmp_path, 3, *words, prepare=slow_pictures) as processes:
+        wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
+        processes[1].process.kill()
+        first, second, third = [process.ended() for process in processes]
+    assert "another of the processes ended before its share was done" in first.error()
+    assert (second.status, second.err, third.status, third.err) == (-signal.SIGKILL, "", 1, "")
+    assert pipe(tmp_path, *words).status == 0
+    assert contents(tmp_path / "cache") == alone
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_killed_in_one_number_and_finished_in_another(
+    config: Path, alone: dict[str, bytes], tmp_path: Path, before: int, after: int
+) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache")
+    with team(tmp_path, before, *words, prepare=slow_pictures) as processes:
+        wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
+        for process in processes:
+            process.process.kill()
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    ended = together(tmp_path, after, *words, "--json")
+    assert [one.status for one in ended] == [0] * after
+    assert 10 <= json.loads(ended[0].out)["reused"] < PICTURES - 1
+    assert contents(tmp_path / "cache") == alone
+
+
+def stop_in_the_middle(go: Path) -> None:
+    """No picture is read to be encoded until there is a file `go`."""
+
+    def read(path: Path) -> bytes:
+        while not go.exists():
+            time.sleep(0.01)
+        return read_picture(path)
+
+    pipeline.encoding.read_picture = read
+
+
+def has_open(running: Running, path: Path) -> bool:
+    return any(link.resolve() == path for link in Path(f"/proc/{running.process.pid}/fd").iterdir())
+
+
+def be_patient(seconds: float) -> None:
+    cache.lock.PATIENCE = seconds  # type: ignore[assignment]
+
+
+def test_of_two_starts_at_the_same_time_the_second_says_who_holds_the_cache(
+    config: Path, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache")
+    with started(tmp_path, *words, prepare=partial(stop_in_the_middle, tmp_path / "go")) as first:
+        wait_for(lambda: any((tmp_path / "cache").glob("*.partial")), first)
+        told = pipe(tmp_path, *words, prepare=partial(be_patient, 0.5)).error()
+        assert f"process {first.process.pid} on {socket.gethostname()}" in told
+        assert "Run the command again when it is done" in told
+        (tmp_path / "go").touch()
+        assert first.ended().status == 0
+    assert contents(tmp_path / "cache") == alone
+
+
+def test_a_second_start_that_waits_finds_everything_done(config: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache", "--json")
+    with started(tmp_path, *words, prepare=partial(stop_in_the_middle, tmp_path / "go")) as first:
+        wait_for(lambda: any((tmp_path / "cache").glob("*.partial")), first)
+        with started(tmp_path, *words, prepare=partial(be_patient, HUNG)) as second:
+            wait_for(lambda: has_open(second, tmp_path / "cache" / ".lock"), second)
+            (tmp_path / "go").touch()
+            summaries = [json.loads(process.ended().out) for process in (first, second)]
+    assert [summary["encoded"] for summary in summaries] == [PICTURES - 1, 0]
+    assert contents(tmp_path / "cache") == alone
+
+
+def test_the_cache_can_be_looked_at_while_it_is_written(config: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    """As a dry run, or a second start, does."""
+    folder = tmp_path / "cache"
+    (tmp_path / "spec").mkdir()
+    for name, data in alone.items():
+        (tmp_path / "spec" / name).write_bytes(data)
+    reader = FeatureReader(tmp_path / "spec")
+    digests = [digest for digest, _ in reader.stored()]
+    stored = [0]
+    with started(tmp_path, "precompute", config, f"cache.dir={folder}", "cache.part_rows=1") as running:
+        while running.process.is_alive():
+            stored.append(survey(folder, reader.spec, digests).stored)
+            time.sleep(0.002)
+        assert running.ended().status == 0
+    assert stored == sorted(stored)
+
+
+def torchrun(size: int, *words: object) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return [*launcher, "--no-python", str(PIPE), *map(str, words)]
+
+
+def launched(size: int, *words: object) -> Ended:
+    done = subprocess.run(torchrun(size, *words), capture_output=True, text=True, check=False, timeout=HUNG)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_torchrun_makes_the_same_cache(config: Path, alone: dict[str, bytes], tmp_path: Path, size: int) -> None:
+    ended = launched(size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
+    assert ended.status == 0, ended.err
+    assert json.loads(ended.out)["encoded"] == PICTURES - 1  # one object, and nothing else
+    assert contents(tmp_path / "cache") == alone
+    told = ended.told()
+    assert len(told) == len(set(told)), told
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_the_input_is_bad(config: Path, tmp_path: Path) -> None:
+    wrong = "data.train.annotations=/nowhere.jsonl"
+    ended = launched(3, "precompute", config, f"cache.dir={tmp_path}/cache", wrong, "--json")
+    assert (ended.status, ended.out) == (1, "")
+    assert [line for line in ended.told() if line.startswith("pipe: ")] == [
+        "pipe: /nowhere.jsonl: cannot be read: No such file or directory"
+    ]
+    assert not (tmp_path / "cache").exists()
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [one for child in children for one in (child, *descendants(child))]
+
+
+@pytest.mark.slow
+def test_torchrun_killed_with_all_its_processes(config: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache")
+    with subprocess.Popen(torchrun(3, *words), stderr=subprocess.DEVNULL) as launcher:
+        while not any((tmp_path / "cache").glob("*.partial")):
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        for pid in (launcher.pid, *descendants(launcher.pid)):
+            os.kill(pid, signal.SIGKILL)
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    assert launched(2, *words).status == 0
+    assert contents(tmp_path / "cache") == alone
