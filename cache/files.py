@@ -61,6 +61,12 @@ def pwrite_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def begin_flush(descriptor: int, offset: int, size: int) -> None:
+    """Has the kernel begin to bring what was just written to disk, and goes on: a later flush waits for less."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+
+
 def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
     """Fills `data` from `offset` bytes on. Raises OSError, also where the file ends too early."""
     while data:

@@ -4,6 +4,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.files import as_bytes, pwrite_all, rename
+from cache.files import as_bytes, begin_flush, pwrite_all, rename
 from cache.format import FAILED, NOT_WRITTEN, inspect_part
 from cache.lock import lock
 from cache.spec import CacheError, CacheSpec
@@ -46,6 +47,7 @@ class PartWriter:
         self._uncommitted: list[tuple[int, Array]] = []
         self._uncommitted_bytes = 0
         self._committed_at = time.monotonic()
+        self._checksums = ThreadPoolExecutor(1, "checksums")
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -76,9 +78,11 @@ class PartWriter:
             for start, stop in _runs(rows):
                 block = as_bytes(features[start:stop])
                 first, size = int(rows[start]), self.spec.row_bytes
-                pwrite_all(self._descriptor, block, self.layout.features_offset + first * size)
-                checksums = [zlib.crc32(block[i : i + size]) for i in range(0, len(block), size)]
-                self._promise(first, np.array(checksums, "<i8"), len(block))
+                checksums = self._checksums.submit(_crc32_of_rows, block, size)  # while the kernel copies
+                offset = self.layout.features_offset + first * size
+                pwrite_all(self._descriptor, block, offset)
+                begin_flush(self._descriptor, offset, len(block))
+                self._promise(first, checksums.result(), len(block))
 
     def give_up(self, rows: Array) -> None:
         """Marks open `rows` whose images have no features; they will not be waited for."""
@@ -115,6 +119,7 @@ class PartWriter:
         try:
             self.commit()
         finally:
+            self._checksums.shutdown()
             os.close(self._descriptor)
             self._descriptor = _CLOSED
 
@@ -166,6 +171,10 @@ def finite(features: Array, spec: CacheSpec) -> Array:
     exponent = bits.dtype.type(_EXPONENT[spec.dtype])
     result: Array = ((bits & exponent) != exponent).all(axis=(1, 2))
     return result
+
+
+def _crc32_of_rows(block: memoryview, row_bytes: int) -> Array:
+    return np.array([zlib.crc32(block[i : i + row_bytes]) for i in range(0, len(block), row_bytes)], "<i8")
 
 
 def _runs(rows: Array) -> Iterator[tuple[int, int]]:
