@@ -1,11 +1,13 @@
 """Cache rows + token rows -> the language half's inputs. How questions are laid into sequences is decided here alone.
 
-A sequence is the Q query tokens of an image, then BOS, the prompt and, in training, the target. Q query
-tokens, B sequences, S positions in the longest.
+For training a sequence is one image's Q query tokens and the token tree of its questions. To generate it is, for each
+question, the Q query tokens, then BOS and the prompt. B sequences, S positions in the longest.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +15,33 @@ from torch import Tensor
 
 from cache.reader import FeatureReader
 from cache.text import TextTable
-from pipeline.language_model import IGNORED
+from pipeline.token_tree import TokenTree, grow_tree
 
 Questions = Sequence[int] | np.ndarray  # numbers of questions in the split
 
 PAD = 0  # any id that the embedding has: padding and image positions are masked or overwritten
+MOST_QUESTIONS = 32
+"""In one tree: attention within a tree takes the square of its nodes."""
+BLOCK_NODES = 128
+"""In one product of attention, as long as trees are smaller."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSequence:
+    """One image and some questions about it, to be trained on."""
+
+    query_features: Tensor
+    """(Q, D)"""
+    tree: TokenTree
+
+    @property
+    def nodes(self) -> int:
+        """Tokens that the language model computes."""
+        return len(self.tree.position_ids)
 
 
 class Batch(NamedTuple):
-    """Inputs of `Blip2LanguageHalf`, by its argument names; `_asdict()` spreads them."""
+    """Inputs of `Blip2LanguageHalf.generate`, by its argument names; `_asdict()` spreads them."""
 
     query_features: Tensor  # (B, Q, D)
     input_ids: Tensor  # (B, S)
@@ -36,36 +56,33 @@ class Batcher:
         self.features, self.text = features, text
         self.query_tokens = features.spec.query_tokens
 
-    def for_training(self, questions: Questions) -> dict[str, Tensor]:
-        """Padded on the right; with `labels` (B, S): the target's tokens, `IGNORED` elsewhere."""
-        prompts = [self.text.prompt_ids[i] for i in questions]
-        targets = [self.text.target_ids[i] for i in questions]
-        texts = [np.concatenate(pair) for pair in zip(prompts, targets, strict=True)]
-        length = self.query_tokens + max(map(len, texts))
-        labels = np.full((len(questions), length), IGNORED, np.int64)
-        for row, prompt, target in zip(labels, prompts, targets, strict=True):
-            start = self.query_tokens + len(prompt)
-            row[start : start + len(target)] = target
-        batch = self._lay_out(questions, texts, starts=[0] * len(questions), length=length)
-        return {**batch._asdict(), "labels": torch.from_numpy(labels)}
+    def for_training(
+        self, questions: Questions, share_prefix: bool = True, most: int = MOST_QUESTIONS
+    ) -> list[ImageSequence]:
+        """A sequence an image, with at most `most` questions; or one a question, without `share_prefix`."""
+        rows = self.text.image_row[np.asarray(questions)].tolist()
+        distinct = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        features = self._gather(np.fromiter(distinct, np.int64))
+        by_image = sorted(zip(rows, questions, strict=True), key=lambda pair: distinct[pair[0]])
+        sequences = []
+        for row, pairs in groupby(by_image, key=lambda pair: pair[0]):
+            numbers = [int(number) for _, number in pairs]
+            for some in _chunks(numbers, most if share_prefix else 1):
+                sequences.append(ImageSequence(features[distinct[row]], self._grow(some)))
+        return sequences
 
     def for_generation(self, questions: Questions) -> Batch:
         """Prompts alone, padded on the left."""
         prompts = [self.text.prompt_ids[i] for i in questions]
         longest = max(map(len, prompts))
-        starts = [longest - len(prompt) for prompt in prompts]
-        return self._lay_out(questions, prompts, starts, self.query_tokens + longest)
-
-    def _lay_out(self, questions: Questions, texts: list[np.ndarray], starts: list[int], length: int) -> Batch:
-        """One sequence a question; sequence i begins, with its image, at position `starts[i]`."""
-        input_ids = np.full((len(questions), length), PAD, np.int64)
+        input_ids = np.full((len(questions), self.query_tokens + longest), PAD, np.int64)
         image_mask = np.zeros(input_ids.shape, bool)
         attention_mask = np.zeros(input_ids.shape, np.int64)
-        for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
-            text_start = start + self.query_tokens
-            image_mask[row, start:text_start] = True
-            input_ids[row, text_start : text_start + len(text)] = text
-            attention_mask[row, start : text_start + len(text)] = 1
+        for row, prompt in enumerate(prompts):
+            start = longest - len(prompt)
+            image_mask[row, start : start + self.query_tokens] = True
+            input_ids[row, start + self.query_tokens :] = prompt
+            attention_mask[row, start:] = 1
         return Batch(
             query_features=self._gather(self.text.image_row[np.asarray(questions)]),
             input_ids=torch.from_numpy(input_ids),
@@ -73,6 +90,64 @@ class Batcher:
             attention_mask=torch.from_numpy(attention_mask),
         )
 
+    def _grow(self, questions: list[int]) -> TokenTree:
+        prompts, targets = self.text.prompt_ids, self.text.target_ids
+        return grow_tree(self.query_tokens, [prompts[i] for i in questions], [targets[i] for i in questions])
+
     def _gather(self, rows: np.ndarray) -> Tensor:
         features = torch.from_numpy(self.features.gather(rows))
         return features.view(torch.bfloat16) if self.features.spec.dtype == "bfloat16" else features
+
+
+def micro_batches(
+    sequences: Sequence[ImageSequence], size: Callable[[ImageSequence], int], most: int
+) -> list[list[ImageSequence]]:
+    """As few groups as will do, each of at most `most` in `size` together; a larger sequence has one of its own."""
+    groups: list[list[ImageSequence]] = []
+    room: list[int] = []
+    for sequence in sorted(sequences, key=size, reverse=True):
+        needed = size(sequence)
+        place = next((place for place, left in enumerate(room) if needed <= left), len(groups))
+        if place == len(groups):
+            groups.append([])
+            room.append(most)
+        groups[place].append(sequence)
+        room[place] -= needed
+    return groups
+
+
+def pack(sequences: Sequence[ImageSequence]) -> dict[str, Any]:
+    """Inputs of `Blip2LanguageHalf.forward`: the trees one behind the other, without padding."""
+    trees = [sequence.tree for sequence in sequences]
+    starts = np.cumsum([0, *(sequence.nodes for sequence in sequences)])
+    label_nodes = [tree.label_nodes + start for tree, start in zip(trees, starts, strict=False)]
+    return {
+        "query_features": torch.stack([sequence.query_features for sequence in sequences]),
+        "input_ids": torch.from_numpy(np.concatenate([tree.input_ids for tree in trees])),
+        "text_lengths": [len(tree.input_ids) for tree in trees],
+        "position_ids": torch.from_numpy(np.concatenate([tree.position_ids for tree in trees])),
+        "block_masks": [torch.from_numpy(mask) for mask in _block_masks([tree.mask for tree in trees])],
+        "label_nodes": torch.from_numpy(np.concatenate(label_nodes)),
+        "labels": torch.from_numpy(np.concatenate([tree.labels for tree in trees])),
+    }
+
+
+def _block_masks(masks: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Neighbours that are small together become one block, in which none sees the other: fewer products to start."""
+    blocks: list[list[np.ndarray]] = []
+    for mask in masks:
+        if blocks and sum(map(len, blocks[-1])) + len(mask) <= BLOCK_NODES:
+            blocks[-1].append(mask)
+        else:
+            blocks.append([mask])
+    for block in blocks:
+        whole = np.zeros((sum(map(len, block)),) * 2, bool)
+        start = 0
+        for mask in block:
+            whole[start : start + len(mask), start : start + len(mask)] = mask
+            start += len(mask)
+        yield whole
+
+
+def _chunks(numbers: list[int], size: int) -> Iterator[list[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))

@@ -1,6 +1,7 @@
 """The config: YAML -> checked, typed, frozen. The only home of defaults."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -122,8 +123,10 @@ class TrainConfig(Section):
     """Optimizer steps; overrides epochs."""
     batch_size: Positive = 64
     """Questions an optimizer step."""
-    micro_batch: Positive | None = None
-    """Questions a forward pass; divides batch_size (the rest is gradient accumulation); null is batch_size."""
+    micro_batch: Positive | Literal["auto"] = "auto"
+    """Questions a forward pass, the rest is gradient accumulation; auto takes as much as fits into memory."""
+    share_prefix: bool = True
+    """What the questions on an image have in common, the image first of all, is computed once for all of them."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
     lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -136,18 +139,11 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints that a killed run resumes from."""
     logging_steps: Positive = 10
     gradient_checkpointing: bool = False
+    """Computes activations again instead of keeping them: less memory, a third slower."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite; skipped ones are counted."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output_dir: Path = Path("runs")
-
-    @model_validator(mode="after")
-    def _divides(self) -> "TrainConfig":
-        if self.batch_size % (self.micro_batch or 1):
-            raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch_size ({self.batch_size})")
-        return self
-
-    @property
-    def accumulation_steps(self) -> int:
-        return self.batch_size // (self.micro_batch or self.batch_size)
 
 
 class EvaluateConfig(Section):
@@ -262,8 +258,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
+    wrong: dict[tuple[str, str], list[str]] = {}  # a value that may be of several types has a problem with each
     for problem in error.errors(include_url=False):
-        names = [str(name) for name in problem["loc"]]
+        names = [str(name) for name in problem["loc"] if not re.match(r"constrained-|literal\[", str(name))]
         key = ".".join(names)
         if problem["type"] == "extra_forbidden":
             known = _known_keys(names[:-1])
@@ -275,7 +272,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-            yield f"{key}: {message[0].lower()}{message[1:]}{found}"
+            wrong.setdefault((key, found), []).append(f"{message[0].lower()}{message[1:]}")
+    for (key, found), messages in wrong.items():
+        yield f"{key}: {', or '.join(messages)}{found}"
 
 
 def _known_keys(section: list[str]) -> list[str]:

@@ -20,8 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from pipeline.checkpoint import LANGUAGE_HALF, only_half
 from pipeline.errors import PipelineError
-
-IGNORED = -100  # a label that is not trained
+from pipeline.tree_attention import TREE_ATTENTION, additive_masks
 
 
 class Blip2LanguageHalf(Blip2PreTrainedModel):
@@ -37,7 +36,7 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
     def __init__(self, config: Blip2Config):
         super().__init__(config)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=TREE_ATTENTION)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -56,31 +55,46 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         self,
         query_features: Tensor,
         input_ids: Tensor,
-        image_mask: Tensor,
-        attention_mask: Tensor,
+        text_lengths: list[int],
+        position_ids: Tensor,
+        block_masks: list[Tensor],
+        label_nodes: Tensor,
         labels: Tensor,
-        position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutput:
-        """The cross-entropy of the labelled tokens; logits are computed at these alone.
+        """The summed cross-entropy of the labels over their number; logits are computed at these alone.
+
+        The sequences are token trees, one behind the other and without padding, N nodes in all: of each the Q query
+        tokens, then its text nodes. See `pipeline.token_tree`.
 
         Args:
-            query_features: (images, Q, D).
-            input_ids: (B, S), any valid id where `image_mask` (B, S) is set.
-            attention_mask: (B, S), or (B, 1, S, S) additive.
-            labels: (B, S), `IGNORED` where nothing is trained; position t is predicted from t - 1.
-            num_items_in_batch: what the summed loss is divided by; None is the number of labels here.
+            query_features: (trees, Q, D).
+            input_ids: (text nodes,), tree by tree.
+            text_lengths: text nodes of each tree.
+            position_ids: (N,).
+            block_masks: (S, S) bool, of one tree or some neighbours, whether node i sees node j; none sees beyond.
+            label_nodes: (L,), of all N, whose output is to be the label.
+            labels: (L,) token ids.
+            num_items_in_batch: what the summed loss is divided by; None is L.
         """
+        embedded = self._embed_trees(query_features, input_ids, text_lengths)
         hidden = self.language_model.base_model(
-            inputs_embeds=self.embed(query_features, input_ids, image_mask),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            inputs_embeds=embedded,
+            attention_mask=block_masks[0].new_ones(1, 1, 1, 1),  # four-dimensional: the library leaves masks to us
+            position_ids=position_ids[None],
             use_cache=False,
+            block_biases=additive_masks(block_masks, embedded.dtype),
         ).last_hidden_state
-        labelled = labels[:, 1:] != IGNORED
-        logits = self.get_output_embeddings()(hidden[:, :-1][labelled]).float()
-        loss = functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="sum")
-        return CausalLMOutput(loss=loss / (labelled.sum() if num_items_in_batch is None else num_items_in_batch))
+        logits = self.get_output_embeddings()(hidden[0, label_nodes]).float()
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        return CausalLMOutput(loss=loss / (len(labels) if num_items_in_batch is None else num_items_in_batch))
+
+    def _embed_trees(self, query_features: Tensor, input_ids: Tensor, text_lengths: list[int]) -> Tensor:
+        """(1, N, H): the projected query features of each tree, then the embeddings of its text nodes."""
+        images = self.language_projection(query_features.to(self.language_projection.weight.dtype))
+        texts = self.get_input_embeddings()(input_ids)
+        pairs = zip(images.to(texts.dtype), torch.split(texts, text_lengths), strict=True)
+        return torch.cat([piece for pair in pairs for piece in pair])[None]
 
     @torch.no_grad()
     def generate(

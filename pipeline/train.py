@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from peft import PeftModel
 from transformers import (
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -20,12 +19,15 @@ from transformers import (
 )
 
 from pipeline.assemble import load_base, open_batcher
+from pipeline.batch_order import BatchOrder
+from pipeline.batching import MOST_QUESTIONS, Batcher
 from pipeline.config import Config, TrainConfig
 from pipeline.device import pick_device, refuse_several_processes
 from pipeline.errors import PipelineError
 from pipeline.language_model import add_lora, save_adapter
 from pipeline.progress import progress_bar, say
 from pipeline.run_folder import RunFolder
+from pipeline.trainer import Batches, StageTwoTrainer
 
 
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
@@ -49,20 +51,13 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     set_seed(config.train.seed)
     base = load_base(config, config.train.dropout)
     model = add_lora(base, **config.lora.model_dump())
-    arguments = _arguments(config.train, run.checkpoints, base.dtype)
+    trainer = _trainer(config.train, model, batcher, trainable, run, base.dtype)
     checkpoint = run.last_checkpoint()
     run.start(config)
-    trainer = Trainer(
-        model,
-        arguments,
-        data_collator=batcher.for_training,
-        train_dataset=_Numbers(trainable),
-        callbacks=[_Log(run.metrics)],
-    )
-    trainer.remove_callback(PrinterCallback)
     say(f"run {run.path}; if it is stopped: pipe train {run.config} --name {run.path.name} --resume")
     ready = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    training_seconds = time.perf_counter() - ready
     save_adapter(model, run.adapter)
     return {
         "run": str(run.path),
@@ -70,10 +65,37 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "train_loss": result.training_loss,
         "questions": len(trainable),
         "left_out": len(batcher.text) - len(trainable),
-        "questions_per_second": result.metrics["train_samples_per_second"],
-        "seconds_training": time.perf_counter() - ready,
+        "skipped_steps": trainer.skipped_steps,
+        "questions_per_second": trainer.questions / training_seconds,
+        "tokens_per_question": trainer.nodes / max(trainer.questions, 1),
+        "seconds_training": training_seconds,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _trainer(
+    settings: TrainConfig,
+    model: PeftModel,
+    batcher: Batcher,
+    trainable: np.ndarray,
+    run: RunFolder,
+    base_dtype: torch.dtype,
+) -> StageTwoTrainer:
+    micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
+    most = min(micro_batch or MOST_QUESTIONS, MOST_QUESTIONS)
+    trainer = StageTwoTrainer(
+        model,
+        _arguments(settings, run.checkpoints, base_dtype),
+        Batches(len(trainable), lambda numbers: batcher.for_training(numbers, settings.share_prefix, most)),
+        BatchOrder(
+            trainable, settings.batch_size, settings.seed, batcher.text.image_row if settings.share_prefix else None
+        ),
+        micro_batch,
+        settings.on_not_finite == "skip",
+        callbacks=[_Log(run.metrics)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype) -> TrainingArguments:
@@ -81,8 +103,7 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size // settings.accumulation_steps,
-        gradient_accumulation_steps=settings.accumulation_steps,
+        per_device_train_batch_size=settings.batch_size,  # micro-batches are the trainer's own
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_steps,
@@ -95,11 +116,10 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         save_steps=settings.save_steps,
         save_total_limit=2,
         logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,  # _Log stops at these
+        logging_nan_inf_filter=False,
         seed=settings.seed,
         use_cpu=pick_device().type == "cpu",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,  # the data set holds numbers, the collator makes the columns
+        remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
     )
@@ -108,21 +128,8 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
     return arguments
 
 
-class _Numbers(Dataset[int]):
-    """The numbers of the questions that are trained; the collator turns a list of them into a batch."""
-
-    def __init__(self, numbers: np.ndarray):
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> int:
-        return int(self.numbers[index])
-
-
 class _Log(TrainerCallback):
-    """Progress bar, `metrics.jsonl`, and a stop at a loss or gradient that is not finite."""
+    """Progress bar and `metrics.jsonl`."""
 
     def __init__(self, metrics: Path):
         self.metrics = metrics
@@ -146,13 +153,6 @@ class _Log(TrainerCallback):
         with self.metrics.open("a") as file:
             file.write(json.dumps(finite) + "\n")
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        # Under a scaler (float16) a gradient that is not finite is a skipped step, not a failure.
-        if not math.isfinite(row["loss"]) or (not args.fp16 and not math.isfinite(row.get("grad_norm", 0.0))):
-            raise PipelineError(
-                f"training diverged by step {state.global_step}: loss {row['loss']}, gradient norm "
-                f"{row.get('grad_norm')}, learning rate {row['learning_rate']:g}. Try a lower train.learning_rate, "
-                "more train.warmup_steps, or quantization.compute_dtype=float32"
-            )
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()

@@ -25,7 +25,7 @@ def test_the_config_for_vqav2_is_the_recipe_at_real_size() -> None:
     )
     assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (16, 32, ("q_proj", "v_proj"))
     assert set(config.data.splits) == {"train", "val"}
-    assert config.train.accumulation_steps == 4
+    assert config.train.micro_batch == "auto"
 
 
 def test_overrides_lie_over_the_file_and_are_yaml() -> None:
@@ -54,7 +54,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ("train.epochs=many", "train.epochs: input should be a valid number"),
         ("train.batch_size=0", "train.batch_size: input should be greater than 0 (found 0)"),
         ("quantization.bits=8", "quantization.bits: input should be 4"),
-        ("train.micro_batch=7", "micro_batch (7) must divide batch_size (64)"),
+        ("train.micro_batch=0", "train.micro_batch: input should be greater than 0, or input should be 'auto'"),
         ("data.prompt='{question} }'", "data.prompt: must contain {question} once and no other brace"),
         ("train.seed=2024-13-45", "the value is not YAML"),
         ("train.epochs=.inf", "train.epochs: input should be a finite number"),

@@ -18,14 +18,16 @@ import pipeline.train
 from cache.reader import FeatureReader
 from cache.text import TextTable
 from pipeline.assemble import load_base, open_batcher
+from pipeline.batching import pack
 from pipeline.config import Config, load_config
 from pipeline.evaluate import evaluate
-from pipeline.language_model import IGNORED, add_lora
+from pipeline.language_model import add_lora
 from pipeline.precompute import precompute
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
 from pipeline.vqa import VQAExample, read_examples
 
+IGNORED = -100  # a label that the plain recipe does not train
 CPU = torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [None, 4], ids=["float32", "nf4"])
 
@@ -98,8 +100,11 @@ def test_cached_features_equal_the_full_models(cached: Config, checkpoint: Path)
         assert np.abs(cached_row).max() > 0.1
 
 
+@pytest.mark.parametrize("share_prefix", [True, False], ids=["shared", "apart"])
 @BITS
-def test_loss_and_lora_gradients_equal_the_plain_recipes(cached: Config, checkpoint: Path, bits: int | None) -> None:
+def test_loss_and_lora_gradients_equal_the_plain_recipes(
+    cached: Config, checkpoint: Path, bits: int | None, share_prefix: bool
+) -> None:
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})})
     batcher = open_batcher(config, "train")
     questions = [0, 1, 2, 10, 20, 30, 31]
@@ -112,7 +117,7 @@ def test_loss_and_lora_gradients_equal_the_plain_recipes(cached: Config, checkpo
 
     picked = [examples_of(batcher.text)[i] for i in questions]
     plain_loss = plain(**plain_batch(load_processor(checkpoint, "right"), picked)).loss
-    our_loss = ours(**batcher.for_training(questions)).loss
+    our_loss = ours(**pack(batcher.for_training(questions, share_prefix))).loss
     plain_loss.backward()
     our_loss.backward()
 
@@ -147,7 +152,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
     def remember_order(*arguments: object) -> object:
         batcher = open_batcher(*arguments)
         lay_out = batcher.for_training
-        batcher.for_training = lambda questions: order.append(list(questions)) or lay_out(questions)
+        batcher.for_training = lambda questions, *how: order.append(list(questions)) or lay_out(questions, *how)
         return batcher
 
     monkeypatch.setattr(pipeline.train, "add_lora", remember_weights)
@@ -175,9 +180,7 @@ def _train_plainly(
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=steps)
     processor = load_processor(checkpoint, "right")
     for step in range(steps):
-        batches = [
-            plain_batch(processor, [examples[i] for i in questions]) for questions in order[2 * step : 2 * step + 2]
-        ]
+        batches = [plain_batch(processor, [examples[i] for i in half]) for half in np.array_split(order[step], 2)]
         counts = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
         for batch, count in zip(batches, counts, strict=True):
             (model(**batch).loss * count / sum(counts)).backward()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cache.spec import CacheError
-from pipeline.batching import Batcher
+from pipeline.batching import Batcher, ImageSequence
 from pipeline.config import Config, load_config
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
@@ -98,11 +98,11 @@ def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path
     train(config, whole)
     lay_out, batches = Batcher.for_training, []
 
-    def stop_at_the_sixth(self: Batcher, questions: list[int]) -> dict[str, torch.Tensor]:
+    def stop_at_the_sixth(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
         batches.append(questions)
         if len(batches) == 6:
             raise KeyboardInterrupt
-        return lay_out(self, questions)
+        return lay_out(self, questions, *how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batcher, "for_training", stop_at_the_sixth)
@@ -248,7 +248,7 @@ def test_target_modules_that_opt_lacks_are_told(cached: Config, tmp_path: Path) 
 
 def test_a_diverging_training_stops_and_says_what_to_try(cached: Config, tmp_path: Path) -> None:
     config = with_train(cached, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0, max_steps=20)
-    with pytest.raises(PipelineError, match=r"training diverged by step \d+: loss .* Try a lower train.learning_rate"):
+    with pytest.raises(PipelineError, match=r"training diverged at step \d+: loss .* Try a lower train.learning_rate"):
         train(config, RunFolder(tmp_path / "run"))
 
 

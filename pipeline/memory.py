@@ -1,0 +1,63 @@
+"""How much memory there is, and how much of it a training step takes, by measure."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class SavedForBackward:
+    """Counts the bytes that a forward pass within it keeps for the backward pass, `known` tensors apart.
+
+    Storage that is kept several times counts once.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._kept: list[Tensor] = []  # alive, so that no address is used twice
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self.bytes = 0
+
+    def __enter__(self) -> "SavedForBackward":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._hooks.__exit__(kind, error, tb)
+        self._kept.clear()
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on `device`: of a GPU, also what torch holds and does not use."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(psutil.virtual_memory().available, _free_in_container())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is torch's word that memory is out; on a CPU that is a RuntimeError like any other."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _free_in_container() -> int | Any:
+    """What a container's own limit leaves; without one, all."""
+    with suppress(OSError, ValueError):
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        return limit - used
+    return float("inf")

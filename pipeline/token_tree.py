@@ -1,0 +1,77 @@
+"""The questions on one image as a tree of tokens: what they have in common is there once, and is computed once.
+
+The root is the image: its Q query tokens, one behind the other. Under it stand the texts, prompt and target, and
+texts that begin alike share the nodes of their beginning: "Question:" always, often "what is the" too. A node sees the
+image, the nodes on its way to the root, and itself; its position is the length of that way. So each text is computed
+exactly as if it stood alone behind the image. The tree is a prefix tree over tokens; a tree with one text is a plain
+sequence.
+
+Q query tokens, T text nodes, S = Q + T nodes in all, L labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Tokens = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """The texts on one image, laid out for the language model."""
+
+    questions: int
+    """Number of texts."""
+    input_ids: np.ndarray
+    """(T,) int64: the text nodes, parents before children."""
+    position_ids: np.ndarray
+    """(S,) int64: of the query tokens and the text nodes."""
+    mask: np.ndarray
+    """(S, S) bool: whether node i sees node j."""
+    label_nodes: np.ndarray
+    """(L,) int64: the node, of all S, whose output is to be the label."""
+    labels: np.ndarray
+    """(L,) int64: token ids, the targets' tokens one after the other."""
+
+
+def grow_tree(query_tokens: int, prompts: Sequence[Tokens], targets: Sequence[Tokens]) -> TokenTree:
+    """The tree of prompts and their targets; a target's last token is only a label, since nothing follows it."""
+    nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node; the texts' common parent is -1
+    parents: list[int] = []
+    labels: list[int] = []
+    label_nodes: list[int] = []
+    for prompt, target in zip(prompts, targets, strict=True):
+        wanted = [int(token) for token in target]
+        node = -1
+        for place, token in enumerate([*(int(token) for token in prompt), *wanted[:-1]]):
+            if place >= len(prompt):
+                label_nodes.append(node)
+            parent, node = node, nodes.setdefault((node, token), len(nodes))
+            if node == len(parents):
+                parents.append(parent)
+        label_nodes += [node] * bool(wanted)
+        labels += wanted
+    return TokenTree(
+        questions=len(prompts),
+        input_ids=np.array([token for _, token in nodes], np.int64),
+        position_ids=_positions(query_tokens, parents),
+        mask=_mask(query_tokens, parents),
+        label_nodes=query_tokens + np.array(label_nodes, np.int64),
+        labels=np.array(labels, np.int64),
+    )
+
+
+def _positions(query_tokens: int, parents: list[int]) -> np.ndarray:
+    positions = np.arange(query_tokens + len(parents))
+    for node, parent in enumerate(parents):
+        positions[query_tokens + node] = positions[query_tokens + parent] + 1
+    return positions
+
+
+def _mask(query_tokens: int, parents: list[int]) -> np.ndarray:
+    mask = np.tri(query_tokens + len(parents), dtype=bool)
+    for node, parent in enumerate(parents, start=query_tokens):
+        mask[node, query_tokens:] = mask[query_tokens + parent, query_tokens:]
+        mask[node, node] = True
+    return mask

@@ -1,0 +1,203 @@
+"""The loop of stage two is transformers' `Trainer`; what an optimizer step is made of is said here.
+
+A batch is the questions of one optimizer step. Its sequences are put into micro-batches just before they are computed,
+so that micro-batches can be made smaller, where memory is out, without a change to the step.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline.batch_order import BatchOrder
+from pipeline.batching import ImageSequence, micro_batches, pack
+from pipeline.errors import PipelineError
+from pipeline.memory import SavedForBackward, free_bytes, is_out_of_memory
+from pipeline.progress import say
+
+Batch = list[ImageSequence]
+
+SHARE_OF_FREE = 0.6
+"""Of the memory that is free at the start, what activations may take."""
+MOST_NODES = {"cpu": 1024, "cuda": 8192}
+"""Tokens in a micro-batch beyond which nothing is gained."""
+
+
+class Batches(Dataset[Batch]):
+    """The questions to be trained on; a list of their numbers gives the batch of them, as `lay_out` makes it."""
+
+    def __init__(self, questions: int, lay_out: Callable[[list[int]], Batch]) -> None:
+        self._questions, self._lay_out = questions, lay_out
+
+    def __len__(self) -> int:
+        return self._questions
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        return self._lay_out(numbers)
+
+
+class StageTwoTrainer(Trainer):
+    """Takes batches in `order`, and computes them in micro-batches of `micro_batch` questions.
+
+    With `micro_batch` None these are of as many tokens as fit into memory, by measure. A loss or gradient that is not
+    finite stops the training with a `PipelineError`, or with `skip_not_finite` leaves out the step and is counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        batches: Batches,
+        order: BatchOrder,
+        micro_batch: int | None,
+        skip_not_finite: bool,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(model, args, train_dataset=batches, callbacks=[*callbacks, _TellEpoch(order)])
+        self._order = order
+        self._by_questions, self._most = micro_batch is not None, micro_batch or 0
+        self._skip_not_finite = skip_not_finite
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._reading: tuple[Iterator[Batch], Future[Batch | None]] | None = None
+        self._waited, self._logged_at = 0.0, time.perf_counter()
+        self.skipped_steps = 0
+        """Whose loss or gradient was not finite."""
+        self.questions = self.nodes = 0
+        """Computed in this process: questions, and the tokens that they took."""
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Batches, already shared out among the processes."""
+        return DataLoader(self.train_dataset, batch_sampler=self._order, collate_fn=lambda batch: batch)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The next batch, put together while the last was computed, and the number of its labels in all processes."""
+        if self._reading is None or self._reading[0] is not epoch_iterator:
+            self._reading = epoch_iterator, self._reader.submit(next, epoch_iterator, None)
+        started = time.perf_counter()
+        batch = self._reading[1].result()
+        self._waited += time.perf_counter() - started
+        self._reading = epoch_iterator, self._reader.submit(next, epoch_iterator, None)
+        if batch is None:
+            return [], torch.tensor(0)
+        labels = torch.tensor([sum(len(sequence.tree.labels) for sequence in batch)], device=device)
+        return [batch], self.accelerator.gather(labels).sum()
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor) -> Tensor:
+        """The loss of the whole batch, and its gradients; where memory is out, once more in smaller micro-batches."""
+        model.train()
+        if not self._most:
+            self._most = self._nodes_that_fit(inputs)
+        loss = None
+        while loss is None:
+            groups = micro_batches(inputs, self._size, self._most)
+            try:
+                loss = self._accumulate(model, groups, num_items_in_batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(groups)
+            if loss is None:  # and the error, which holds on to memory, is gone
+                model.zero_grad()
+                gc.collect()
+                torch.cuda.empty_cache()
+        self.questions += sum(sequence.tree.questions for sequence in inputs)
+        self.nodes += sum(sequence.nodes for sequence in inputs)
+        return loss if self._is_finite(model, loss) else torch.zeros_like(loss)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the share of the time since the last log that was spent waiting for batches."""
+        now = time.perf_counter()
+        if "loss" in logs:
+            logs["loader_wait"] = self._waited / (now - self._logged_at)
+            if self._skip_not_finite:
+                logs["skipped_steps"] = self.skipped_steps
+            self._waited, self._logged_at = 0.0, now
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the library takes every weight for one that is trained."""
+        return 0
+
+    def _accumulate(self, model: nn.Module, groups: list[Batch], labels: Tensor) -> Tensor:
+        loss = torch.zeros((), device=self.args.device)
+        for number, group in enumerate(groups, start=1):
+            with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
+                part = self.compute_loss(model, self._prepare_inputs(pack(group)), num_items_in_batch=labels)
+                self.accelerator.backward(part)
+            loss += part.detach()
+        return loss
+
+    def _size(self, sequence: ImageSequence) -> int:
+        return sequence.tree.questions if self._by_questions else sequence.nodes
+
+    def _nodes_that_fit(self, batch: Batch) -> int:
+        """A power of two: a little more or less of free memory does not change the order in which losses are summed."""
+        largest = max(sequence.nodes for sequence in batch)
+        fit = self._fit(batch)
+        if fit < largest and not self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            say("the questions on one image do not fit into memory at once: gradient checkpointing is switched on")
+            fit = self._fit(batch)
+        return min(1 << max(fit, 1).bit_length() - 1, MOST_NODES[self.args.device.type])
+
+    def _fit(self, batch: Batch) -> int:
+        """How many tokens fit, by what the forward pass of the shortest sequence keeps in memory."""
+        shortest = min(batch, key=lambda sequence: sequence.nodes)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), SavedForBackward(self.model.parameters()) as saved:
+            self.compute_loss(self.model, self._prepare_inputs(pack([shortest])))
+        return int(SHARE_OF_FREE * free_bytes(self.args.device) * shortest.nodes / max(saved.bytes, 1))
+
+    def _halve(self, groups: list[Batch]) -> None:
+        """Half as much at a time from now on. Raises `PipelineError` if micro-batches cannot be made smaller."""
+        largest = max(sum(map(self._size, group)) for group in groups)
+        unit = "questions" if self._by_questions else "tokens"
+        if all(len(group) == 1 for group in groups) or self.accelerator.num_processes > 1:
+            raise PipelineError(
+                f"out of memory at step {self.state.global_step + 1} with {largest} {unit} at a time; try "
+                "train.gradient_checkpointing=true, or a smaller train.micro_batch"
+            )
+        self._most = max(1, largest // 2)
+        say(
+            f"out of memory at step {self.state.global_step + 1} with {largest} {unit} at a time: the step is computed "
+            f"again, and all that follow, with {self._most}; the effective batch stays as it is"
+        )
+
+    def _is_finite(self, model: nn.Module, loss: Tensor) -> bool:
+        """Whether the step may be taken; if not, its gradients are dropped."""
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        norm = 0.0 if self.args.fp16 else float(nn.utils.get_total_norm(gradients))  # float16: the scaler's business
+        if math.isfinite(loss) and math.isfinite(norm):
+            return True
+        found = f"loss {float(loss)}, gradient norm {norm}, learning rate {self.lr_scheduler.get_last_lr()[0]:g}"
+        if not self._skip_not_finite:
+            raise PipelineError(
+                f"training diverged at step {self.state.global_step + 1}: {found}. Try a lower train.learning_rate, "
+                "more train.warmup_steps, quantization.compute_dtype=float32, or leave out such steps with "
+                "train.on_not_finite=skip"
+            )
+        self.skipped_steps += 1
+        say(f"step {self.state.global_step + 1} is left out, not finite: {found}")
+        if not self.args.fp16:
+            model.zero_grad()
+        return False
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the order which epoch it is, also of a training that is gone on with."""
+
+    def __init__(self, order: BatchOrder) -> None:
+        self._order = order
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._order.epoch = int(state.epoch or 0)
