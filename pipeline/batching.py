@@ -5,7 +5,7 @@ question, the Q query tokens, then BOS and the prompt. B sequences, S positions 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -59,7 +59,12 @@ class Batcher:
     def for_training(
         self, questions: Questions, share_prefix: bool = True, most: int = MOST_QUESTIONS
     ) -> list[ImageSequence]:
-        """A sequence an image, with at most `most` questions; or one a question, without `share_prefix`."""
+        """A sequence an image, with at most `most` questions; or one a question, without `share_prefix`.
+
+        No question gives one sequence without a label: a process must take part in a step that has nothing for it.
+        """
+        if len(questions) == 0:
+            return [unlabelled(sequence) for sequence in self.for_training([0])]
         rows = self.text.image_row[np.asarray(questions)].tolist()
         distinct = {row: place for place, row in enumerate(dict.fromkeys(rows))}
         features = self._gather(np.fromiter(distinct, np.int64))
@@ -97,6 +102,12 @@ class Batcher:
     def _gather(self, rows: np.ndarray) -> Tensor:
         features = torch.from_numpy(self.features.gather(rows))
         return features.view(torch.bfloat16) if self.features.spec.dtype == "bfloat16" else features
+
+
+def unlabelled(sequence: ImageSequence) -> ImageSequence:
+    """The same, with a loss of zero."""
+    nothing = np.empty(0, np.int64)
+    return replace(sequence, tree=replace(sequence.tree, questions=0, label_nodes=nothing, labels=nothing))
 
 
 def micro_batches(

@@ -191,7 +191,7 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[
 @click.option("--name", help="Of the run folder below train.output_dir; default: the config's name and a number.")
 @click.option("--resume", is_flag=True, help="Go on with the run --name from its last checkpoint.")
 @stage
-def train(config: Path, overrides: tuple[str, ...], name: str | None, resume: bool) -> dict[str, Any]:
+def train(config: Path, overrides: tuple[str, ...], name: str | None, resume: bool) -> dict[str, Any] | None:
     """Stage two: train LoRA on the 4-bit language model, from the cache alone, into a run folder.
 
     By default 3 epochs of 64 questions a step, r=16, alpha=32, learning rate 2e-4 with cosine decay.

@@ -4,14 +4,6 @@ import os
 
 import torch
 
-from pipeline.errors import PipelineError
-
-
-def refuse_several_processes() -> None:
-    """Stage two runs in one process; started in several they would write over each other."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PipelineError("this stage runs in one process; start it without torchrun or accelerate launch")
-
 
 def pick_device() -> torch.device:
     """This process's GPU if there is one, else the CPU; of several processes on a machine each has its own GPU."""

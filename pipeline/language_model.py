@@ -1,6 +1,9 @@
 """The trained half: frozen projection, 4-bit OPT, LoRA."""
 
+import ctypes
+import gc
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +147,22 @@ def load_language_half(
             device_map={"": device},
             quantization_config=quantization if bits else None,
         )
+    if device.type == "cpu":
+        _let_go_of_files(model)
     return model.eval().requires_grad_(False)
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copies weights that lie in mapped files, so that the maps go, and has the C library give back what it hoards.
+
+    After loading blip2-opt-2.7b in 4 bits a process holds 10.6 GB otherwise, and 2.0 GB so.
+    """
+    for weight in model.parameters():
+        if weight.is_floating_point():  # what is quantised was made in memory
+            weight.data = weight.data.clone()
+    gc.collect()
+    with suppress(OSError, AttributeError):  # other C libraries than glibc lack it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def add_lora(

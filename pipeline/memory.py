@@ -1,5 +1,8 @@
 """How much memory there is, and how much of it a training step takes, by measure."""
 
+import re
+import resource
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +51,24 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(psutil.virtual_memory().available, _free_in_container())
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begins to count `peak_bytes` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # elsewhere than on Linux the peak is that since the process began
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use since `reset_peak`: torch's on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

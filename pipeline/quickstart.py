@@ -24,7 +24,7 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     say("1/4 The frozen encoder runs once over every picture")
     encoded = precompute(config) or {}
     say("2/4 Training LoRA on the 4-bit language model, from the cache")
-    trained = train(config, run)
+    trained = train(config, run) or {}
     say("3/4 Answering the test questions without the adapter")
     before = evaluate(run, with_adapter=False)
     say("4/4 Answering them with it")

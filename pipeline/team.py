@@ -42,8 +42,10 @@ class Team:
     def __enter__(self) -> "Team":
         if self.size > 1:
             from torch import distributed
+            from torch.cuda import is_available
 
-            distributed.init_process_group("gloo", timeout=PATIENCE)
+            backend = "cpu:gloo,cuda:nccl" if is_available() else "gloo"
+            distributed.init_process_group(backend, timeout=PATIENCE)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

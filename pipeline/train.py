@@ -22,53 +22,58 @@ from pipeline.assemble import load_base, open_batcher
 from pipeline.batch_order import BatchOrder
 from pipeline.batching import MOST_QUESTIONS, Batcher
 from pipeline.config import Config, TrainConfig
-from pipeline.device import pick_device, refuse_several_processes
+from pipeline.device import pick_device
 from pipeline.errors import PipelineError
 from pipeline.language_model import add_lora, save_adapter
 from pipeline.progress import progress_bar, say
 from pipeline.run_folder import RunFolder
+from pipeline.team import Team, rank, world_size
 from pipeline.trainer import Batches, StageTwoTrainer
 
 
-def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any]:
-    """Train a LoRA adapter into the run folder `run`, and return the summary.
+def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any] | None:
+    """Train a LoRA adapter into the run folder `run`, and return the summary; None in a process that only helps.
 
     The folder must not exist, unless `resume`: then training goes on from its last checkpoint, or from the
-    start if it has none yet. Raises `PipelineError` or `CacheError` before anything is written if the
-    config, the checkpoint and the cache do not fit together.
+    start if it has none yet. Under `torchrun` each process computes its share of every batch. Raises `PipelineError`
+    or `CacheError` before anything is written if the config, the checkpoint and the cache do not fit together.
     """
     started = time.perf_counter()
-    refuse_several_processes()
     config = config.with_absolute_paths()
-    if resume:
-        run.check_resumable(config)
-    else:
-        run.check_new()
-    batcher = open_batcher(config, "train")
-    trainable = np.flatnonzero(np.diff(batcher.text.target_ids.offsets))
-    if len(trainable) == 0:
-        raise PipelineError(f"{config.cache.dir}: no question of the split train has an answer to train on")
-    set_seed(config.train.seed)
-    base = load_base(config, config.train.dropout)
-    model = add_lora(base, **config.lora.model_dump())
-    trainer = _trainer(config.train, model, batcher, trainable, run, base.dtype)
-    checkpoint = run.last_checkpoint()
-    run.start(config)
-    say(f"run {run.path}; if it is stopped: pipe train {run.config} --name {run.path.name} --resume")
-    ready = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    training_seconds = time.perf_counter() - ready
+    with Team() as team:
+        if team.rank == 0:
+            run.check_resumable(config) if resume else run.check_new()
+        batcher = open_batcher(config, "train")
+        trainable = np.flatnonzero(np.diff(batcher.text.target_ids.offsets))
+        if len(trainable) == 0:
+            raise PipelineError(f"{config.cache.dir}: no question of the split train has an answer to train on")
+        run = RunFolder(team.share_out([run.path] * team.size) if team.rank == 0 else team.receive(Path))
+        set_seed(config.train.seed)
+        base = load_base(config, config.train.dropout)
+        model = add_lora(base, **config.lora.model_dump())
+        trainer = _trainer(config.train, model, batcher, trainable, run, base.dtype)
+        checkpoint = run.last_checkpoint()
+        if team.rank == 0:
+            run.start(config)
+        say(f"run {run.path}; if it is stopped: pipe train {run.config} --name {run.path.name} --resume")
+        ready = time.perf_counter()
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - ready
+        computed = team.gather((trainer.questions, trainer.nodes))
+    if team.rank > 0:
+        return None
     save_adapter(model, run.adapter)
+    questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
     return {
         "run": str(run.path),
         "steps": result.global_step,
         "train_loss": result.training_loss,
         "questions": len(trainable),
-        "left_out": len(batcher.text) - len(trainable),
+        "without_answer": len(batcher.text) - len(trainable),
         "skipped_steps": trainer.skipped_steps,
-        "questions_per_second": trainer.questions / training_seconds,
-        "tokens_per_question": trainer.nodes / max(trainer.questions, 1),
-        "seconds_training": training_seconds,
+        "questions_per_second": questions / seconds,
+        "tokens_per_question": nodes / max(questions, 1),
+        "seconds_training": seconds,
         "seconds": time.perf_counter() - started,
     }
 
@@ -88,7 +93,12 @@ def _trainer(
         _arguments(settings, run.checkpoints, base_dtype),
         Batches(len(trainable), lambda numbers: batcher.for_training(numbers, settings.share_prefix, most)),
         BatchOrder(
-            trainable, settings.batch_size, settings.seed, batcher.text.image_row if settings.share_prefix else None
+            trainable,
+            settings.batch_size,
+            settings.seed,
+            batcher.text.image_row if settings.share_prefix else None,
+            rank(),
+            world_size(),
         ),
         micro_batch,
         settings.on_not_finite == "skip",
@@ -119,6 +129,7 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         logging_nan_inf_filter=False,
         seed=settings.seed,
         use_cpu=pick_device().type == "cpu",
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
@@ -136,17 +147,22 @@ class _Log(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
-        if self.metrics.exists():  # a killed run logged further than its last checkpoint
+        if (
+            state.is_world_process_zero and self.metrics.exists()
+        ):  # a killed run logged further than its last checkpoint
             _keep_rows_until(state.global_step, self.metrics)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        RunFolder(self.metrics.parent).mark_whole(state.global_step)
+        if world_size() > 1:
+            torch.distributed.barrier()  # each process has written its part
+        if state.is_world_process_zero:
+            RunFolder(self.metrics.parent).mark_whole(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
-        if "loss" not in logs:
+        if "loss" not in logs or not state.is_world_process_zero:
             return  # the summary at the end
         row = {"step": state.global_step, **logs}
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN

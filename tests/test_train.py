@@ -30,7 +30,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_run_folder_holds_config_metrics_and_adapter(cached: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     summary = train(cached, run)
-    assert (summary["steps"], summary["questions"], summary["left_out"]) == (4, 54, 0)
+    assert (summary["steps"], summary["questions"], summary["without_answer"]) == (4, 54, 0)
     assert summary["run"] == str(run.path)
     assert load_config(run.config) == cached
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -156,12 +156,6 @@ def test_a_bfloat16_model_trains_and_answers(cached: Config, tmp_path: Path) -> 
     weights = load_file(run.adapter / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert evaluate(run, ("evaluate.max_new_tokens=2",))["questions"] == 18
-
-
-def test_several_processes_are_refused(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PipelineError, match="runs in one process"):
-        train(cached, RunFolder(tmp_path / "run"))
 
 
 def test_what_is_trained_is_float32_on_a_float16_model(cached: Config, checkpoint: Path) -> None:
