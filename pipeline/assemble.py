@@ -38,6 +38,14 @@ def open_batcher(config: Config, split: str) -> Batcher:
     return Batcher(features, text)
 
 
+def trainable_questions(batcher: Batcher, config: Config) -> np.ndarray:
+    """The numbers of the questions that have an answer. Raises `PipelineError` if there is none."""
+    numbers = np.flatnonzero(np.diff(batcher.text.target_ids.offsets))
+    if len(numbers) == 0:
+        raise PipelineError(f"{config.cache.dir}: no question of the split train has an answer to train on")
+    return numbers
+
+
 def _tell_left_out(features: FeatureReader) -> None:
     left_out: dict[str, int] = features.manifest.provenance.get("left_out", {})
     if left_out:

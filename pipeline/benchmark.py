@@ -202,6 +202,22 @@ def matrix_product_peak(device: torch.device, dtype: torch.dtype, side: int = 40
     return 2 * side**3 / best
 
 
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Questions a second by way, as bars in an SVG file. Raises OSError."""
+    rates: dict[str, float] = summary["questions_per_second"]
+    bars = []
+    for row, (way, rate) in enumerate(rates.items()):
+        top, width = 40 + 30 * row, 360 * rate / max(rates.values())
+        bars.append(f'<text x="10" y="{top + 15}">{way}</text><rect x="90" y="{top}" width="{width:.1f}" height="20"/>')
+        bars.append(f'<text x="{95 + width:.1f}" y="{top + 15}">{rate:.3g}</text>')
+    title = f"questions a second, {summary['size']}, {summary['device']}, {summary['dtype']}"
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="540" height="{50 + 30 * len(rates)}" '
+        'font-family="sans-serif" font-size="14" style="background:#fff"><style>rect{fill:#4269d0}</style>'
+        f'<text x="10" y="22">{title}</text>{"".join(bars)}</svg>\n'
+    )
+
+
 def _padded_chains(questions: list[Question], config: Blip2Config) -> dict[str, Any]:
     """What the plain recipe's language model computes: one question a sequence, padded, logits at every position."""
     longest = max(len(one.prompt) + len(one.target) for one in questions)

@@ -18,13 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from pipeline.assemble import load_base, open_batcher
+from pipeline.assemble import load_base, open_batcher, trainable_questions
 from pipeline.batch_order import BatchOrder
 from pipeline.batching import MOST_QUESTIONS, Batcher
 from pipeline.config import Config, TrainConfig
 from pipeline.device import pick_device
-from pipeline.errors import PipelineError
 from pipeline.language_model import add_lora, save_adapter
+from pipeline.memory import peak_bytes, reset_peak
 from pipeline.progress import progress_bar, say
 from pipeline.run_folder import RunFolder
 from pipeline.team import Team, rank, world_size
@@ -44,9 +44,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         if team.rank == 0:
             run.check_resumable(config) if resume else run.check_new()
         batcher = open_batcher(config, "train")
-        trainable = np.flatnonzero(np.diff(batcher.text.target_ids.offsets))
-        if len(trainable) == 0:
-            raise PipelineError(f"{config.cache.dir}: no question of the split train has an answer to train on")
+        trainable = trainable_questions(batcher, config)
         run = RunFolder(team.share_out([run.path] * team.size) if team.rank == 0 else team.receive(Path))
         set_seed(config.train.seed)
         base = load_base(config, config.train.dropout)
@@ -56,9 +54,10 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         if team.rank == 0:
             run.start(config)
         say(f"run {run.path}; if it is stopped: pipe train {run.config} --name {run.path.name} --resume")
+        reset_peak(trainer.args.device)
         ready = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - ready
+        seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
         computed = team.gather((trainer.questions, trainer.nodes))
     if team.rank > 0:
         return None
@@ -73,6 +72,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "skipped_steps": trainer.skipped_steps,
         "questions_per_second": questions / seconds,
         "tokens_per_question": nodes / max(questions, 1),
+        "peak_memory_bytes": peak,
         "seconds_training": seconds,
         "seconds": time.perf_counter() - started,
     }

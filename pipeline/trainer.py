@@ -27,8 +27,19 @@ Batch = list[ImageSequence]
 
 SHARE_OF_FREE = 0.6
 """Of the memory that is free at the start, what activations may take."""
-MOST_NODES = {"cpu": 1024, "cuda": 8192}
-"""Tokens in a micro-batch beyond which nothing is gained."""
+MOST_BYTES = {"cpu": 2 << 30, "cuda": 64 << 30}
+"""For activations: beyond this, larger micro-batches gain little."""
+
+
+def nodes_that_fit(bytes_a_node: float, device: torch.device) -> int:
+    """Tokens in a micro-batch, if each keeps so many bytes for the backward pass.
+
+    Rounded down to three binary digits: a little more or less of free memory does not change the order in which losses
+    are summed.
+    """
+    fit = int(min(SHARE_OF_FREE * free_bytes(device), MOST_BYTES[device.type]) / bytes_a_node)
+    dropped = max(fit.bit_length() - 3, 0)
+    return max(fit >> dropped << dropped, 1)
 
 
 class Batches(Dataset[Batch]):
@@ -141,22 +152,21 @@ class StageTwoTrainer(Trainer):
         return sequence.tree.questions if self._by_questions else sequence.nodes
 
     def _nodes_that_fit(self, batch: Batch) -> int:
-        """A power of two: a little more or less of free memory does not change the order in which losses are summed."""
         largest = max(sequence.nodes for sequence in batch)
         fit = self._fit(batch)
         if fit < largest and not self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             say("the questions on one image do not fit into memory at once: gradient checkpointing is switched on")
             fit = self._fit(batch)
-        return min(1 << max(fit, 1).bit_length() - 1, MOST_NODES[self.args.device.type])
+        return fit
 
     def _fit(self, batch: Batch) -> int:
-        """How many tokens fit, by what the forward pass of the shortest sequence keeps in memory."""
+        """By what the forward pass of the shortest sequence keeps in memory."""
         shortest = min(batch, key=lambda sequence: sequence.nodes)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), SavedForBackward(self.model.parameters()) as saved:
             self.compute_loss(self.model, self._prepare_inputs(pack([shortest])))
-        return int(SHARE_OF_FREE * free_bytes(self.args.device) * shortest.nodes / max(saved.bytes, 1))
+        return nodes_that_fit(saved.bytes / shortest.nodes, self.args.device)
 
     def _halve(self, groups: list[Batch]) -> None:
         """Half as much at a time from now on. Raises `PipelineError` if micro-batches cannot be made smaller."""
