@@ -16,10 +16,19 @@ SHARD_BYTES = 2 << 30
 _OPT = {"num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 50304, "eos_token_id": 50118}
 SIZES = {
     "tiny": None,
+    "opt-350m": _OPT
+    | {
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_size": 1024,
+        "word_embed_proj_dim": 1024,
+        "ffn_dim": 4096,
+    },
     "blip2-opt-2.7b": _OPT | {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240},
     "blip2-opt-6.7b": _OPT | {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384},
 }
-"""OPT's shape by name, from the published configs; `tiny` has the shape of the checkpoint inside this package."""
+"""OPT's shape by name, from the published configs (350m with the norms and embedding of the larger ones); `tiny` has
+the shape of the checkpoint inside this package."""
 
 
 def config_of(size: str) -> Blip2Config:

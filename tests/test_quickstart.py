@@ -36,6 +36,10 @@ def test_lora_from_the_cache_learns_easy_vqa_with_every_seed(folder: Path, seed:
     assert summary["questions"] == 9673
     assert summary["accuracy_before"] <= 60
     assert summary["accuracy"] >= 90
+    apart = pipe(folder, "train", f"{summary['run']}/config.yaml", "train.share_prefix=false")
+    accuracy_apart = pipe(folder, "evaluate", str(apart["run"]))["accuracy"]
+    print("one question a sequence:", accuracy_apart)
+    assert abs(summary["accuracy"] - accuracy_apart) < 1
     encoded = summary["precompute"]["encoded"]
     assert encoded == (5000 if seed == 0 else 0)
 

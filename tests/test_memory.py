@@ -1,0 +1,105 @@
+"""Memory: what a step keeps, what is free, and that a forecast comes true."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import memory
+from pipeline.assemble import load_base, open_batcher
+from pipeline.batching import pack
+from pipeline.config import Config
+from pipeline.forecast import _saved_bytes, _weight_bytes, _without_storage, forecast
+from pipeline.language_model import add_lora
+from pipeline.memory import SavedForBackward, free_bytes, is_out_of_memory, peak_bytes, reset_peak
+from pipeline.trainer import nodes_that_fit
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights() -> None:
+    layer, inputs = nn.Linear(8, 8), torch.zeros(4, 8)
+    with SavedForBackward(layer.parameters()) as saved:
+        layer(inputs).sin().cos()
+    assert saved.bytes == 3 * 4 * 8 * 4  # the layer's input, the inputs of sin and of cos
+
+
+@pytest.mark.parametrize("free", [10**3, 10**8, 10**9, 1_010_000_000, 10**13])
+def test_micro_batches_take_their_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr("pipeline.trainer.free_bytes", lambda device: free)
+    nodes = nodes_that_fit(3e6, CPU)
+    assert nodes == {10**3: 1, 10**8: 20, 10**9: 192, 1_010_000_000: 192, 10**13: 640}[free]
+
+
+def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    without = free_bytes(CPU)
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert free_bytes(CPU) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) == pytest.approx(without, rel=0.2)
+
+
+def test_the_peak_is_that_since_it_was_reset() -> None:
+    reset_peak(CPU)
+    before = peak_bytes(CPU)
+    torch.ones(1 << 26)
+    assert peak_bytes(CPU) > before + (1 << 27)
+    reset_peak(CPU)
+    assert peak_bytes(CPU) < before + (1 << 27)
+
+
+def test_out_of_memory_is_known_on_a_cpu_too() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_forecast_counts_what_the_model_keeps(cached: Config, dtype: str) -> None:
+    config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"compute_dtype": dtype})})
+    sequences = open_batcher(config, "train").for_training(range(30))
+    foretold = _saved_bytes(_without_storage(config, getattr(torch, dtype)), sequences)
+    model = add_lora(load_base(config), **config.lora.model_dump()).train()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with autocast, SavedForBackward(model.parameters()) as saved:
+        model(**pack(sequences))
+    assert foretold == pytest.approx(saved.bytes, rel=0.02)
+
+
+def test_the_forecast_knows_the_size_of_the_weights(cached: Config) -> None:
+    model = load_base(cached)
+    loaded = sum(weight.nbytes for weight in model.parameters())
+    scales = sum(
+        state.absmax.nbytes + state.state2.absmax.nbytes
+        for state in (getattr(weight, "quant_state", None) for weight in model.parameters())
+        if state is not None
+    )
+    layout = _without_storage(cached, torch.float32)
+    foretold = sum(_weight_bytes(name, weight, cached.quantization) for name, weight in layout.named_parameters())
+    assert foretold == pytest.approx(loaded + scales, rel=0.01)
+
+
+def test_a_dry_run_begins_nothing(cached: Config, tmp_path: Path) -> None:
+    train = cached.train.model_copy(update={"output_dir": tmp_path / "runs", "batch_size": 20, "micro_batch": 5})
+    told = forecast(cached.model_copy(update={"train": train}))
+    assert (told["questions"], told["steps"]) == (54, 4)
+    assert told["questions_a_micro_batch"] <= 5
+    assert told["memory_bytes"]["all"] == sum(told["memory_bytes"].values()) / 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_forecast_comes_true_within_15_percent() -> None:
+    script = Path(__file__).parent / "benchmarks" / "stage_two_memory.py"
+    done = subprocess.run([sys.executable, script, "--size", "opt-350m"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout[-200:])
+    told = json.loads(done.stdout[: done.stdout.rindex("}") + 1])
+    assert told["foretold"]["memory_bytes"]["all"] == pytest.approx(told["taken"]["peak_memory_bytes"], rel=0.15)
