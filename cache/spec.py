@@ -30,7 +30,7 @@ class CacheSpec:
     """
 
     encoder_fingerprint: str
-    """SHA-256 of the encoder's tensors, 64 hex digits."""
+    """SHA-256 over the encoder's tensors and settings, 64 hex digits."""
     encoder_dtype: str
     """What the encoder computed in: float32, float16 or bfloat16."""
     image_preprocessing: str

@@ -12,7 +12,7 @@ from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, h
 from pipeline.config import Config
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
-from pipeline.identity import encoder_spec
+from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.language_model import Blip2LanguageHalf, load_language_half
 from pipeline.progress import say
 from pipeline.text import PromptTokenizer, retokenize
@@ -93,12 +93,17 @@ def _check_lengths(text: TextTable, query_tokens: int, longest: int) -> None:
 
 def _check_features(features: FeatureReader, config: Config, folder: Path) -> None:
     found = features.spec
-    known = ""
+    known, differences = "", []
     if not has_half(folder, ENCODER_HALF):
         known = found.encoder_fingerprint
+        made = features.manifest.provenance.get("encoder", {})
+        wanted = encoder_settings(folder)
+        differences = [
+            f"{key}: cache has {made[key]}, wanted {wanted.get(key)}" for key in made if made[key] != wanted.get(key)
+        ]
         say(f"{folder}: the encoder's tensors are not on this machine; the cache is taken to be made from them")
     encoder_dtype = found.encoder_dtype if config.precompute.dtype == "auto" else config.precompute.dtype
-    differences = found.diff(encoder_spec(folder, encoder_dtype, config.cache.dtype, known))
+    differences += found.diff(encoder_spec(folder, encoder_dtype, config.cache.dtype, known))
     if differences:
         raise PipelineError(
             f"{config.cache.dir}: the cache holds other features than this config makes:\n  "

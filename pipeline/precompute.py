@@ -21,7 +21,7 @@ from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
-from pipeline.identity import encoder_spec
+from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.images import Preprocessor
 from pipeline.preflight import (
     LEFT_OUT_NAME,
@@ -119,7 +119,7 @@ def _lead(config: Config, team: Team) -> dict[str, Any]:
             inputs = inputs.without(failures)
             tell_left_out(inputs, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
-        writer.finish(texts, _attachments(inputs), _provenance(config, inputs))
+        writer.finish(texts, _attachments(inputs), _provenance(config, prepared.checkpoint, inputs))
         _report(config).unlink(missing_ok=True)
     encoded = sum(report.rows for report in reports)
     loop_seconds = max(report.seconds for report in reports)
@@ -220,8 +220,13 @@ def _reasons(inputs: Inputs) -> dict[str, int]:
     return dict(counts)
 
 
-def _provenance(config: Config, inputs: Inputs) -> dict[str, Any]:
+def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, Any]:
     """What made the cache: enough to repair it, and to notice that the annotations have changed since."""
     used = config.model_dump(mode="json", include={"model": True, "data": True, "precompute": True, "cache": {"dtype"}})
-    versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
-    return {"config": used, "sources": source_digests(config.data), "left_out": _reasons(inputs), "versions": versions}
+    return {
+        "config": used,
+        "encoder": encoder_settings(checkpoint),
+        "sources": source_digests(config.data),
+        "left_out": _reasons(inputs),
+        "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
+    }

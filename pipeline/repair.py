@@ -21,6 +21,10 @@ from pipeline.precompute import precompute
 from pipeline.progress import progress_bar, say
 from pipeline.upkeep import cache_folder, in_words
 
+# How far apart two machines, or two batches, may be, as a share of the largest number of a row: far above what the
+# rounding of all layers adds up to, far below what another encoder makes.
+_APART = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
 
 def repair(cache: Path) -> dict[str, Any]:
     """Takes damaged rows out of a cache and encodes them again; nothing else is encoded.
@@ -57,20 +61,32 @@ def reencode(folder: Path, count: int) -> dict[str, Any]:
         )
     paths = _pictures(features)
     chosen = random.sample(sorted(paths), min(count, len(paths)))
-    digests = {row: digest for digest, row in features.stored() if row in set(chosen)}
+    wanted = set(chosen)
+    digests = {row: digest for digest, row in features.stored() if row in wanted}
     preprocess = Preprocessor(checkpoint)
     encoder = load_encoder(checkpoint, pick_device(), getattr(torch, spec.encoder_dtype))
-    largest, compared = 0.0, 0
+    allowed = _APART[spec.encoder_dtype] + torch.finfo(getattr(torch, spec.dtype)).eps
+    differences_found: list[float] = []
+    beyond = []
     with progress_bar("encoding", len(chosen), "pictures") as bar, torch.inference_mode():
         for row in chosen:
             pixel_values = _pixel_values(paths[row], digests[row], preprocess)
             if pixel_values is not None:
                 again = encoder(torch.from_numpy(pixel_values)[None].to(pick_device()))
                 stored = _as_float(features.gather(np.array([row])), spec)
-                largest = max(largest, float((again.cpu().float() - stored).abs().max()))
-                compared += 1
+                differences_found.append(float((again.cpu().float() - stored).abs().max()))
+                if not differences_found[-1] <= allowed * float(stored.abs().max()):
+                    beyond.append(f"{paths[row]}: comes out {differences_found[-1]:.3g} apart from what is stored")
             bar.update()
-    return {"reencoded": compared, "not_compared": len(chosen) - compared, "largest_difference": largest}
+    if beyond:
+        say(f"{folder}: features differ by more than {allowed:.2g} of a row's largest number: that is no rounding")
+    return {
+        "reencoded": len(differences_found),
+        "not_compared": len(chosen) - len(differences_found),
+        "largest_difference": max(differences_found, default=None),
+        "reencode_differs": bool(beyond),
+        "damaged": beyond,
+    }
 
 
 def _config_of(folder: Path) -> Config:
