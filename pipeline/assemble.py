@@ -1,6 +1,7 @@
 """What training and evaluation start from, put together from a config: the cache, checked, and the language half."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ def open_batcher(config: Config, split: str) -> Batcher:
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
     _check_features(features, config, folder)
     _check_annotations(features, config, split)
+    _tell_other_pictures(features, config, split)
     _tell_left_out(features)
     text = features.text(split)
     tokenizer = PromptTokenizer(folder, config.data.prompt)
@@ -57,6 +59,20 @@ def _check_annotations(features: FeatureReader, config: Config, split: str) -> N
                 f"{path} (data.{split}.{key}) is not what {config.cache.dir} was made of. Run `pipe precompute` again: "
                 "it renews the text, and encodes only pictures that are new"
             )
+
+
+def _tell_other_pictures(features: FeatureReader, config: Config, split: str) -> None:
+    """Of pictures elsewhere on this machine than those that were encoded; that they are not here is no difference."""
+    made: dict[str, Any] = features.manifest.provenance.get("config", {}).get("data", {}).get(split) or {}
+    encoded, given = made.get("images"), getattr(config.data.splits.get(split), "images", None)
+    if (
+        encoded
+        and given
+        and given.is_dir()
+        and Path(encoded).is_absolute()
+        and given.resolve() != Path(encoded).resolve()
+    ):
+        say(f"data.{split}.images is {given}; {features.folder} holds the pictures of {encoded}, and these are used")
 
 
 def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf:

@@ -30,7 +30,6 @@ from pipeline.preflight import (
     first_line,
     left_out_lines,
     read_inputs,
-    source_digests,
     tell_left_out,
 )
 from pipeline.progress import say
@@ -222,11 +221,12 @@ def _reasons(inputs: Inputs) -> dict[str, int]:
 
 def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, Any]:
     """What made the cache: enough to repair it, and to notice that the annotations have changed since."""
-    used = config.model_dump(mode="json", include={"model": True, "data": True, "precompute": True, "cache": {"dtype"}})
+    kept: Any = {"model": True, "data": True, "precompute": True, "cache": {"dtype"}}
+    used = config.with_absolute_paths().model_dump(mode="json", include=kept)
     return {
         "config": used,
         "encoder": encoder_settings(checkpoint),
-        "sources": source_digests(config.data),
+        "sources": inputs.sources,
         "left_out": _reasons(inputs),
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
     }

@@ -1,5 +1,6 @@
 """Before stage one's work: what is to be done, what cannot be, and whether there is room for it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cache.files import sha256_of
 from cache.writer import Survey
-from pipeline.config import CacheConfig, DataConfig
+from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.errors import PipelineError
 from pipeline.images import PictureError, check_header, image_digest, read_picture
 from pipeline.progress import progress_bar, say
-from pipeline.vqa import LeftOut, VQAExample, read_examples
+from pipeline.vqa import LeftOut, Split, VQAExample, read_examples
 
 LEFT_OUT_NAME = "left-out.jsonl"
 NAMED = 3  # of what is left out, in a message
@@ -32,6 +32,8 @@ class Inputs:
     """SHA-256 of every picture that is there and looks like one."""
     pictures: int
     """Distinct files that the annotations name."""
+    sources: dict[str, dict[str, str]]
+    """SHA-256 of the annotation files as they were parsed, by split and key."""
 
     @property
     def paths(self) -> dict[bytes, Path]:
@@ -49,14 +51,24 @@ def read_inputs(data: DataConfig) -> Inputs:
 
     Raises `PipelineError` for annotations that cannot be read.
     """
-    read = {
-        split: read_examples(data.format, split, files.annotations, files.images, files.questions)
-        for split, files in data.splits.items()
-    }
+    read, sources = {}, {}
+    for split, files in data.splits.items():
+        read[split], sources[split] = _read_split(data.format, split, files)
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
     digests, reasons = _digest_pictures({example.image for examples in splits.values() for example in examples})
-    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons)), reasons)
+    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons)
+
+
+def _read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
+    """The split, and the SHA-256 of its annotation files by key."""
+    hashed: dict[Path, str] = {}
+
+    def on_read(path: Path, data: bytes) -> None:
+        hashed[path] = hashlib.sha256(data).hexdigest()
+
+    found = read_examples(format, split, files.annotations, files.images, files.questions, on_read)
+    return found, {key: hashed[path] for key, path in files if path in hashed}
 
 
 def first_line(inputs: Inputs, found: Survey, config: CacheConfig) -> str:
@@ -121,15 +133,6 @@ def left_out_lines(left_out: Iterable[LeftOut]) -> bytes:
     """One JSON object a line."""
     records = ({key: value for key, value in asdict(one).items() if value is not None} for one in left_out)
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
-def source_digests(data: DataConfig) -> dict[str, dict[str, str]]:
-    """SHA-256 of the annotation files, by split and key, as far as they are there."""
-    found: dict[str, dict[str, str]] = {}
-    for split, files in data.splits.items():
-        named = {"annotations": files.annotations, "questions": files.questions}
-        found[split] = {key: sha256_of(path) for key, path in named.items() if path is not None and path.is_file()}
-    return found
 
 
 def free_bytes(folder: Path) -> int:

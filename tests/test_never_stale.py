@@ -15,6 +15,7 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.assemble import open_batcher
 from pipeline.config import Config, load_config
+from pipeline.encoding import Encoded
 from pipeline.errors import PipelineError
 from pipeline.images import Preprocessor
 from pipeline.precompute import precompute
@@ -183,6 +184,30 @@ def test_an_edited_annotation_stops_training_and_costs_the_text_alone(made: Path
     summary = precompute(config_of(made))
     assert (summary["encoded"], summary["reused"]) == (0, 24)
     assert open_batcher(config_of(made), "train").text.record(0)["answers"] == ["changed"]
+
+
+def test_an_annotation_edited_while_pictures_are_encoded_stops_training(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made / "train.jsonl"
+    monkeypatch.setattr(
+        "pipeline.precompute._encode", lambda *_: (path.write_text("\n" + path.read_text()), Encoded())[1]
+    )
+    precompute(config_of(made))
+    with pytest.raises(PipelineError, match=r"train\.jsonl .* is not what .* was made of"):
+        open_batcher(config_of(made), "train")
+
+
+def test_another_folder_of_pictures_is_told_and_not_used(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = f"data.train.images={made}/other"
+    open_batcher(config_of(made, other), "train")
+    assert "other" not in capsys.readouterr().err  # it is not on this machine
+    (made / "other").mkdir()
+    open_batcher(config_of(made, other), "train")
+    assert f"holds the pictures of {made}/images, and these are used" in capsys.readouterr().err
+    (made / "link").symlink_to(made / "images")
+    open_batcher(config_of(made, f"data.train.images={made}/link"), "train")
+    assert "these are used" not in capsys.readouterr().err
 
 
 def test_without_pictures_and_annotations_training_goes_on(made: Path) -> None:
