@@ -40,12 +40,13 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file at `path` by `data`, in one step. Raises OSError."""
-    with opened(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+def write_atomically(path: Path, data: bytes, building: Path | None = None) -> None:
+    """Replaces the file at `path` by `data`, in one step; until then it is `building`. Raises OSError."""
+    building = building or temporary(path)
+    with opened(building, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
         pwrite_all(descriptor, data, 0)
         os.fsync(descriptor)
-    rename(temporary(path), path)
+    rename(building, path)
 
 
 def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:

@@ -18,6 +18,8 @@ PLAN_NAME = "plan.json"
 TEXT_NAME = re.compile(r"text-([A-Za-z0-9][A-Za-z0-9_-]*)-[0-9a-f]{12}\.h5")
 ATTACHMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)\.(jsonl|h5)")
 ATTACHMENT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{12}\.(jsonl|h5)")
+ATTACHMENT_TEMPORARY = "attachment.tmp"
+"""What an attachment is called while it is written."""
 _FORMAT = "blip2-query-features"
 _SIGNED = re.compile(rb'(\{.*),\n  "sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
 
@@ -171,6 +173,15 @@ class Plan:
         content = _load_signed(path)
         with _explained(path):
             return cls({part["file"]: PlannedPart(**part) for part in content["parts"]})
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file that has a manifest's or a plan's name is one: other programs have such names too."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == _FORMAT
 
 
 def _save_signed(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Writing a cache: which images go into which part, and the manifest at the end. The rows are `PartWriter`'s."""
 
 import hashlib
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,16 +24,15 @@ from cache.format import (
 )
 from cache.lock import LOCK_NAME, FolderLock
 from cache.manifest import (
-    ATTACHMENT_FILE,
+    ATTACHMENT_TEMPORARY,
     MANIFEST_NAME,
-    PLAN_NAME,
-    TEXT_NAME,
     Manifest,
     PartEntry,
     Plan,
     PlannedPart,
     attachment_file,
 )
+from cache.own import holds_cache, listed_files, own_files
 from cache.part import PartWriter
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
@@ -45,10 +43,6 @@ PART_ROWS = 1024
 _HEAD_BYTES_A_ROW = 80  # digest and CRC, and a part's share of metadata
 
 T = TypeVar("T")
-OWN_NAME = re.compile(
-    rf"({PART_NAME.pattern}|{TEXT_NAME.pattern}|{ATTACHMENT_FILE.pattern}|{re.escape(MANIFEST_NAME)}|"
-    rf"{re.escape(PLAN_NAME)})({re.escape(TEMPORARY)})?|text-.+\.h5{re.escape(TEMPORARY)}|{re.escape(LOCK_NAME)}"
-)
 
 
 class FeatureWriter:
@@ -144,7 +138,8 @@ class FeatureWriter:
                     raise CacheError(f"text of split {split}: image_row names rows that are not in {self.folder}")
             hashed = {name: hashlib.sha256(data).hexdigest() for name, data in (attachments or {}).items()}
             for name, sha256 in hashed.items():
-                write_atomically(self.folder / attachment_file(name, sha256), (attachments or {})[name])
+                path = self.folder / attachment_file(name, sha256)
+                write_atomically(path, (attachments or {})[name], self.folder / ATTACHMENT_TEMPORARY)
             manifest = Manifest(
                 spec=self.spec,
                 part_rows=self.part_rows,
@@ -154,8 +149,11 @@ class FeatureWriter:
                 attachments=hashed,
                 provenance=dict(provenance or {}),
             )
+            own = own_files(self.folder)  # by the old manifest: what it alone needed goes
             manifest.save(self.folder)
-            _remove_unlisted(self.folder, manifest)
+            for path in own:
+                if path.name not in {*listed_files(manifest), MANIFEST_NAME, LOCK_NAME}:
+                    path.unlink()
 
     def _layouts(self) -> list[PartLayout]:
         return part_layouts(self.folder, self.spec)
@@ -387,25 +385,17 @@ def _open_folder(folder: Path) -> None:
         raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
     folder.mkdir(parents=True, exist_ok=True)
     fsync_folder(folder.parent)
-    names = [path.name for path in folder.iterdir()]
-    own = [name for name in names if OWN_NAME.fullmatch(name)]
-    if names and not own:
-        raise CacheError(f"{folder}: holds other files ({min(names)}, ...), no cache. Choose another `cache.dir`.")
+    if holds_cache(folder):
+        return
+    own = own_files(folder)  # a lock, say, of a run that was killed when it began
+    if foreign := sorted(path.name for path in folder.iterdir() if path not in own):
+        raise CacheError(f"{folder}: holds other files ({foreign[0]}, ...), no cache. Choose another `cache.dir`.")
 
 
 def _remove_temporaries(folder: Path) -> None:
     """Removes files that were never finished."""
-    for path in folder.iterdir():
-        if path.name.endswith(TEMPORARY) and OWN_NAME.fullmatch(path.name):
-            path.unlink()
-
-
-def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Removes what no reader of the manifest needs: texts, attachments and parts that it replaced, and the plan."""
-    kept = {part.file for part in manifest.parts} | {text.file for text in manifest.splits.values()}
-    kept |= {attachment_file(name, sha256) for name, sha256 in manifest.attachments.items()}
-    for path in folder.iterdir():
-        if path.name not in {*kept, MANIFEST_NAME, LOCK_NAME} and OWN_NAME.fullmatch(path.name):
+    for path in own_files(folder):
+        if path.name.endswith(TEMPORARY):
             path.unlink()
 
 

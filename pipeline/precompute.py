@@ -204,7 +204,8 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
 
 def _report(config: Config) -> Path:
     """Where it is listed what cannot be used, while there is no finished cache that holds the list."""
-    return config.cache.dir.with_name(f"{config.cache.dir.name}.{LEFT_OUT_NAME}")
+    folder = config.cache.dir.absolute()  # "." has no name
+    return config.cache.dir.parent / f"{folder.name}.{LEFT_OUT_NAME}" if config.cache.dir.name else folder.with_name(f"{folder.name}.{LEFT_OUT_NAME}")
 
 
 def _attachments(inputs: Inputs) -> dict[str, bytes]:
