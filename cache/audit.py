@@ -1,5 +1,6 @@
 """Is everything in a cache what was written? And how a damaged row is taken out of it."""
 
+import errno
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from cache.files import as_bytes, opened, pread_into, pwrite_all, rename, temporary
-from cache.format import DIGEST_BYTES, FAILED, PART_NAME, PartLayout, check_head, inspect_part, lay_out_part
+from cache.format import DIGEST_BYTES, FAILED, PART_NAME, PartLayout, check_head, inspect_part, lay_out_part, unreadable
 from cache.lock import FolderLock
 from cache.manifest import MANIFEST_NAME, Manifest, PartEntry, TextEntry, attachment_file
-from cache.spec import CacheError, CacheSpec
+from cache.spec import CacheError, CacheSpec, UnreadableError
 from cache.text import TextTable
 from cache.writer import free_names, part_entry
 
@@ -32,6 +33,8 @@ class Damage:
     problem: str
     row: int | None = None
     """Row of the part; None: the file as a whole cannot be trusted."""
+    unreadable: bool = False
+    """Whether it could not be read, as for want of permission: nothing is known of what is in it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> int:
     """
     by_part: dict[str, set[int | None]] = {}
     for damage in damages:
-        if PART_NAME.fullmatch(damage.file):
+        if PART_NAME.fullmatch(damage.file) and not damage.unreadable:
             by_part.setdefault(damage.file, set()).add(damage.row)
     if not by_part:
         return 0
@@ -137,23 +140,47 @@ def _verify_part(folder: Path, part: PartEntry, spec: CacheSpec, on_bytes: Calla
         on_bytes(part.head_bytes)
         return [Damage(part.file, "is not what was written", row) for row in _bad_rows(layout, on_bytes)]
     except (CacheError, OSError) as error:
-        return [Damage(part.file, str(error).removeprefix(f"{folder / part.file}: "))]
+        problem = str(error).removeprefix(f"{folder / part.file}: ")
+        return [Damage(part.file, problem, unreadable=isinstance(error, UnreadableError))]
 
 
 def _bad_rows(layout: PartLayout, on_bytes: Callable[[int], object]) -> Iterator[int]:
-    """Rows whose bytes do not fit their CRC."""
+    """Rows whose bytes do not fit their CRC, or that a defect of the disk lies under.
+
+    Raises UnreadableError if none can be read, or for another reason.
+    """
     size = layout.spec.row_bytes
     at_once = max(1, _BLOCK_BYTES // size)
     buffer = memoryview(bytearray(at_once * size))
     with opened(layout.path, os.O_RDONLY) as descriptor:
         for start in range(0, layout.rows, at_once):
             rows = range(start, min(start + at_once, layout.rows))
-            pread_into(descriptor, buffer[: len(rows) * size], layout.features_offset + start * size)
+            lost = _read_rows(descriptor, layout, rows, buffer)
             for place, row in enumerate(rows):
                 wanted = int(layout.crc32[row])
-                if wanted >= 0 and zlib.crc32(buffer[place * size : (place + 1) * size]) != wanted:
+                if wanted >= 0 and (row in lost or zlib.crc32(buffer[place * size : (place + 1) * size]) != wanted):
                     yield row
             on_bytes(len(rows) * size)
+
+
+def _read_rows(descriptor: int, layout: PartLayout, rows: range, buffer: memoryview) -> set[int]:
+    """Reads `rows`, one after the other in the file, to `buffer`; -> those that the disk has lost."""
+    size, start = layout.spec.row_bytes, layout.features_offset + rows.start * layout.spec.row_bytes
+    try:
+        pread_into(descriptor, buffer[: len(rows) * size], start)
+        return set()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise unreadable(layout.path, error) from error
+    lost = set()
+    for place, row in enumerate(rows):
+        try:
+            pread_into(descriptor, buffer[place * size : (place + 1) * size], start + place * size)
+        except OSError as error:
+            lost.add(row)
+            if len(lost) == len(rows):
+                raise unreadable(layout.path, error) from error
+    return lost
 
 
 def _other_files(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -175,4 +202,4 @@ def _damage_of_file(name: str, check: Callable[[], object]) -> Iterator[Damage]:
     try:
         check()
     except CacheError as error:
-        yield Damage(name, str(error))
+        yield Damage(name, str(error), unreadable=isinstance(error, UnreadableError))

@@ -1,5 +1,6 @@
 """The bytes of the cache's HDF5 files: laid out and checked by h5py, filled by `pwrite`. See FORMAT.md."""
 
+import errno
 import hashlib
 import os
 import re
@@ -13,7 +14,7 @@ import h5py
 import numpy as np
 
 from cache.files import as_bytes, opened, pread_into, pwrite_all, sha256_of
-from cache.spec import CacheError, CacheSpec
+from cache.spec import CacheError, CacheSpec, UnreadableError
 
 PAGE = 4096
 DIGEST_BYTES = 32
@@ -100,7 +101,13 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
     except FileNotFoundError:
         raise CacheError(f"{path}: is missing. Run `pipe precompute` again: what was in it is made anew.") from None
     except OSError as error:
-        raise CacheError(f"{path}: cannot be read: {error}. Is its disk still there?") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> CacheError:
+    """What to raise from `error`: one without a number is not the system's, the file ends too early."""
+    kind = UnreadableError if error.errno else CacheError
+    return kind(f"{path}: cannot be read: {error.strerror or error}. Is its disk still there?")
 
 
 def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
@@ -170,8 +177,8 @@ def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, in
                 file.create_dataset(name, shape=shape, dtype=dtype, dcpl=plan, track_times=False)
             return {name: file[name].id.get_offset() for name in shapes}
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        if found := re.search(r"errno = (\d+)", str(error)):  # of a full disk HDF5 tells in three lines, in any of them
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if number := _errno_in(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
 
 
@@ -186,7 +193,21 @@ def _reading(path: Path) -> Iterator[Any]:
         with h5py.File(path, "r", locking=False) as file:  # the locks are `lock`'s: HDF5's would bar a part in work
             yield file
     except (CacheError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        if not isinstance(error, CacheError) and _errno_in(error) in _NOT_THE_FILES_FAULT:
+            cause = OSError(_errno_in(error), os.strerror(_errno_in(error) or 0))
+            raise unreadable(path, cause) from cause
         raise CacheError(f"{path}: {error}. {_ADVICE}") from error
+
+
+_NOT_THE_FILES_FAULT = {
+    errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT
+}  # fmt: skip
+
+
+def _errno_in(error: Exception) -> int | None:
+    """Of what the system refuses HDF5 tells in three lines, in any of them."""
+    found = re.search(r"errno = (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _attributes(file: Any) -> dict[str, str | int]:

@@ -22,6 +22,10 @@ class CacheError(Exception):
     """Something is wrong with the user's cache; the message says what, where, and what to do next."""
 
 
+class UnreadableError(CacheError):
+    """A file of a cache cannot be read now, which says nothing of what is in it; the cause is an OSError."""
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """Identity of the features: rows of two caches may be mixed exactly if their specs are equal.

@@ -1,9 +1,11 @@
 """Writing a cache: which images go into which part, and the manifest at the end. The rows are `PartWriter`'s."""
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EMFILE, ENFILE, ENOMEM
+from functools import cache
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -49,9 +51,10 @@ class FeatureWriter:
     """Brings the cache in `folder` to hold the wanted images: the one process that decides which part takes what.
 
     `digests` are the SHA-256 digests (32 bytes each) of the wanted image files; those stored already are kept.
-    Rows that finished caches of equal spec in `sources` have are copied. For the others parts are begun, `parts`,
-    to be filled by a `PartWriter` each, in this process or others; then `rows` and `finish`. After a kill the same
-    call finds the same parts, with what was written in them. Only one process at a time holds a folder.
+    Rows that finished caches of equal spec in `sources` have are copied, read as `FeatureReader` does with `io`.
+    For the others parts are begun, `parts`, to be filled by a `PartWriter` each, in this process or others; then
+    `rows` and `finish`. After a kill the same call finds the same parts, with what was written in them. Only one
+    process at a time holds a folder.
 
     Raises CacheError if the folder holds other things only, is held by another writer, or has a part that is of
     another spec or not sound, or if the disk does not take what is written.
@@ -64,6 +67,7 @@ class FeatureWriter:
         digests: Sequence[bytes],
         part_rows: int = PART_ROWS,
         sources: Sequence[Path] = (),
+        io: str = "memmap",
     ) -> None:
         if part_rows < 1:
             raise CacheError(f"a part must have at least 1 row, not {part_rows}")
@@ -81,7 +85,7 @@ class FeatureWriter:
                 """How many of the wanted images were stored already."""
                 origins = find_rows(sources, spec, missing)
                 self._plan(missing, origins)
-                self.copied = self._copy(origins)
+                self.copied = self._copy(origins, io)
                 """How many were copied from another cache."""
                 self.parts: list[Path] = [part.path for part in self._in_work()]
                 """The parts in work, all with rows to be written."""
@@ -210,13 +214,13 @@ class FeatureWriter:
         if plan != Plan.load(self.folder):
             plan.save(self.folder)
 
-    def _copy(self, origins: Mapping[bytes, tuple[Path, int]]) -> int:
+    def _copy(self, origins: Mapping[bytes, tuple[Path, int]], io: str) -> int:
         """Fills open rows of the parts in work from other caches; -> how many."""
         copied = 0
-        readers: dict[Path, FeatureReader] = {}
+        reader = cache(lambda folder: FeatureReader(folder, io))
         for layout in self._in_work():
             with PartWriter(layout.path) as part:
-                copied += _copy_rows(part, origins, readers)
+                copied += _copy_rows(part, origins, reader)
                 if not part.open_rows.size:
                     part.seal()
         return copied
@@ -259,7 +263,7 @@ def find_rows(sources: Sequence[Path], spec: CacheSpec, digests: Container[bytes
     """Of `digests`, those that caches of equal `spec` in `sources` store: the cache's folder and the row in it."""
     found: dict[bytes, tuple[Path, int]] = {}
     for folder in sources:
-        with suppress(CacheError):  # a damaged cache is no source; its own use will say so
+        with _damaged_is_no_source():
             reader = FeatureReader(folder)
             for digest, row in reader.stored() if reader.spec == spec else ():
                 if digest in digests:
@@ -301,7 +305,9 @@ def _layouts_meanwhile(folder: Path, spec: CacheSpec) -> list[PartLayout]:
                 raise
 
 
-def _copy_rows(part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], readers: dict[Path, FeatureReader]) -> int:
+def _copy_rows(
+    part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], reader: Callable[[Path], FeatureReader]
+) -> int:
     """Copies the open rows that are somewhere else and undamaged there; -> how many."""
     copied = 0
     for row in part.open_rows.tolist():
@@ -310,14 +316,22 @@ def _copy_rows(part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], read
             continue
         folder, there = origin
         features = None
-        with suppress(CacheError):  # damaged there: it is encoded like the others
-            if folder not in readers:
-                readers[folder] = FeatureReader(folder)
-            features = readers[folder].gather(np.array([there]))
+        with _damaged_is_no_source():  # what is damaged there is encoded like the others
+            features = reader(folder).gather(np.array([there]))
         if features is not None:
             part.write(np.array([row]), features)
             copied += 1
     return copied
+
+
+@contextmanager
+def _damaged_is_no_source() -> Iterator[None]:
+    """Passes over a cache that cannot be copied from; its own use will say so. Of this process's limits it says."""
+    try:
+        yield
+    except CacheError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (EMFILE, ENFILE, ENOMEM):
+            raise
 
 
 def _distinct(digests: Sequence[bytes]) -> dict[bytes, None]:

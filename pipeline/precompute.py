@@ -108,7 +108,8 @@ def _lead(config: Config, team: Team) -> dict[str, Any]:
     require_free(config.cache.dir)
     prepared = _prepare(config)
     inputs, spec = prepared.inputs, prepared.spec
-    with FeatureWriter(config.cache.dir, spec, list(inputs.paths), config.cache.part_rows, prepared.beside) as writer:
+    cache, beside = config.cache, prepared.beside
+    with FeatureWriter(cache.dir, spec, list(inputs.paths), cache.part_rows, beside, cache.io) as writer:
         share = team.share_out(_shares(writer.parts, spec, inputs.paths, team.size))
         prepared_at = time.perf_counter()
         reports = team.gather(_encode(share, prepared.checkpoint, config.precompute))
@@ -204,8 +205,8 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
 
 def _report(config: Config) -> Path:
     """Where it is listed what cannot be used, while there is no finished cache that holds the list."""
-    folder = config.cache.dir.absolute()  # "." has no name
-    return config.cache.dir.parent / f"{folder.name}.{LEFT_OUT_NAME}" if config.cache.dir.name else folder.with_name(f"{folder.name}.{LEFT_OUT_NAME}")
+    folder = config.cache.dir if config.cache.dir.name else config.cache.dir.absolute()  # "." has no name
+    return folder.with_name(f"{folder.name}.{LEFT_OUT_NAME}")
 
 
 def _attachments(inputs: Inputs) -> dict[str, bytes]:

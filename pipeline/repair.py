@@ -36,6 +36,8 @@ def repair(cache: Path) -> dict[str, Any]:
     damages = audit.verify(folder).damages
     if not damages:
         return {"cache": str(folder), "damaged": [], "encoded": 0}
+    if unreadable := [in_words(damage) for damage in damages if damage.unreadable]:
+        raise PipelineError(f"{folder}: cannot be read, so nothing was changed: {'; '.join(unreadable)}")
     config = load_config(cache) if cache.is_file() else _config_of(folder)
     dropped = audit.drop_damaged(folder, damages)
     say(f"{folder}: {dropped} damaged rows taken out")

@@ -1,3 +1,4 @@
+import os
 import random
 import shutil
 
@@ -18,6 +19,7 @@ from cache_fakes import (
 )
 from cache_kill import killed, undisturbed
 
+import cache.audit
 from cache.audit import Damage, drop_damaged, verify
 from cache.format import inspect_part
 from cache.part import PartWriter
@@ -311,3 +313,52 @@ def test_text_of_a_repaired_cache_can_be_remade_without_the_lost_images(folder):
                 part.seal()
         writer.finish(texts_of(writer, WANTED))
     assert stored_rows(folder, spec()) == {*WANTED} - {WANTED[4]}
+
+
+# What cannot be read
+
+
+def unreadable_rows(monkeypatch, part, rows, number=5):
+    """Has the disk refuse every read that touches these rows of the part."""
+    layout, size = inspect_part(part), spec().row_bytes
+    read, inode = cache.audit.pread_into, part.stat().st_ino
+
+    def refuse(descriptor, data, offset):
+        first = (offset - layout.features_offset) // size
+        touched = range(first, first + -(-len(data) // size))
+        if os.fstat(descriptor).st_ino == inode and set(touched) & set(rows):
+            raise OSError(number, os.strerror(number))
+        read(descriptor, data, offset)
+
+    monkeypatch.setattr("cache.audit.pread_into", refuse)
+
+
+def test_a_defect_of_the_disk_costs_the_rows_over_it(folder, monkeypatch):
+    part = folder / "features-00001.h5"
+    unreadable_rows(monkeypatch, part, [1])
+    damages = verify(folder).damages
+    assert [(d.file, d.row, d.unreadable) for d in damages] == [(part.name, 1, False)]
+    assert drop_damaged(folder, damages) == 1
+    monkeypatch.undo()
+    assert stored_rows(folder, spec()) == {*WANTED} - {WANTED[4]}
+
+
+@pytest.mark.parametrize(("rows", "number"), [([0, 1, 2], 5), ([1], 13), ([1], 24), ([1], 116)])
+def test_a_part_that_cannot_be_read_is_left_as_it_is(folder, monkeypatch, rows, number):
+    before = contents(folder)
+    unreadable_rows(monkeypatch, folder / "features-00001.h5", rows, number)
+    damages = verify(folder).damages
+    assert [(d.file, d.row, d.unreadable) for d in damages] == [("features-00001.h5", None, True)]
+    assert os.strerror(number) in damages[0].problem
+    assert drop_damaged(folder, damages) == 0
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("where", ["cache.format.sha256_of", "cache.format.h5py.File"])
+def test_a_head_that_cannot_be_read_is_not_damaged(folder, monkeypatch, where):
+    error = OSError(24, "Unable to open file (errno = 24, error message = 'Too many open files')")
+    monkeypatch.setattr(where, lambda *_, **__: (_ for _ in ()).throw(error))
+    damages = verify(folder).damages
+    assert damages
+    assert all(damage.unreadable for damage in damages)
+    assert drop_damaged(folder, damages) == 0

@@ -615,3 +615,18 @@ def test_the_kill_of_these_tests_kills(tmp_path):
         for _ in range(2):
             with pytest.raises(Killed):
                 tmp_path.unlink()
+
+
+def test_a_source_for_which_there_are_no_files_left_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    build(tmp_path / "a", WANTED)
+    error = OSError(24, "Too many open files")
+    monkeypatch.setattr("cache.reader.map_file", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(CacheError, match="Too many open files"):
+        FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"])
+
+
+def test_a_source_is_read_as_it_is_told(tmp_path, monkeypatch):
+    build(tmp_path / "a", WANTED)
+    monkeypatch.setattr("cache.reader.map_file", lambda *_: pytest.fail("mapped"))
+    with FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"], io="pread") as writer:
+        assert writer.copied == len(WANTED)
