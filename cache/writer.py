@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import EMFILE, ENFILE, ENOMEM
 from functools import cache
 from itertools import count
@@ -237,10 +237,12 @@ class Survey:
     """In another cache of equal spec, to be copied."""
     bytes_needed: int
     """On disk, for those not stored."""
+    missing: Sequence[bytes] = field(repr=False)
+    """Digests of those to be encoded, in order."""
 
     @property
     def to_encode(self) -> int:
-        return self.wanted - self.stored - self.nearby
+        return len(self.missing)
 
 
 def survey(folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = ()) -> Survey:
@@ -250,7 +252,9 @@ def survey(folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Seq
     stored = {digest for part in layouts for digest, _ in _stored(part) if digest in wanted}
     missing = {digest: None for digest in wanted if digest not in stored}
     bytes_needed = len(missing) * (spec.row_bytes + _HEAD_BYTES_A_ROW)
-    return Survey(len(wanted), len(stored), len(find_rows(sources, spec, missing)), bytes_needed)
+    nearby = find_rows(sources, spec, missing)
+    to_encode = [digest for digest in missing if digest not in nearby]
+    return Survey(len(wanted), len(stored), len(nearby), bytes_needed, to_encode)
 
 
 def caches_beside(folder: Path, spec: CacheSpec) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from cache.format import NOT_WRITTEN, inspect_part
 from cache.part import PartWriter, finite
 from pipeline.device import pick_device
 from pipeline.encoder import Blip2Encoder
-from pipeline.images import PictureError, Preprocessor, image_digest, read_picture
+from pipeline.errors import PipelineError
+from pipeline.images import PictureError, PictureUnreachableError, Preprocessor, image_digest, read_picture
 from pipeline.progress import progress_bar, say
 
 TRIED = 8  # pictures, to tell in a moment how fast it will be
@@ -94,15 +95,28 @@ class PictureEncoder:
                     clock.tick(rows)
         return self.done
 
-    def pictures_per_second(self, pictures: Sequence[Path]) -> float:
-        """How fast the first pictures are read and encoded, a small batch of them, after one to warm up."""
-        some = pictures[: min(self.batch_size, TRIED)]
+    def pictures_per_second(self, pictures: Sequence[Path]) -> float | None:
+        """How fast the first pictures are read and encoded, a small batch of them, after one to warm up.
+
+        None if none of them can be decoded.
+        """
+        good = (path for path in pictures[: 10 * TRIED] if self._can_be_decoded(path))
+        some = list(islice(good, min(self.batch_size, TRIED)))
+        if not some:
+            return None
         with self._decoders, torch.inference_mode():
             for _ in range(2):
                 started = time.perf_counter()
                 pixel_values = list(self._decoders.map(lambda path: self.preprocess(read_picture(path)), some))
                 self.encoder(torch.from_numpy(np.stack(pixel_values)).to(self.device)).cpu()
         return len(some) / (time.perf_counter() - started)
+
+    def _can_be_decoded(self, path: Path) -> bool:
+        try:
+            self.preprocess(read_picture(path))
+            return True
+        except PictureError:
+            return False
 
     def _encode(self, batches: Iterator[_Batch]) -> Iterator[int]:
         """Encodes and writes; -> rows stored, batch by batch.
@@ -147,10 +161,16 @@ class PictureEncoder:
         return _Batch(part, rows, part.crc32[rows.start : rows.stop] == NOT_WRITTEN, pixel_values, slots)
 
     def _decode(self, path: Path, digest: bytes, out: np.ndarray) -> None:
-        data = read_picture(path)
-        if image_digest(data) != digest:
-            raise PictureError("changed since it was first read")
-        out[...] = self.preprocess(data)
+        try:
+            data = read_picture(path)
+            if image_digest(data) != digest:
+                raise PictureError("changed since it was first read")
+            out[...] = self.preprocess(data)
+        except PictureUnreachableError as error:  # its mount may come back: its row must not be given up
+            raise PipelineError(
+                f"{path}: {error}, though it could be read before. Nothing is given up: once it can be read again, run "
+                "the same command again, and it goes on from here"
+            ) from error
 
     def _launch(self, batch: _Batch) -> _Launched:
         failures = {}

@@ -88,7 +88,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
     a_second = None
     if found.to_encode:
         encoder = _picture_encoder(prepared.checkpoint, prepared.spec, settings)
-        a_second = encoder.pictures_per_second(list(prepared.inputs.paths.values()))
+        a_second = encoder.pictures_per_second([prepared.inputs.paths[digest] for digest in found.missing])
     return {
         "cache": str(config.cache.dir),
         "pictures": prepared.inputs.pictures,
@@ -98,7 +98,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
         "bytes_needed": found.bytes_needed,
         "left_out": _reasons(prepared.inputs),
         "images_per_second": a_second,
-        "seconds_encoding": found.to_encode / a_second if a_second else 0.0,
+        "seconds_encoding": found.to_encode / a_second if a_second else None if found.to_encode else 0.0,
     }
 
 

@@ -14,7 +14,7 @@ from cache.spec import CacheError
 from pipeline.assemble import open_batcher
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
-from pipeline.precompute import precompute
+from pipeline.precompute import dry_run, precompute
 
 
 def digest_of_folder(folder: Path) -> dict[str, bytes]:
@@ -248,3 +248,61 @@ def test_a_compiled_encoder_gives_the_same_features_to_rounding(data_set: Path) 
     precompute(compiled)
     wanted, found = (FeatureReader(config.cache.dir).gather(np.arange(24)) for config in (eager, compiled))
     assert np.abs(found - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("on_missing", ["error", "skip"])
+def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_nothing(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch, on_missing: str
+) -> None:
+    overrides = [f"precompute.on_missing={on_missing}", "cache.part_rows=8"]
+    whole = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/whole"])
+    precompute(whole)
+    config = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/elsewhere/cache"])
+    begin, begun = pipeline.encoding.PictureEncoder._begin, []
+
+    def vanish(self, part, rows, pictures):
+        begun.append(rows)
+        if len(begun) == 2:
+            (data_set / "images").rename(data_set / "away")
+        return begin(self, part, rows, pictures)
+
+    monkeypatch.setattr(pipeline.encoding.PictureEncoder, "_begin", vanish)
+    with pytest.raises(
+        PipelineError, match=r"images/\d+\.png: not there, though it could .* run the same command again"
+    ):
+        precompute(config)
+    monkeypatch.undo()
+    (data_set / "away").rename(data_set / "images")
+    assert precompute(config)["failed"] == 0
+    assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
+
+
+def test_want_of_memory_gives_no_row_up(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.Image.Image.resize", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(PipelineError, match=r"images/\d+\.png: not enough memory"):
+        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    monkeypatch.undo()
+    assert precompute(load_config(data_set / "config.yaml"))["failed"] == 0
+
+
+def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    write_data_set(data_set / "other", seed=5)
+    for number in range(3):
+        shutil.copy(data_set / "other" / "images" / f"{number}.png", data_set / "images" / f"{number}.png")
+    broken = data_set / "images" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:120])
+    read, known = [], pipeline.encoding.read_picture
+    monkeypatch.setattr("pipeline.encoding.read_picture", lambda path: (read.append(path.name), known(path))[1])
+    told = dry_run(config)
+    assert (told["to_encode"], set(read)) == (3, {"0.png", "1.png", "2.png"})
+    assert told["images_per_second"] > 0
+
+
+def test_a_cache_may_be_the_folder_that_one_is_in(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data_set / "here").mkdir()
+    monkeypatch.chdir(data_set / "here")
+    assert precompute(load_config(data_set / "config.yaml", ["cache.dir=."]))["encoded"] == 24
