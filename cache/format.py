@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
     To be called before HDF5 opens the file: it may crash on a broken one. Raises CacheError.
     """
     try:
+        require_regular(path)
         found = path.stat().st_size
         if size is not None and found != size:
             raise CacheError(f"{path}: has {found} bytes, must have {size}: it was cut short or changed. {_ADVICE}")
@@ -102,6 +104,12 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
         raise CacheError(f"{path}: is missing. Run `pipe precompute` again: what was in it is made anew.") from None
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def require_regular(path: Path) -> None:
+    """Raises CacheError for a link, a pipe or a device in a file's place, OSError."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise CacheError(f"{path}: is a link or no regular file: refused, a cache must not point elsewhere. {_ADVICE}")
 
 
 def unreadable(path: Path, error: OSError) -> CacheError:

@@ -36,6 +36,7 @@ class PartEntry:
 
     def __post_init__(self) -> None:
         _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes)
+        _require_sha256(self.file, self.head_sha256)
 
     def check(self, folder: Path, row_bytes: int) -> None:
         """Raises CacheError if the file is missing, cut, or its head is not what was written."""
@@ -50,11 +51,19 @@ class TextEntry:
     questions: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        _require_sha256(self.file, self.sha256)
+
 
 def _require_counts(file: str, **values: int) -> None:
     for name, value in values.items():
         if type(value) is not int or not 0 < value < 1 << 31:
             raise CacheError(f"{file}: {name} is {value!r}, must be a whole number from 1 to {(1 << 31) - 1}")
+
+
+def _require_sha256(file: str, value: object) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise CacheError(f"{file}: {value!r} is no SHA-256, 64 hex digits")
 
 
 def attachment_file(name: str, sha256: str) -> str:
@@ -65,6 +74,7 @@ def attachment_file(name: str, sha256: str) -> str:
     found = ATTACHMENT_NAME.fullmatch(name)
     if not found:
         raise CacheError(f"{name!r} is not a name that an attachment may have: letters, digits, _ and -, .jsonl or .h5")
+    _require_sha256(name, sha256)
     return f"{found[1]}-{sha256[:12]}.{found[2]}"
 
 
@@ -141,6 +151,7 @@ class PlannedPart:
 
     def __post_init__(self) -> None:
         _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes, crc_offset=self.crc_offset)
+        _require_sha256(self.file, self.sha256)
 
     def check(self, path: Path) -> None:
         """Raises CacheError if the head is not what was written."""

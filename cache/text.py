@@ -15,6 +15,8 @@ from cache.format import read_arrays, write_arrays
 from cache.manifest import TextEntry
 from cache.spec import FORMAT_VERSION, CacheError
 
+TEXT_HEAD_BYTES = 64 << 10
+"""Of a text's file beside its columns, at most: HDF5's metadata, and what aligns them to pages."""
 _RAGGED = {"records": np.dtype(np.uint8), "prompt_ids": np.dtype("<i4"), "target_ids": np.dtype("<i4")}
 
 
@@ -87,7 +89,7 @@ class TextTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all columns, in memory as on disk."""
+        """Bytes of all columns."""
         ragged = [getattr(self, name) for name in _RAGGED]
         return int(self.image_row.nbytes + sum(column.values.nbytes + column.offsets.nbytes for column in ragged))
 

@@ -8,7 +8,7 @@ from errno import EMFILE, ENFILE, ENOMEM
 from functools import cache
 from itertools import count
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from cache.format import (
     inspect_part,
     lay_out_part,
     part_name,
+    require_regular,
 )
 from cache.lock import LOCK_NAME, FolderLock
 from cache.manifest import (
@@ -42,7 +43,8 @@ from cache.text import TextTable
 
 PART_ROWS = 1024
 """Rows of a full part by default: 48 MiB of BLIP-2's features in float16."""
-_HEAD_BYTES_A_ROW = 80  # digest and CRC, and a part's share of metadata
+_DIGEST_AND_CRC = 40  # bytes of a row in the head
+_HEAD_BYTES = 36 << 10  # of a part beside them, at most: HDF5's metadata, and what aligns to pages
 
 T = TypeVar("T")
 
@@ -73,6 +75,7 @@ class FeatureWriter:
             raise CacheError(f"a part must have at least 1 row, not {part_rows}")
         self.folder, self.spec, self.part_rows = Path(folder), spec, part_rows
         self._wanted = _distinct(digests)
+        self._sealed: dict[Path, PartLayout] = {}  # those seen already: they never change, and opening takes its time
         self._lock: FolderLock | None = None
         try:
             with _disk(self.folder):
@@ -160,7 +163,9 @@ class FeatureWriter:
                     path.unlink()
 
     def _layouts(self) -> list[PartLayout]:
-        return part_layouts(self.folder, self.spec)
+        layouts = part_layouts(self.folder, self.spec, self._sealed)
+        self._sealed = {part.path: part for part in layouts if not _is_partial(part)}
+        return layouts
 
     def _in_work(self) -> list[PartLayout]:
         return [part for part in self._layouts() if _is_partial(part)]
@@ -245,15 +250,18 @@ class Survey:
         return len(self.missing)
 
 
-def survey(folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = ()) -> Survey:
+def survey(
+    folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = (), part_rows: int = PART_ROWS
+) -> Survey:
     """What a `FeatureWriter` would find; changes nothing. Raises CacheError as it does."""
     wanted = _distinct(digests)
     layouts = _layouts_meanwhile(folder, spec) if folder.is_dir() else []
     stored = {digest for part in layouts for digest, _ in _stored(part) if digest in wanted}
     missing = {digest: None for digest in wanted if digest not in stored}
-    bytes_needed = len(missing) * (spec.row_bytes + _HEAD_BYTES_A_ROW)
     nearby = find_rows(sources, spec, missing)
     to_encode = [digest for digest in missing if digest not in nearby]
+    parts = -(-len(nearby) // part_rows) + -(-len(to_encode) // part_rows)
+    bytes_needed = len(missing) * (spec.row_bytes + _DIGEST_AND_CRC) + parts * _HEAD_BYTES
     return Survey(len(wanted), len(stored), len(nearby), bytes_needed, to_encode)
 
 
@@ -275,9 +283,12 @@ def find_rows(sources: Sequence[Path], spec: CacheSpec, digests: Container[bytes
     return found
 
 
-def part_layouts(folder: Path, spec: CacheSpec) -> list[PartLayout]:
+def part_layouts(
+    folder: Path, spec: CacheSpec, seen: Mapping[Path, PartLayout] = MappingProxyType({})
+) -> list[PartLayout]:
     """The parts in `folder`, found sound, in the order that numbers rows: the manifest's, then by name.
 
+    Those `seen` before, sealed and by the only writer, are not opened again.
     Raises CacheError for a part that is not what was written, or is of another spec than `spec`.
     """
     listed = _listed(folder, spec)
@@ -289,6 +300,10 @@ def part_layouts(folder: Path, spec: CacheSpec) -> list[PartLayout]:
         path = names.get(name)
         if path is None:
             continue  # deleted by hand: its images are missing, and encoded again
+        if path in seen:
+            layouts.append(seen[path])
+            continue
+        require_regular(path)
         if name in listed:
             listed[name].check(folder, spec.row_bytes)
         elif name in plan:
@@ -433,5 +448,5 @@ def _disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"{folder}: {error}. What is written stays good: once the disk takes more, run the same command again."
+            f"{folder}: {error}. What is written stays good: once that is mended, run the same command again."
         ) from error

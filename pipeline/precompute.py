@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 
 from cache.format import inspect_part
 from cache.lock import require_free
-from cache.spec import CacheSpec
-from cache.text import TextTable
+from cache.manifest import Manifest
+from cache.spec import CacheError, CacheSpec
+from cache.text import TEXT_HEAD_BYTES, TextTable
 from cache.writer import FeatureWriter, Survey, caches_beside, survey
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
 from pipeline.config import Config, PrecomputeConfig
@@ -119,6 +121,7 @@ def _lead(config: Config, team: Team) -> dict[str, Any]:
             inputs = inputs.without(failures)
             tell_left_out(inputs, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
+        _tell_dropped(config.cache.dir, texts)
         writer.finish(texts, _attachments(inputs), _provenance(config, prepared.checkpoint, inputs))
         _report(config).unlink(missing_ok=True)
     encoded = sum(report.rows for report in reports)
@@ -161,8 +164,10 @@ def _prepare(config: Config) -> Prepared:
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
     beside = caches_beside(config.cache.dir, spec)
-    found = survey(config.cache.dir, spec, list(inputs.paths), beside)
-    found = replace(found, bytes_needed=found.bytes_needed + sum(text.nbytes for text in texts.values()))
+    found = survey(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
+    found = replace(
+        found, bytes_needed=found.bytes_needed + sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
+    )
     say(first_line(inputs, found, config.cache))
     check_room(found, config.cache)
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
@@ -203,6 +208,14 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
     return texts
 
 
+def _tell_dropped(folder: Path, texts: Mapping[str, TextTable]) -> None:
+    """Of splits that an earlier config put there and this one does not name."""
+    with suppress(CacheError, OSError):
+        dropped = [split for split in Manifest.load(folder).splits if split not in texts]
+        if dropped:
+            say(f"{folder}: splits {', '.join(dropped)} of the earlier config are no longer in the cache")
+
+
 def _report(config: Config) -> Path:
     """Where it is listed what cannot be used, while there is no finished cache that holds the list."""
     folder = config.cache.dir if config.cache.dir.name else config.cache.dir.absolute()  # "." has no name
@@ -223,7 +236,7 @@ def _reasons(inputs: Inputs) -> dict[str, int]:
 
 def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, Any]:
     """What made the cache: enough to repair it, and to notice that the annotations have changed since."""
-    kept: Any = {"model": True, "data": True, "precompute": True, "cache": {"dtype"}}
+    kept: Any = {"model": True, "data": True, "precompute": True, "cache": {"dtype", "part_rows"}}
     used = config.with_absolute_paths().model_dump(mode="json", include=kept)
     return {
         "config": used,

@@ -102,8 +102,8 @@ def tell_left_out(inputs: Inputs, on_missing: str, report: Path) -> None:
         report.write_bytes(left_out_lines(inputs.left_out))
     except OSError as error:
         raise PipelineError(
-            f"{report}: cannot list what is left out: {error.strerror}. What is written stays good: once the disk "
-            "takes more, run the same command again, or choose another cache.dir"
+            f"{report}: cannot list what is left out: {error.strerror}. What is written stays good: once that is "
+            "mended, run the same command again, or choose another cache.dir"
         ) from error
     words = f"{in_words(inputs.left_out)}. All of them: {report}"
     if on_missing == "error":

@@ -306,3 +306,10 @@ def test_a_cache_may_be_the_folder_that_one_is_in(data_set: Path, monkeypatch: p
     (data_set / "here").mkdir()
     monkeypatch.chdir(data_set / "here")
     assert precompute(load_config(data_set / "config.yaml", ["cache.dir=."]))["encoded"] == 24
+
+
+def test_splits_that_another_config_leaves_out_are_told(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precompute(load_config(data_set / "config.yaml"))
+    assert "no longer" not in capsys.readouterr().err
+    precompute(load_config(data_set / "config.yaml", ["data.val=null"]))
+    assert "splits val of the earlier config are no longer in the cache" in capsys.readouterr().err
