@@ -87,8 +87,10 @@ class FeatureReader:
         """Features (n, Q, D), in the storage type (uint16 for bfloat16), of `rows` (n,), whole numbers in any order.
 
         `out`, contiguous and of that shape and type, is filled and returned if it is given: new memory for every
-        call costs more than the reading. A row's CRC is checked the first time that it is read. Raises CacheError
-        for a row that is out of range, was never written, cannot be read, or is not what was written.
+        call costs more than the reading. A row's CRC is checked the first time that this object reads it, and not
+        again: that would take four times as long as the reading, and what the disk loses later shows in a new
+        process or in `verify`. Raises CacheError for a row that is out of range, was never written, cannot be
+        read, or is not what was written.
         """
         rows = np.asarray(rows, np.int64)
         shape = (len(rows), self.spec.query_tokens, self.spec.width)
