@@ -15,6 +15,7 @@ from pipeline.assemble import open_batcher
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.precompute import dry_run, precompute
+from pipeline.repair import repair
 
 
 def digest_of_folder(folder: Path) -> dict[str, bytes]:
@@ -313,3 +314,42 @@ def test_splits_that_another_config_leaves_out_are_told(data_set: Path, capsys: 
     assert "no longer" not in capsys.readouterr().err
     precompute(load_config(data_set / "config.yaml", ["data.val=null"]))
     assert "splits val of the earlier config are no longer in the cache" in capsys.readouterr().err
+
+
+def damage(part: Path) -> None:
+    data = bytearray(part.read_bytes())
+    data[-5] ^= 1
+    part.write_bytes(data)
+
+
+def test_a_repair_keeps_the_parts_as_long_as_they_are(data_set: Path) -> None:
+    config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
+    precompute(config)
+    damage(config.cache.dir / "features-00001.h5")
+    assert repair(config.cache.dir)["encoded"] == 1
+    assert FeatureReader(config.cache.dir).manifest.part_rows == 10
+
+
+def test_a_repair_changes_nothing_while_something_cannot_be_read(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    damage(config.cache.dir / "features-00000.h5")
+    before = digest_of_folder(config.cache.dir)
+    denied = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("cache.format.sha256_of", lambda *_: (_ for _ in ()).throw(denied))
+    with pytest.raises(PipelineError, match=r"cannot be read, so nothing was changed: .*Permission denied"):
+        repair(config.cache.dir)
+    assert digest_of_folder(config.cache.dir) == before
+
+
+def test_a_repair_finds_the_pictures_from_every_folder(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_set)
+    files = {"train": {"annotations": "train.jsonl", "images": "images"}, "val": None}
+    config = load_config(write_config(data_set, data=files))
+    precompute(config)
+    damage(config.cache.dir / "features-00000.h5")
+    (data_set / "elsewhere").mkdir()
+    monkeypatch.chdir(data_set / "elsewhere")
+    assert repair(config.cache.dir)["encoded"] == 1
