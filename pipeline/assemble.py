@@ -109,14 +109,16 @@ def _check_lengths(text: TextTable, query_tokens: int, longest: int) -> None:
 
 def _check_features(features: FeatureReader, config: Config, folder: Path) -> None:
     found = features.spec
-    known, differences = "", []
+    made: dict[str, Any] = features.manifest.provenance.get("encoder", {})
+    wanted = encoder_settings(folder)
+    differences = [
+        f"{key}: cache has {made[key]}, wanted {wanted[key]}"
+        for key in wanted
+        if made.get(key, wanted[key]) != wanted[key]
+    ]
+    known = ""
     if not has_half(folder, ENCODER_HALF):
         known = found.encoder_fingerprint
-        made = features.manifest.provenance.get("encoder", {})
-        wanted = encoder_settings(folder)
-        differences = [
-            f"{key}: cache has {made[key]}, wanted {wanted.get(key)}" for key in made if made[key] != wanted.get(key)
-        ]
         say(f"{folder}: the encoder's tensors are not on this machine; the cache is taken to be made from them")
     encoder_dtype = found.encoder_dtype if config.precompute.dtype == "auto" else config.precompute.dtype
     differences += found.diff(encoder_spec(folder, encoder_dtype, config.cache.dtype, known))

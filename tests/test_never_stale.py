@@ -114,6 +114,12 @@ def test_the_settings_are_compared_where_the_encoders_tensors_are_not(
         open_batcher(config_of(made), "train")
 
 
+def test_training_names_the_setting_that_differs(made: Path) -> None:
+    change_config(made, "qformer_config", hidden_act="relu")
+    with pytest.raises(PipelineError, match=r"qformer_config\.hidden_act: cache has gelu, wanted relu\n.*fingerprint"):
+        open_batcher(config_of(made), "train")
+
+
 def test_encoding_again_tells_rounding_from_another_encoder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = reencode(made / "cache", 5)
     assert (same["reencoded"], same["reencode_differs"], same["damaged"]) == (5, False, [])
