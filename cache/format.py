@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from cache.files import as_bytes, opened, pread_into, pwrite_all, sha256_of
-from cache.spec import CacheError, CacheSpec
+from cache.spec import CacheError, CacheSpec, DamagedFileError
 
 PAGE = 4096
 DIGEST_BYTES = 32
@@ -93,14 +93,16 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
     try:
         found = path.stat().st_size
         if size is not None and found != size:
-            raise CacheError(f"{path}: has {found} bytes, must have {size}: it was cut short or changed. {_ADVICE}")
+            problem = f"has {found} bytes, must have {size}: it was cut short or changed"
+            raise DamagedFileError(path, problem, _ADVICE)
         if sha256_of(path, length) != sha256:
-            which = "it" if length is None else f"its head of {length} bytes"
-            raise CacheError(f"{path}: {which} is not what was written. {_ADVICE}")
+            problem = ("" if length is None else f"its head of {length} bytes ") + "is not what was written"
+            raise DamagedFileError(path, problem, _ADVICE)
     except FileNotFoundError:
-        raise CacheError(f"{path}: is missing. Run `pipe precompute` again: what was in it is made anew.") from None
+        advice = "Run `pipe precompute` again: what was in it is made anew."
+        raise DamagedFileError(path, "is missing", advice) from None
     except OSError as error:
-        raise CacheError(f"{path}: cannot be read: {error}. Is its disk still there?") from error
+        raise DamagedFileError(path, f"cannot be read: {error}", "Is its disk still there?") from error
 
 
 def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
@@ -170,8 +172,8 @@ def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, in
                 file.create_dataset(name, shape=shape, dtype=dtype, dcpl=plan, track_times=False)
             return {name: file[name].id.get_offset() for name in shapes}
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        if found := re.search(r"errno = (\d+)", str(error)):  # of a full disk HDF5 tells in three lines, in any of them
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if number := _errno_in(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
 
 
@@ -181,12 +183,22 @@ _ADVICE = "Run `pipe cache repair`, or delete it and run `pipe precompute` again
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """An h5py.File to look into; whatever is wrong with it comes out as a CacheError that begins with the path."""
+    """An h5py.File to look into; whatever is wrong with it comes out as a DamagedFileError."""
     try:
         with h5py.File(path, "r", locking=False) as file:  # the locks are `lock`'s: HDF5's would bar a part in work
             yield file
-    except (CacheError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise CacheError(f"{path}: {error}. {_ADVICE}") from error
+    except CacheError as error:
+        raise DamagedFileError(path, str(error), _ADVICE) from error
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        number = _errno_in(error)
+        problem = f"cannot be read: {os.strerror(number)}" if number else "is not a sound HDF5 file"
+        raise DamagedFileError(path, problem, _ADVICE) from error
+
+
+def _errno_in(error: Exception) -> int | None:
+    """Of what the system refuses HDF5 tells in three lines, in any of them."""
+    found = re.search(r"errno = (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _attributes(file: Any) -> dict[str, str | int]:

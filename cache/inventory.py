@@ -1,12 +1,13 @@
 """Caches as files in folders: which there are, what is in them, and their removal."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache.format import PART_NAME
 from cache.lock import LOCK_NAME, FolderLock
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, unlisted_parts
 from cache.spec import CacheError
 from cache.writer import OWN_NAME
 
@@ -25,6 +26,8 @@ class CacheFolder:
     """On disk; a part in work takes less than its length."""
     foreign: list[str]
     """Names in the folder that are not a cache's."""
+    unlisted: list[str]
+    """Names of parts that a finished cache does not know."""
 
 
 def describe(folder: Path) -> CacheFolder:
@@ -35,13 +38,18 @@ def describe(folder: Path) -> CacheFolder:
         raise CacheError(f"{folder}: no cache is there; `pipe cache ls` looks for those below a folder")
     parts = [match for path in own if (match := PART_NAME.fullmatch(path.name))]
     in_work = sum(match[2] is not None for match in parts)
+    manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
+    unlisted: list[Path] = []
+    with suppress(CacheError):  # the plan is damaged: who goes on with it will say so
+        unlisted = unlisted_parts(folder, manifest) if manifest else []
     return CacheFolder(
         folder=folder,
-        manifest=Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None,
+        manifest=manifest,
         sealed=len(parts) - in_work,
         in_work=in_work,
         bytes=sum(path.stat().st_blocks * 512 for path in own),
         foreign=[path.name for path in paths if path not in own],
+        unlisted=[path.name for path in unlisted],
     )
 
 

@@ -236,7 +236,7 @@ class _OpenPart:
         wanted = int(self._layout.crc32[row])
         place = f"{self._layout.path}: row {row} (row {self._start + row} of the cache)"
         if wanted < 0:
-            raise CacheError(f"{place} was never written. {_RENEW}")
+            raise CacheError(f"{place} was never written. Run `pipe precompute` again: it encodes its picture.")
         if zlib.crc32(as_bytes(features)) != wanted:
             raise CacheError(
                 f"{place} is not what was written, the file is damaged. Run `pipe cache repair`, or delete the file "
@@ -248,7 +248,7 @@ _RENEW = "Run `pipe precompute` again: it renews the text."
 
 
 def _check_size(folder: Path, part: PartEntry, row_bytes: int) -> None:
-    path, wanted = folder / part.file, part.head_bytes + part.rows * row_bytes
+    path, wanted = folder / part.file, part.size(row_bytes)
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -256,8 +256,8 @@ def _check_size(folder: Path, part: PartEntry, row_bytes: int) -> None:
         raise CacheError(f"{path}: this part is missing ({error.strerror}). {advice}") from None
     if found != wanted:
         raise CacheError(
-            f"{path}: has {found} bytes, must have {wanted}: it was cut short or changed. Delete it and run "
-            "`pipe precompute` again: what was in it is made anew."
+            f"{path}: has {found} bytes, must have {wanted}: it was cut short or changed. Run `pipe cache repair`, "
+            "or delete it and run `pipe precompute` again: what was in it is made anew."
         )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,14 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 class CacheError(Exception):
     """Something is wrong with the user's cache; the message says what, where, and what to do next."""
+
+
+class DamagedFileError(CacheError):
+    """A file of a cache is not what was written; `problem` says what is wrong with it, and no more."""
+
+    def __init__(self, path: Path, problem: str, advice: str) -> None:
+        super().__init__(f"{path}: {problem}. {advice}")
+        self.problem = problem
 
 
 @dataclass(frozen=True)

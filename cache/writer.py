@@ -37,7 +37,7 @@ from cache.manifest import (
 )
 from cache.part import PartWriter
 from cache.reader import FeatureReader
-from cache.spec import CacheError, CacheSpec
+from cache.spec import CacheError, CacheSpec, DamagedFileError
 from cache.text import TextTable
 
 PART_ROWS = 1024
@@ -287,9 +287,24 @@ def part_layouts(folder: Path, spec: CacheSpec) -> list[PartLayout]:
             listed[name].check(folder, spec.row_bytes)
         elif name in plan:
             plan[name].check(path)
-        layouts.append(inspect_part(path))
-        _require(spec, layouts[-1].spec, path)
+        if (listed or plan) and name not in listed and name not in plan:
+            layouts.append(_inspect_unlisted(path, spec))
+        else:
+            layouts.append(inspect_part(path))
+            _require(spec, layouts[-1].spec, path)
     return layouts
+
+
+def _inspect_unlisted(path: Path, spec: CacheSpec) -> PartLayout:
+    """A part that neither the manifest nor the plan names; CacheError if it cannot be one of this cache."""
+    try:
+        layout = inspect_part(path)
+        if layout.spec != spec:
+            raise DamagedFileError(path, "holds features of another kind", "")
+        return layout
+    except DamagedFileError as error:
+        advice = "Delete this one file and run the same command again."
+        raise DamagedFileError(path, f"is no part of this cache: {error.problem}", advice) from error
 
 
 def _layouts_meanwhile(folder: Path, spec: CacheSpec) -> list[PartLayout]:
