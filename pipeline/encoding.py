@@ -105,7 +105,7 @@ class PictureEncoder:
         return len(some) / (time.perf_counter() - started)
 
     def _encode(self, batches: Iterator[_Batch]) -> Iterator[int]:
-        """Encodes and writes; -> rows stored, batch by batch.
+        """Encodes and writes; -> rows stored or given up, batch by batch.
 
         CUDA is given a batch before the one before is waited for; the disk is waited for one batch later.
         """
@@ -181,7 +181,7 @@ class PictureEncoder:
         return (features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy()
 
     def _write(self, launched: _Launched, features: np.ndarray) -> int:
-        """Stores what is open and good, gives up what has failed, seals the part when it is full; -> rows stored."""
+        """Stores what is open and good, gives up what has failed, seals the part when it is full; -> rows done with."""
         batch, part = launched.batch, launched.batch.part
         good = finite(features, part.spec)
         for slot in np.flatnonzero(~good).tolist():
@@ -189,19 +189,18 @@ class PictureEncoder:
         good[list(launched.failures)] = False
         rows = np.asarray(batch.rows)
         part.write(rows[good & batch.is_open], features[good & batch.is_open])
+        self.done.rows += int((good & batch.is_open).sum())
         part.give_up(rows[~good & batch.is_open])
         if not part.open_rows.size:
             part.seal()
             self._in_work.remove(part)
         for slot in np.flatnonzero(~good & batch.is_open).tolist():
             self.done.failures[part.digests[rows[slot]].tobytes()] = launched.failures[slot]
-        return int((good & batch.is_open).sum())
+        return int(batch.is_open.sum())
 
     def _wait_for_disk(self, written: "Future[int]") -> int:
         with _timed(self.done, "waiting_for_disk"):
-            rows = written.result()
-        self.done.rows += rows
-        return rows
+            return written.result()
 
     def _close_parts(self) -> None:
         for part in self._in_work:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,8 @@ from pipeline.progress import say
 from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, tokenize
 
+Mend = Callable[[Inputs, CacheSpec], None]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -63,16 +65,17 @@ class Share:
     """Digest -> file, of what is to be encoded."""
 
 
-def precompute(config: Config) -> dict[str, Any] | None:
+def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | None:
     """Fill the cache that `config` names, and return the summary; None in a process that only helps.
 
     Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and
-    remakes the text each time. Under `torchrun` each process fills parts of its own. Raises `PipelineError` or
+    remakes the text each time. Under `torchrun` each process fills parts of its own. `mend` is called when the data
+    set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
     with Team() as team:
         if team.rank == 0:
-            return _lead(config, team)
+            return _lead(config, team, mend)
         _help(config, team)
         return None
 
@@ -103,11 +106,11 @@ def dry_run(config: Config) -> dict[str, Any] | None:
     }
 
 
-def _lead(config: Config, team: Team) -> dict[str, Any]:
+def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
     require_free(config.cache.dir)
-    prepared = _prepare(config)
+    prepared = _prepare(config, mend)
     inputs, spec = prepared.inputs, prepared.spec
     with FeatureWriter(config.cache.dir, spec, list(inputs.paths), config.cache.part_rows, prepared.beside) as writer:
         share = team.share_out(_shares(writer.parts, spec, inputs.paths, team.size))
@@ -151,7 +154,7 @@ def _help(config: Config, team: Team) -> None:
     team.gather(_encode(share, checkpoint, config.precompute))
 
 
-def _prepare(config: Config) -> Prepared:
+def _prepare(config: Config, mend: Mend | None = None) -> Prepared:
     """Everything that can go wrong before the long work, in order of its cost."""
     inputs = read_inputs(config.data)
     tell_left_out(inputs, config.precompute.on_missing, _report(config))
@@ -160,6 +163,8 @@ def _prepare(config: Config) -> Prepared:
     texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
+    if mend:
+        mend(inputs, spec)
     beside = caches_beside(config.cache.dir, spec)
     found = survey(config.cache.dir, spec, list(inputs.paths), beside)
     found = replace(found, bytes_needed=found.bytes_needed + sum(text.nbytes for text in texts.values()))
