@@ -11,7 +11,7 @@ from click import Group
 from click.testing import CliRunner, Result
 from conftest import write_config
 
-from pipeline.cli import main
+from pipeline.cli import _load_bitsandbytes, _table, main
 from pipeline.config import Config, load_config
 
 
@@ -78,6 +78,8 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["train", "CONFIG", "train.epochz=1"], 2, "unknown key train.epochz; did you mean epochs?"),
         (["train", "CONFIG", "train.epochs=[]"], 2, "train.epochs: input should be a valid number"),
         (["train", "CONFIG", "--resume"], 2, "--resume needs the --name of the run"),
+        (["train", "CONFIG", "--name", "../evil"], 2, "'../evil' is not one plain name"),
+        (["train", "CONFIG", "--name", ".."], 2, "'..' is not one plain name"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["train", "CONFIG"], 1, "run `pipe precompute` first"),
         (["precompute", "CONFIG", "model.checkpoint=/no/such/folder"], 1, "neither a folder here nor to be had"),
@@ -141,6 +143,47 @@ def test_the_summary_is_a_table_without_json(data_set: Path) -> None:
     done = pipe("precompute", data_set / "config.yaml")
     assert done.exit_code == 0
     assert any(line.split() == ["encoded", "24"] for line in done.stdout.splitlines())
+    assert "left out" not in done.stdout
+    verified = pipe("cache", "verify", data_set / "cache").stdout
+    assert any(line.split() == ["damaged", "0"] for line in verified.splitlines())
+
+
+def test_the_table_keeps_names_apart_and_gives_units() -> None:
+    summary = {
+        "left_out": {"question_id is there twice": 2, "no annotation in my_file.json": 1},
+        "nothing": {},
+        "time": {"encoding": 0.00087},
+        "bytes": 134544,
+        "bytes_needed": 134544,
+        "seconds": 1.4e-05,
+        "images_per_second": 254.1234,
+        "questions": 38575,
+        "train_loss": 0.00123,
+    }
+    assert _table(summary).splitlines() == [
+        "left out",
+        "  question_id is there twice  2",
+        "  no annotation in my_file.json  1",
+        "time",
+        "  encoding                  0.0 s",
+        "bytes                       0.1 MiB",
+        "bytes needed                0.1 MiB",
+        "seconds                     0.0 s",
+        "images per second           254.12",
+        "questions                   38,575",
+        "train loss                  0.0012",
+    ]
+
+
+def test_of_bitsandbytes_the_note_on_an_optional_kernel_alone_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
+    _load_bitsandbytes()
+    from bitsandbytes.backends.cpu import ops
+
+    text = Path(ops.__file__).read_text()
+    assert "Failed to load CPU gemm_4bit_forward from kernels-community: %s" in text
+    ops.logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "x")
+    ops.logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
 
 
 def test_the_installed_command_runs_in_a_folder_of_the_users(cached: Config, tmp_path: Path) -> None:
@@ -175,7 +218,11 @@ def test_a_cache_is_listed_told_verified_repaired_and_removed(data_set: Path, mo
     assert pipe("cache", "verify", cache).exit_code == 0
 
     (cache / "notes.txt").write_text("mine")
-    assert pipe("cache", "rm", cache).exit_code == 1  # asked, and not answered
+    for answer in ("n\n", ""):
+        refused = CliRunner().invoke(main, ["cache", "rm", str(cache)], input=answer)
+        assert refused.exit_code == 1
+        assert f"pipe: {cache}: not deleted; --yes deletes without asking" in refused.stderr
+        assert "Abort" not in refused.output
     removed = json.loads(pipe("cache", "rm", cache, "--yes", "--json").stdout)
     assert (removed["left_alone"], sorted(path.name for path in cache.iterdir())) == (["notes.txt"], ["notes.txt"])
     assert pipe("cache", "rm", cache, "--yes").exit_code == 1
