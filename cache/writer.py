@@ -396,16 +396,21 @@ def _spec_of(folder: Path) -> CacheSpec | None:
         return None
 
 
-def _open_folder(folder: Path) -> None:
-    """Creates the folder, or finds it empty or a cache's."""
+def require_usable(folder: Path) -> None:
+    """Raises CacheError if there is something at `folder` that is neither an empty folder nor a cache."""
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
-    folder.mkdir(parents=True, exist_ok=True)
-    fsync_folder(folder.parent)
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
     own = [name for name in names if OWN_NAME.fullmatch(name)]
     if names and not own:
         raise CacheError(f"{folder}: holds other files ({min(names)}, ...), no cache. Choose another `cache.dir`.")
+
+
+def _open_folder(folder: Path) -> None:
+    """Creates the folder, or finds it empty or a cache's."""
+    require_usable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fsync_folder(folder.parent)
 
 
 def _remove_temporaries(folder: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 
 from cache.format import inspect_part
 from cache.lock import require_free
+from cache.reader import FeatureReader
 from cache.spec import CacheSpec
 from cache.text import TextTable
-from cache.writer import FeatureWriter, Survey, caches_beside, survey
-from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
+from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
+from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, require_plausible
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
@@ -87,7 +88,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
     """
     if rank() > 0:
         return None
-    prepared = _prepare(config)
+    prepared = _prepare(config, report=None)
     found, settings = prepared.found, config.precompute
     a_second = None
     if found.to_encode:
@@ -110,7 +111,7 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
     require_free(config.cache.dir)
-    prepared = _prepare(config, mend)
+    prepared = _prepare(config, _report(config), mend)
     inputs, spec = prepared.inputs, prepared.spec
     with FeatureWriter(config.cache.dir, spec, list(inputs.paths), config.cache.part_rows, prepared.beside) as writer:
         share = team.share_out(_shares(writer.parts, spec, inputs.paths, team.size))
@@ -120,10 +121,13 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
         failures = {digest: why for report in reports for digest, why in report.failures.items()}
         if failures:
             inputs = inputs.without(failures)
-            tell_left_out(inputs, config.precompute.on_missing, _report(config))
+            news = inputs.left_out[len(prepared.inputs.left_out) :]
+            tell_left_out(inputs, news, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
         writer.finish(texts, _attachments(inputs), _provenance(config, inputs))
-        _report(config).unlink(missing_ok=True)
+    _report(config).unlink(missing_ok=True)
+    if inputs.left_out:
+        say(f"all that was left out: {FeatureReader(config.cache.dir).attachment(LEFT_OUT_NAME)}")
     encoded = sum(report.rows for report in reports)
     loop_seconds = max(report.seconds for report in reports)
     return {
@@ -154,10 +158,12 @@ def _help(config: Config, team: Team) -> None:
     team.gather(_encode(share, checkpoint, config.precompute))
 
 
-def _prepare(config: Config, mend: Mend | None = None) -> Prepared:
+def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:
     """Everything that can go wrong before the long work, in order of its cost."""
+    require_usable(config.cache.dir)
+    require_plausible(config.model.checkpoint)
     inputs = read_inputs(config.data)
-    tell_left_out(inputs, config.precompute.on_missing, _report(config))
+    tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
     texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
@@ -209,8 +215,8 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
 
 
 def _report(config: Config) -> Path:
-    """Where it is listed what cannot be used, while there is no finished cache that holds the list."""
-    return config.cache.dir.with_name(f"{config.cache.dir.name}.{LEFT_OUT_NAME}")
+    """Where it is listed what cannot be used if that stops the run: no cache holds the list then."""
+    return config.cache.dir.parent / f"{config.cache.dir.name}.{LEFT_OUT_NAME}"
 
 
 def _attachments(inputs: Inputs) -> dict[str, bytes]:

@@ -82,20 +82,32 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["train", "CONFIG", "--name", ".."], 2, "'..' is not one plain name"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["train", "CONFIG"], 1, "run `pipe precompute` first"),
-        (["precompute", "CONFIG", "model.checkpoint=/no/such/folder"], 1, "neither a folder here nor to be had"),
+        (
+            ["precompute", "CONFIG", "model.checkpoint=/no/such/folder"],
+            1,
+            "/no/such/folder (model.checkpoint): no such",
+        ),
+        (["precompute", "CONFIG", "model.checkpoint=~/blip"], 1, "~/blip (model.checkpoint): no such folder"),
+        (["precompute", "CONFIG", "model.checkpoint=Embeded"], 1, "did you mean embedded?"),
         (
             ["precompute", "CONFIG", "data.train.images=/no/such/folder"],
             1,
-            "54 questions (not there: /no/such/folder/0.png",
+            "/no/such/folder (data.train.images): no such",
         ),
+        (["precompute", "CONFIG", "cache.dir=README.md"], 1, "README.md: not a folder"),
         (["precompute", "CONFIG", "data.train.annotations=/no/such/file"], 1, "/no/such/file"),
         (["precompute", "CONFIG", "data.format=vqav2"], 1, "data.train.questions is not set"),
-        (["precompute", "CONFIG", "data.format=vqa"], 1, "no data.format 'vqa'"),
+        (["precompute", "CONFIG", "data.format=vqa"], 2, "no data.format 'vqa'; nearest: vqav2"),
         (["precompute", "CONFIG", "cache.dir=/proc/nothing"], 1, "/proc/nothing"),
         (["evaluate", "/no/such/run"], 1, "/no/such/run: not a run folder"),
     ],
 )
-def test_bad_input_is_told_in_a_line_or_two(data_set: Path, words: list[str], status: int, message: str) -> None:
+def test_bad_input_is_told_in_a_line_or_two(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int, message: str
+) -> None:
+    (data_set / "README.md").write_text("mine")
+    monkeypatch.chdir(data_set)
+    (data_set / "images" / "0.png").unlink()
     before = sorted(data_set.rglob("*"))
     done = pipe(*[data_set / "config.yaml" if word == "CONFIG" else word for word in words])
     assert done.exit_code == status, done.output
@@ -104,8 +116,7 @@ def test_bad_input_is_told_in_a_line_or_two(data_set: Path, words: list[str], st
     told = [line for line in done.stderr.splitlines() if "pictures/s" not in line]
     assert len(told) <= 4
     assert done.stdout == ""
-    report = data_set / "cache.left-out.jsonl"  # where all that cannot be used is listed
-    assert sorted(path for path in data_set.rglob("*") if path != report) == before
+    assert sorted(data_set.rglob("*")) == before
 
 
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +262,18 @@ def test_a_damaged_text_is_renewed_and_a_damaged_manifest_is_told(data_set: Path
     manifest.unlink()
     again = json.loads(pipe("precompute", config, "--json").stdout)
     assert (again["encoded"], again["reused"]) == (0, 24)
+
+
+def test_a_dry_run_lists_nothing_beside_the_cache(data_set: Path) -> None:
+    (data_set / "images" / "0.png").unlink()
+    before = sorted(data_set.rglob("*"))
+    refused = pipe("precompute", data_set / "config.yaml", "--dry-run")
+    assert (refused.exit_code, "left-out.jsonl" in refused.stderr) == (1, False)
+    assert "cannot be used: 3 questions (not there: " in refused.stderr
+    told = pipe("precompute", data_set / "config.yaml", "precompute.on_missing=skip", "--dry-run", "--json")
+    assert json.loads(told.stdout)["left_out"] == {"not there": 3}
+    assert "24 pictures, 1 of them unusable, 23 distinct" in told.stderr
+    assert sorted(data_set.rglob("*")) == before
 
 
 def test_a_dry_run_tells_and_begins_nothing(data_set: Path) -> None:
