@@ -100,9 +100,17 @@ class PictureEncoder:
         with self._decoders, torch.inference_mode():
             for _ in range(2):
                 started = time.perf_counter()
-                pixel_values = list(self._decoders.map(lambda path: self.preprocess(read_picture(path)), some))
-                self.encoder(torch.from_numpy(np.stack(pixel_values)).to(self.device)).cpu()
-        return len(some) / (time.perf_counter() - started)
+                decoded = [pixels for pixels in self._decoders.map(self._decode_if_good, some) if pixels is not None]
+                if not decoded:
+                    return 0.0
+                self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
+        return len(decoded) / (time.perf_counter() - started)
+
+    def _decode_if_good(self, path: Path) -> np.ndarray | None:
+        try:
+            return self.preprocess(read_picture(path))
+        except PictureError:  # the run will leave it out, and say so
+            return None
 
     def _encode(self, batches: Iterator[_Batch]) -> Iterator[int]:
         """Encodes and writes; -> rows stored or given up, batch by batch.

@@ -106,7 +106,7 @@ def _require_pictures(folder: Path, damages: Sequence[audit.Damage], inputs: Inp
     gone = [*dict.fromkeys(_pictures_gone(folder, damages, inputs))]
     if gone:
         raise PipelineError(
-            f"{folder}: {len(gone)} pictures of damaged rows are not as they were encoded: {', '.join(gone[:NAMED])}"
+            f"{folder}: the pictures of damaged rows ({len(gone)}) are not as they were encoded: {', '.join(gone[:NAMED])}"
             f"{', ...' if len(gone) > NAMED else ''}. Is their disk mounted? If they are changed or gone for good, "
             "run `pipe precompute` instead. Nothing was changed"
         )

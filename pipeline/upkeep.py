@@ -54,7 +54,7 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = describe(folder).manifest
     with progress_bar("verifying", manifest.part_bytes if manifest else 0, "B", scaled=True) as bar:
         found = audit.verify(folder, bar.update)
-    if found.damages:
+    if any(damage.problem != audit.NO_PART for damage in found.damages):
         say(f"{folder}: damaged. `pipe cache repair {folder}` encodes again what is lost, and nothing else")
     damaged = [in_words(damage) for damage in found.damages]
     return {"cache": str(folder), "images": found.rows, "bytes": found.bytes, "damaged": damaged}

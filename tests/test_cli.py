@@ -276,6 +276,16 @@ def test_a_dry_run_lists_nothing_beside_the_cache(data_set: Path) -> None:
     assert sorted(data_set.rglob("*")) == before
 
 
+def test_a_dry_run_is_not_stopped_by_a_picture_that_turns_out_broken(data_set: Path) -> None:
+    for number in range(24):
+        picture = data_set / "images" / f"{number}.png"
+        picture.write_bytes(picture.read_bytes()[: None if number == 1 else -200])
+        if number in (1, 23):  # all broken but for one, and none good among those tried
+            told = json.loads(pipe("precompute", data_set / "config.yaml", "--dry-run", "--json").stdout)
+            assert told["to_encode"] == 24
+            assert told["images_per_second"] >= 0
+
+
 def test_a_dry_run_tells_and_begins_nothing(data_set: Path) -> None:
     before = sorted(data_set.rglob("*"))
     done = pipe("precompute", data_set / "config.yaml", "--dry-run", "--json")
