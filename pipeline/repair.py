@@ -105,10 +105,11 @@ def _require_pictures(folder: Path, damages: Sequence[audit.Damage], inputs: Inp
     """Raises `PipelineError` if a lost row could not be encoded again."""
     gone = [*dict.fromkeys(_pictures_gone(folder, damages, inputs))]
     if gone:
+        named = ", ".join(gone[:NAMED]) + (", ..." if len(gone) > NAMED else "")
         raise PipelineError(
-            f"{folder}: the pictures of damaged rows ({len(gone)}) are not as they were encoded: {', '.join(gone[:NAMED])}"
-            f"{', ...' if len(gone) > NAMED else ''}. Is their disk mounted? If they are changed or gone for good, "
-            "run `pipe precompute` instead. Nothing was changed"
+            f"{folder}: of damaged rows these pictures ({len(gone)}) are not as they were encoded: {named}. "
+            "Is their disk mounted? If they are changed or gone for good, run `pipe precompute` instead. "
+            "Nothing was changed"
         )
 
 
