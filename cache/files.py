@@ -89,7 +89,7 @@ def sha256_of(path: Path, length: int | None = None) -> str:
             digest.update(block)
             left -= len(block)
     if left:
-        raise OSError(f"{path} ends {left} bytes too early")
+        raise OSError(f"file ends {left} bytes too early")
     return digest.hexdigest()
 
 

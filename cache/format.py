@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from cache.files import as_bytes, opened, pread_into, pwrite_all, sha256_of
-from cache.spec import CacheError, CacheSpec, UnreadableError
+from cache.spec import CacheError, CacheSpec, DamagedFileError, FileError, UnreadableError
 
 PAGE = 4096
 DIGEST_BYTES = 32
@@ -96,12 +96,11 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
         require_regular(path)
         found = path.stat().st_size
         if size is not None and found != size:
-            raise CacheError(f"{path}: has {found} bytes, must have {size}: it was cut short or changed. {_ADVICE}")
+            problem = f"has {found} bytes, must have {size}: it was cut short or changed"
+            raise DamagedFileError(path, problem, _ADVICE)
         if sha256_of(path, length) != sha256:
-            which = "it" if length is None else f"its head of {length} bytes"
-            raise CacheError(f"{path}: {which} is not what was written. {_ADVICE}")
-    except FileNotFoundError:
-        raise CacheError(f"{path}: is missing. Run `pipe precompute` again: what was in it is made anew.") from None
+            problem = ("" if length is None else f"its head of {length} bytes ") + "is not what was written"
+            raise DamagedFileError(path, problem, _ADVICE)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -109,13 +108,17 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
 def require_regular(path: Path) -> None:
     """Raises CacheError for a link, a pipe or a device in a file's place, OSError."""
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise CacheError(f"{path}: is a link or no regular file: refused, a cache must not point elsewhere. {_ADVICE}")
+        problem = "is a link or no regular file: refused, a cache must not point elsewhere"
+        raise DamagedFileError(path, problem, _ADVICE)
 
 
-def unreadable(path: Path, error: OSError) -> CacheError:
-    """What to raise from `error`: one without a number is not the system's, the file ends too early."""
-    kind = UnreadableError if error.errno else CacheError
-    return kind(f"{path}: cannot be read: {error.strerror or error}. Is its disk still there?")
+def unreadable(path: Path, error: OSError) -> FileError:
+    """What to raise from `error`; one without a number is not the system's: the file ends too early."""
+    if isinstance(error, FileNotFoundError):
+        return DamagedFileError(path, "is missing", "Run `pipe precompute` again: what was in it is made anew.")
+    if not error.errno:
+        return DamagedFileError(path, f"cannot be read: {error}", _ADVICE)
+    return UnreadableError(path, f"cannot be read: {error.strerror}", "Is its disk still there?")
 
 
 def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
@@ -196,15 +199,22 @@ _ADVICE = "Run `pipe cache repair`, or delete it and run `pipe precompute` again
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """An h5py.File to look into; whatever is wrong with it comes out as a CacheError that begins with the path."""
+    """An h5py.File to look into; whatever is wrong with it comes out as a FileError."""
     try:
+        require_regular(path)
         with h5py.File(path, "r", locking=False) as file:  # the locks are `lock`'s: HDF5's would bar a part in work
             yield file
-    except (CacheError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        if not isinstance(error, CacheError) and _errno_in(error) in _NOT_THE_FILES_FAULT:
-            cause = OSError(_errno_in(error), os.strerror(_errno_in(error) or 0))
+    except FileError:
+        raise
+    except CacheError as error:
+        raise DamagedFileError(path, str(error), _ADVICE) from error
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        number = _errno_in(error)
+        if number in _NOT_THE_FILES_FAULT:
+            cause = OSError(number, os.strerror(number))
             raise unreadable(path, cause) from cause
-        raise CacheError(f"{path}: {error}. {_ADVICE}") from error
+        problem = f"cannot be read: {os.strerror(number)}" if number else "is not a sound HDF5 file"
+        raise DamagedFileError(path, problem, _ADVICE) from error
 
 
 _NOT_THE_FILES_FAULT = {
@@ -214,6 +224,8 @@ _NOT_THE_FILES_FAULT = {
 
 def _errno_in(error: Exception) -> int | None:
     """Of what the system refuses HDF5 tells in three lines, in any of them."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
     found = re.search(r"errno = (\d+)", str(error))
     return int(found[1]) if found else None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cache.format import PART_NAME
 from cache.lock import LOCK_NAME, FolderLock
-from cache.manifest import MANIFEST_NAME, Manifest
+from cache.manifest import MANIFEST_NAME, Manifest, unlisted_parts
 from cache.own import holds_cache, own_files
 from cache.spec import CacheError
 
@@ -26,6 +26,8 @@ class CacheFolder:
     """On disk; a part in work takes less than its length."""
     foreign: list[str]
     """Names in the folder that are not a cache's."""
+    unlisted: list[str]
+    """Names of parts that a finished cache does not know."""
 
 
 def describe(folder: Path) -> CacheFolder:
@@ -35,23 +37,19 @@ def describe(folder: Path) -> CacheFolder:
     own = own_files(folder)
     parts = [match for path in own if (match := PART_NAME.fullmatch(path.name))]
     in_work = sum(match[2] is not None for match in parts)
+    manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
+    unlisted: list[Path] = []
+    with suppress(CacheError):  # the plan is damaged: who goes on with it will say so
+        unlisted = unlisted_parts(folder, manifest) if manifest else []
     return CacheFolder(
         folder=folder,
-        manifest=_manifest(folder),
+        manifest=manifest,
         sealed=len(parts) - in_work,
         in_work=in_work,
         bytes=_bytes_on_disk(own),
         foreign=sorted(path.name for path in folder.iterdir() if path not in own),
+        unlisted=[path.name for path in unlisted],
     )
-
-
-def _manifest(folder: Path) -> Manifest | None:
-    if not (folder / MANIFEST_NAME).exists():
-        return None
-    try:
-        return Manifest.load(folder)
-    except OSError as error:
-        raise CacheError(f"{folder / MANIFEST_NAME}: cannot be read: {error.strerror}") from error
 
 
 def _bytes_on_disk(paths: list[Path]) -> int:

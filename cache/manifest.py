@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import write_atomically
-from cache.format import PART_NAME, check_head, head_sha256
-from cache.spec import FORMAT_VERSION, CacheError, CacheSpec
+from cache.format import PART_NAME, check_head, head_sha256, require_regular, unreadable
+from cache.spec import FORMAT_VERSION, CacheError, CacheSpec, DamagedFileError
 
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
@@ -38,9 +38,13 @@ class PartEntry:
         _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes)
         _require_sha256(self.file, self.head_sha256)
 
+    def size(self, row_bytes: int) -> int:
+        """Bytes of the file."""
+        return self.head_bytes + self.rows * row_bytes
+
     def check(self, folder: Path, row_bytes: int) -> None:
         """Raises CacheError if the file is missing, cut, or its head is not what was written."""
-        check_head(folder / self.file, self.head_bytes, self.head_sha256, self.head_bytes + self.rows * row_bytes)
+        check_head(folder / self.file, self.head_bytes, self.head_sha256, self.size(row_bytes))
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class Manifest:
         for name, sha256 in self.attachments.items():
             attachment_file(name, sha256)
 
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size(self.spec.row_bytes) for part in self.parts)
+
     def save(self, folder: Path) -> None:
         """Writes or replaces the manifest in one step. Raises OSError."""
         content = {
@@ -122,7 +131,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """The inverse of `save`. Raises CacheError if it is unreadable, changed or of another version, OSError."""
+        """The inverse of `save`. Raises CacheError if it cannot be read, is changed or of another version."""
         path = folder / MANIFEST_NAME
         content = _load_signed(path)
         with _explained(path):
@@ -155,13 +164,14 @@ class PlannedPart:
 
     def check(self, path: Path) -> None:
         """Raises CacheError if the head is not what was written."""
-        advice = "Delete it and run `pipe precompute` again: only what was in it is made anew."
         try:
+            require_regular(path)
             sound = head_sha256(path, self.head_bytes, self.crc_offset, self.rows) == self.sha256
         except OSError as error:
-            raise CacheError(f"{path}: cannot be read: {error}. {advice}") from error
+            raise unreadable(path, error) from error
         if not sound:
-            raise CacheError(f"{path}: its head of {self.head_bytes} bytes is not what was written. {advice}")
+            advice = "Delete it and run `pipe precompute` again: only what was in it is made anew."
+            raise DamagedFileError(path, f"its head of {self.head_bytes} bytes is not what was written", advice)
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        """Empty if there is none. Raises CacheError, OSError."""
+        """Empty if there is none. Raises CacheError."""
         path = folder / PLAN_NAME
         if not path.exists():
             return cls({})
@@ -195,6 +205,13 @@ def is_ours(path: Path) -> bool:
     return isinstance(content, dict) and content.get("format") == _FORMAT
 
 
+def unlisted_parts(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files with a part's name that neither the manifest nor the plan names. Raises CacheError, OSError."""
+    known = {part.file for part in manifest.parts} | Plan.load(folder).parts.keys()
+    named = (path for path in folder.iterdir() if PART_NAME.fullmatch(path.name))
+    return sorted(path for path in named if path.name.removesuffix(".partial") not in known)
+
+
 def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
     """JSON that ends in the SHA-256 of all that stands before it, so that a changed bit is noticed."""
     whole = {"format": _FORMAT, "format_version": FORMAT_VERSION, **content}
@@ -203,7 +220,10 @@ def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _load_signed(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
     with _explained(path):
         content: dict[str, Any] = json.loads(data)
         name, version = content["format"], content["format_version"]
@@ -217,10 +237,10 @@ def _load_signed(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Whatever is wrong with the content comes out as a CacheError that begins with the path."""
+    """Whatever is wrong with the content comes out as a DamagedFileError."""
     try:
         yield
     except (CacheError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        advice = "delete this one file and run `pipe precompute` again: the features are kept."
-        raise CacheError(f"{path}: cannot be used: {problem}. If it is damaged, {advice}") from error
+        advice = "If it is damaged, delete this one file and run `pipe precompute` again: the features are kept."
+        raise DamagedFileError(path, f"cannot be used: {problem}", advice) from error

@@ -41,7 +41,7 @@ def own_files(folder: Path) -> list[Path]:
     holds the first digits of the SHA-256 of what is in them.
     """
     listed: set[str] = set()
-    with suppress(CacheError, OSError):
+    with suppress(CacheError):
         listed = listed_files(Manifest.load(folder))
     whole = _has_parts(folder)
     return [path for path in sorted(folder.iterdir()) if path.name in listed or _is_own(path, whole)]

@@ -123,8 +123,6 @@ class FeatureReader:
         path = self.folder / entry.file
         try:
             sound = sha256_of(path) == entry.sha256
-        except FileNotFoundError as error:
-            raise CacheError(f"{path}: cannot be read: {error.strerror}. {_RENEW}") from error
         except OSError as error:
             raise unreadable(path, error) from error
         if not sound:
@@ -249,7 +247,7 @@ class _OpenPart:
         wanted = int(self._layout.crc32[row])
         place = f"{self._layout.path}: row {row} (row {self._start + row} of the cache)"
         if wanted < 0:
-            raise CacheError(f"{place} was never written. {_RENEW}")
+            raise CacheError(f"{place} was never written. Run `pipe precompute` again: it encodes its picture.")
         if zlib.crc32(as_bytes(features)) != wanted:
             raise CacheError(
                 f"{place} is not what was written, the file is damaged. Run `pipe cache repair`, or delete the file "
@@ -261,16 +259,15 @@ _RENEW = "Run `pipe precompute` again: it renews the text."
 
 
 def _check_size(folder: Path, part: PartEntry, row_bytes: int) -> None:
-    path, wanted = folder / part.file, part.head_bytes + part.rows * row_bytes
+    path, wanted = folder / part.file, part.size(row_bytes)
     try:
         found = path.stat().st_size
     except OSError as error:
-        advice = "Run `pipe precompute` again: what was in it is made anew."
-        raise CacheError(f"{path}: this part is missing ({error.strerror}). {advice}") from None
+        raise unreadable(path, error) from error
     if found != wanted:
         raise CacheError(
-            f"{path}: has {found} bytes, must have {wanted}: it was cut short or changed. Delete it and run "
-            "`pipe precompute` again: what was in it is made anew."
+            f"{path}: has {found} bytes, must have {wanted}: it was cut short or changed. Run `pipe cache repair`, "
+            "or delete it and run `pipe precompute` again: what was in it is made anew."
         )
 
 
@@ -282,7 +279,4 @@ def _load_manifest(folder: Path) -> Manifest:
             f"{folder}: unfinished cache, it has no {MANIFEST_NAME}: run the same `pipe precompute` command again: "
             "it goes on where it stopped"
         )
-    try:
-        return Manifest.load(folder)
-    except OSError as error:
-        raise CacheError(f"{folder}: {error}") from error
+    return Manifest.load(folder)

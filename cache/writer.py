@@ -23,7 +23,6 @@ from cache.format import (
     inspect_part,
     lay_out_part,
     part_name,
-    require_regular,
 )
 from cache.lock import LOCK_NAME, FolderLock
 from cache.manifest import (
@@ -38,7 +37,7 @@ from cache.manifest import (
 from cache.own import holds_cache, listed_files, own_files
 from cache.part import PartWriter
 from cache.reader import FeatureReader
-from cache.spec import CacheError, CacheSpec
+from cache.spec import CacheError, CacheSpec, DamagedFileError
 from cache.text import TextTable
 
 PART_ROWS = 1024
@@ -303,14 +302,28 @@ def part_layouts(
         if path in seen:
             layouts.append(seen[path])
             continue
-        require_regular(path)
         if name in listed:
             listed[name].check(folder, spec.row_bytes)
         elif name in plan:
             plan[name].check(path)
+        elif listed or plan:
+            layouts.append(inspect_unlisted(path, spec))
+            continue
         layouts.append(inspect_part(path))
         _require(spec, layouts[-1].spec, path)
     return layouts
+
+
+def inspect_unlisted(path: Path, spec: CacheSpec) -> PartLayout:
+    """A part that neither the manifest nor the plan names; DamagedFileError if it cannot be one of this cache."""
+    try:
+        layout = inspect_part(path)
+        if layout.spec != spec:
+            raise DamagedFileError(path, "holds features of another kind", "")
+        return layout
+    except DamagedFileError as error:
+        advice = "Delete this one file and run the same command again."
+        raise DamagedFileError(path, f"is no part of this cache: {error.problem}", advice) from error
 
 
 def _layouts_meanwhile(folder: Path, spec: CacheSpec) -> list[PartLayout]:
@@ -408,21 +421,26 @@ def part_entry(part: PartLayout) -> PartEntry:
 def _spec_of(folder: Path) -> CacheSpec | None:
     try:
         return Manifest.load(folder).spec
-    except (CacheError, OSError):
+    except CacheError:
         return None
 
 
-def _open_folder(folder: Path) -> None:
-    """Creates the folder, or finds it empty or a cache's."""
+def require_usable(folder: Path) -> None:
+    """Raises CacheError if there is something at `folder` that is neither an empty folder nor a cache."""
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
-    folder.mkdir(parents=True, exist_ok=True)
-    fsync_folder(folder.parent)
-    if holds_cache(folder):
+    if not folder.exists() or holds_cache(folder):
         return
     own = own_files(folder)  # a lock, say, of a run that was killed when it began
     if foreign := sorted(path.name for path in folder.iterdir() if path not in own):
         raise CacheError(f"{folder}: holds other files ({foreign[0]}, ...), no cache. Choose another `cache.dir`.")
+
+
+def _open_folder(folder: Path) -> None:
+    """Creates the folder, or finds it empty or a cache's."""
+    require_usable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fsync_folder(folder.parent)
 
 
 def _remove_temporaries(folder: Path) -> None:

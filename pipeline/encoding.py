@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,26 +100,24 @@ class PictureEncoder:
 
         None if none of them can be decoded.
         """
-        good = (path for path in pictures[: 10 * TRIED] if self._can_be_decoded(path))
-        some = list(islice(good, min(self.batch_size, TRIED)))
-        if not some:
-            return None
+        some = pictures[: min(self.batch_size, TRIED)]
         with self._decoders, torch.inference_mode():
             for _ in range(2):
                 started = time.perf_counter()
-                pixel_values = list(self._decoders.map(lambda path: self.preprocess(read_picture(path)), some))
-                self.encoder(torch.from_numpy(np.stack(pixel_values)).to(self.device)).cpu()
-        return len(some) / (time.perf_counter() - started)
+                decoded = [pixels for pixels in self._decoders.map(self._decode_if_good, some) if pixels is not None]
+                if not decoded:
+                    return None
+                self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
+        return len(decoded) / (time.perf_counter() - started)
 
-    def _can_be_decoded(self, path: Path) -> bool:
+    def _decode_if_good(self, path: Path) -> np.ndarray | None:
         try:
-            self.preprocess(read_picture(path))
-            return True
-        except PictureError:
-            return False
+            return self.preprocess(read_picture(path))
+        except PictureError:  # the run will leave it out, and say so
+            return None
 
     def _encode(self, batches: Iterator[_Batch]) -> Iterator[int]:
-        """Encodes and writes; -> rows stored, batch by batch.
+        """Encodes and writes; -> rows stored or given up, batch by batch.
 
         CUDA is given a batch before the one before is waited for; the disk is waited for one batch later.
         """
@@ -201,7 +199,7 @@ class PictureEncoder:
         return (features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy()
 
     def _write(self, launched: _Launched, features: np.ndarray) -> int:
-        """Stores what is open and good, gives up what has failed, seals the part when it is full; -> rows stored."""
+        """Stores what is open and good, gives up what has failed, seals the part when it is full; -> rows done with."""
         batch, part = launched.batch, launched.batch.part
         good = finite(features, part.spec)
         for slot in np.flatnonzero(~good).tolist():
@@ -209,19 +207,18 @@ class PictureEncoder:
         good[list(launched.failures)] = False
         rows = np.asarray(batch.rows)
         part.write(rows[good & batch.is_open], features[good & batch.is_open])
+        self.done.rows += int((good & batch.is_open).sum())
         part.give_up(rows[~good & batch.is_open])
         if not part.open_rows.size:
             part.seal()
             self._in_work.remove(part)
         for slot in np.flatnonzero(~good & batch.is_open).tolist():
             self.done.failures[part.digests[rows[slot]].tobytes()] = launched.failures[slot]
-        return int((good & batch.is_open).sum())
+        return int(batch.is_open.sum())
 
     def _wait_for_disk(self, written: "Future[int]") -> int:
         with _timed(self.done, "waiting_for_disk"):
-            rows = written.result()
-        self.done.rows += rows
-        return rows
+            return written.result()
 
     def _close_parts(self) -> None:
         for part in self._in_work:

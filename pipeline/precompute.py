@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,10 +15,11 @@ import torch
 from cache.format import inspect_part
 from cache.lock import require_free
 from cache.manifest import Manifest
+from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
 from cache.text import TEXT_HEAD_BYTES, TextTable
-from cache.writer import FeatureWriter, Survey, caches_beside, survey
-from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
+from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
+from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, require_plausible
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
@@ -37,6 +38,8 @@ from pipeline.preflight import (
 from pipeline.progress import say
 from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, tokenize
+
+Mend = Callable[[Inputs, CacheSpec], None]
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,17 @@ class Share:
     """Digest -> file, of what is to be encoded."""
 
 
-def precompute(config: Config) -> dict[str, Any] | None:
+def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | None:
     """Fill the cache that `config` names, and return the summary; None in a process that only helps.
 
     Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and
-    remakes the text each time. Under `torchrun` each process fills parts of its own. Raises `PipelineError` or
+    remakes the text each time. Under `torchrun` each process fills parts of its own. `mend` is called when the data
+    set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
     with Team() as team:
         if team.rank == 0:
-            return _lead(config, team)
+            return _lead(config, team, mend)
         _help(config, team)
         return None
 
@@ -85,7 +89,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
     """
     if rank() > 0:
         return None
-    prepared = _prepare(config)
+    prepared = _prepare(config, report=None)
     found, settings = prepared.found, config.precompute
     a_second = None
     if found.to_encode:
@@ -104,11 +108,11 @@ def dry_run(config: Config) -> dict[str, Any] | None:
     }
 
 
-def _lead(config: Config, team: Team) -> dict[str, Any]:
+def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
     require_free(config.cache.dir)
-    prepared = _prepare(config)
+    prepared = _prepare(config, _report(config), mend)
     inputs, spec = prepared.inputs, prepared.spec
     cache, beside = config.cache, prepared.beside
     with FeatureWriter(cache.dir, spec, list(inputs.paths), cache.part_rows, beside, cache.io) as writer:
@@ -119,11 +123,14 @@ def _lead(config: Config, team: Team) -> dict[str, Any]:
         failures = {digest: why for report in reports for digest, why in report.failures.items()}
         if failures:
             inputs = inputs.without(failures)
-            tell_left_out(inputs, config.precompute.on_missing, _report(config))
+            news = inputs.left_out[len(prepared.inputs.left_out) :]
+            tell_left_out(inputs, news, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
         _tell_dropped(config.cache.dir, texts)
         writer.finish(texts, _attachments(inputs), _provenance(config, prepared.checkpoint, inputs))
-        _report(config).unlink(missing_ok=True)
+    _report(config).unlink(missing_ok=True)
+    if inputs.left_out:
+        say(f"all that was left out: {FeatureReader(config.cache.dir).attachment(LEFT_OUT_NAME)}")
     encoded = sum(report.rows for report in reports)
     loop_seconds = max(report.seconds for report in reports)
     return {
@@ -154,15 +161,19 @@ def _help(config: Config, team: Team) -> None:
     team.gather(_encode(share, checkpoint, config.precompute))
 
 
-def _prepare(config: Config) -> Prepared:
+def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:
     """Everything that can go wrong before the long work, in order of its cost."""
+    require_usable(config.cache.dir)
+    require_plausible(config.model.checkpoint)
     inputs = read_inputs(config.data)
-    tell_left_out(inputs, config.precompute.on_missing, _report(config))
+    tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
     texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
+    if mend:
+        mend(inputs, spec)
     beside = caches_beside(config.cache.dir, spec)
     found = survey(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
     found = replace(
@@ -210,16 +221,16 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
 
 def _tell_dropped(folder: Path, texts: Mapping[str, TextTable]) -> None:
     """Of splits that an earlier config put there and this one does not name."""
-    with suppress(CacheError, OSError):
+    with suppress(CacheError):
         dropped = [split for split in Manifest.load(folder).splits if split not in texts]
         if dropped:
             say(f"{folder}: splits {', '.join(dropped)} of the earlier config are no longer in the cache")
 
 
 def _report(config: Config) -> Path:
-    """Where it is listed what cannot be used, while there is no finished cache that holds the list."""
+    """Where it is listed what cannot be used if that stops the run: no cache holds the list then."""
     folder = config.cache.dir if config.cache.dir.name else config.cache.dir.absolute()  # "." has no name
-    return folder.with_name(f"{folder.name}.{LEFT_OUT_NAME}")
+    return folder.parent / f"{folder.name}.{LEFT_OUT_NAME}"
 
 
 def _attachments(inputs: Inputs) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 T = TypeVar("T")
 OnRead = Callable[[Path, bytes], object]
@@ -145,12 +145,13 @@ def read_examples(
     same id all but the first.
 
     Raises:
-        PipelineError: an unknown format or split, a file that is not set, not there, not UTF-8 or not
+        ConfigError: an unknown format.
+        PipelineError: an unknown split, a file that is not set, not there, not UTF-8 or not
             JSON, a malformed record (file and position are named), or no questions that can be used.
     """
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0)[0]
-        raise PipelineError(f"no data.format {format!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"no data.format {format!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
     with _without_garbage_collection():
         examples, left_out = FORMATS[format](Sources(split, annotations, images, questions, on_read))
     if not examples:
@@ -380,7 +381,9 @@ def _pictures(folder: Path) -> Callable[[str], Path]:
     @cache
     def path(name: str) -> Path:
         relative = Path(name)
-        if relative.anchor or ".." in relative.parts or not relative.parts or "\0" in name:
+        if relative.anchor:
+            raise _RecordError(f"image {name!r} must be relative to the images folder, {folder}")
+        if ".." in relative.parts or not relative.parts or "\0" in name:
             raise _RecordError(f"image {name!r} does not name a file inside {folder}")
         return folder / relative
 

@@ -112,17 +112,24 @@ def test_what_training_will_not_see_is_said_at_its_start(data_set: Path, capsys:
 
 
 def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set: Path) -> None:
+    config = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
     shutil.rmtree(data_set / "images")
-    with pytest.raises(PipelineError, match=r"nothing is left to encode. Check data.\*.images"):
-        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    with pytest.raises(PipelineError, match=r"images \(data.train.images\): no such folder"):
+        precompute(config)
+    (data_set / "images").mkdir()
+    with pytest.raises(PipelineError, match=r"nothing is left to encode: 72 questions .*Check data.\*.images"):
+        precompute(config)
 
 
 def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_set: Path) -> None:
     with (data_set / "train.jsonl").open("a") as file:
         for row in ({"question_id": 1, "answer": "twice"}, {"question_id": 99}):
             file.write("\n" + json.dumps({"image": "0.png", "question": "what?", **row}))
-    with pytest.raises(PipelineError, match="question_id is there twice"):
+    (data_set / "images" / "2.png").rename(data_set / "2.png")
+    told = r"3 questions \(not there: .*question_id is there twice: 1 of train at .*train\.jsonl: line 55\)"
+    with pytest.raises(PipelineError, match=told):
         precompute(load_config(data_set / "config.yaml"))
+    (data_set / "2.png").rename(data_set / "images" / "2.png")
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
     assert summary["left_out"] == {"question_id is there twice": 1, "no answer": 1}
     assert (summary["questions"]["train"], summary["failed"]) == (54, 0)
@@ -148,6 +155,30 @@ def test_a_picture_that_turns_out_broken_costs_no_other_its_features(data_set: P
     shutil.copy(data_set / "other" / "images" / "5.png", data_set / "images" / "5.png")
     summary = precompute(config)
     assert (summary["encoded"], summary["reused"], summary["failed"]) == (1, 23, 0)
+
+
+def test_each_thing_left_out_is_said_once_and_the_last_line_says_where_the_list_is(
+    data_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data_set / "images" / "0.png").unlink()
+    truncate(data_set / "images" / "5.png")
+    precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    told = capsys.readouterr().err
+    assert (told.count("0.png"), told.count("5.png")) == (1, 1)
+    listed = Path(told.rstrip().splitlines()[-1].removeprefix("all that was left out: "))
+    assert [Path(one["image"]).name for one in left_out(listed)] == ["0.png", "5.png"]
+    assert listed.parent == data_set / "cache"
+    assert not (data_set / "cache.left-out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("dtype", "advised"), [("float32", True), ("float16", False), ("bfloat16", False)])
+def test_a_disk_that_is_too_full_is_told_in_fitting_units(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, advised: bool
+) -> None:
+    monkeypatch.setattr("pipeline.preflight.free_bytes", lambda folder: 1000)
+    with pytest.raises(PipelineError, match=r"need 0\.\d\d MB, the disk has 0\.00 MB free") as told:
+        precompute(load_config(data_set / "config.yaml", [f"cache.dtype={dtype}"]))
+    assert ("cache.dtype=float16" in str(told.value)) == advised
 
 
 def test_a_broken_picture_leaves_the_others_features_as_they_are(data_set: Path) -> None:

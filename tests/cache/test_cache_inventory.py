@@ -4,10 +4,11 @@ import pytest
 from cache_fakes import build, contents, digests, flip, spec, stored_rows, write_some
 from cache_kill import killed, undisturbed
 
+from cache.audit import verify
 from cache.inventory import describe, find_caches, remove
 from cache.own import own_files
 from cache.reader import FeatureReader
-from cache.spec import CacheError
+from cache.spec import CacheError, UnreadableError
 from cache.writer import FeatureWriter
 
 WANTED = digests(8)
@@ -180,7 +181,8 @@ def test_a_cache_is_described_while_its_files_get_other_names(tmp_path, monkeypa
 
 def test_an_unreadable_manifest_is_a_cache_error(tmp_path, monkeypatch):
     build(tmp_path, WANTED)
-    denied = classmethod(lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    monkeypatch.setattr("cache.inventory.Manifest.load", denied)
-    with pytest.raises(CacheError, match=r"manifest\.json: cannot be read: Permission denied"):
-        describe(tmp_path)
+    denied = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(denied))
+    for use in (describe, verify, FeatureReader):
+        with pytest.raises(UnreadableError, match=r"manifest\.json: cannot be read: Permission denied"):
+            use(tmp_path)
