@@ -1,7 +1,10 @@
 """Bytes to disk so that a kill or a power cut at any moment leaves either the old file or the new one."""
 
+import ctypes
 import hashlib
+import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +43,13 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file at `path` by `data`, in one step. Raises OSError."""
-    with opened(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+def write_atomically(path: Path, data: bytes, building: Path | None = None) -> None:
+    """Replaces the file at `path` by `data`, in one step; until then it is `building`. Raises OSError."""
+    building = building or temporary(path)
+    with opened(building, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
         pwrite_all(descriptor, data, 0)
         os.fsync(descriptor)
-    rename(temporary(path), path)
+    rename(building, path)
 
 
 def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
@@ -85,5 +89,32 @@ def sha256_of(path: Path, length: int | None = None) -> str:
             digest.update(block)
             left -= len(block)
     if left:
-        raise OSError(f"{path} ends {left} bytes too early")
+        raise OSError(f"file ends {left} bytes too early")
     return digest.hexdigest()
+
+
+def map_file(path: Path, offset: int, size: int) -> np.ndarray[Any, Any]:
+    """(size,) uint8, read only: a map of a file from `offset` bytes on. Raises OSError.
+
+    By libc, since Python's own mmap keeps the file open, and a process may have no more than some hundred.
+    """
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    length = offset - start + size
+    with opened(path, os.O_RDONLY) as descriptor:
+        if os.fstat(descriptor).st_size < offset + size:
+            raise OSError(f"file ends before byte {offset + size}")
+        address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, start)
+    if address in (None, _MAP_FAILED):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    mapped = (ctypes.c_uint8 * length).from_address(address)
+    weakref.finalize(mapped, _libc.munmap, address, length).atexit = False
+    array = np.ctypeslib.as_array(mapped)[offset - start :]
+    array.flags.writeable = False
+    return array
+
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)

@@ -1,8 +1,10 @@
 """The bytes of the cache's HDF5 files: laid out and checked by h5py, filled by `pwrite`. See FORMAT.md."""
 
+import errno
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import h5py
 import numpy as np
 
 from cache.files import as_bytes, opened, pread_into, pwrite_all, sha256_of
-from cache.spec import CacheError, CacheSpec
+from cache.spec import CacheError, CacheSpec, DamagedFileError, FileError, UnreadableError
 
 PAGE = 4096
 DIGEST_BYTES = 32
@@ -91,16 +93,32 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
     To be called before HDF5 opens the file: it may crash on a broken one. Raises CacheError.
     """
     try:
+        require_regular(path)
         found = path.stat().st_size
         if size is not None and found != size:
-            raise CacheError(f"{path}: has {found} bytes, must have {size}: it was cut short or changed. {_ADVICE}")
+            problem = f"has {found} bytes, must have {size}: it was cut short or changed"
+            raise DamagedFileError(path, problem, _ADVICE)
         if sha256_of(path, length) != sha256:
-            which = "it" if length is None else f"its head of {length} bytes"
-            raise CacheError(f"{path}: {which} is not what was written. {_ADVICE}")
-    except FileNotFoundError:
-        raise CacheError(f"{path}: is missing. Run `pipe precompute` again: what was in it is made anew.") from None
+            problem = ("" if length is None else f"its head of {length} bytes ") + "is not what was written"
+            raise DamagedFileError(path, problem, _ADVICE)
     except OSError as error:
-        raise CacheError(f"{path}: cannot be read: {error}. Is its disk still there?") from error
+        raise unreadable(path, error) from error
+
+
+def require_regular(path: Path) -> None:
+    """Raises CacheError for a link, a pipe or a device in a file's place, OSError."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        problem = "is a link or no regular file: refused, a cache must not point elsewhere"
+        raise DamagedFileError(path, problem, _ADVICE)
+
+
+def unreadable(path: Path, error: OSError) -> FileError:
+    """What to raise from `error`; one without a number is not the system's: the file ends too early."""
+    if isinstance(error, FileNotFoundError):
+        return DamagedFileError(path, "is missing", "Run `pipe precompute` again: what was in it is made anew.")
+    if not error.errno:
+        return DamagedFileError(path, f"cannot be read: {error}", _ADVICE)
+    return UnreadableError(path, f"cannot be read: {error.strerror}", "Is its disk still there?")
 
 
 def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
@@ -170,8 +188,8 @@ def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, in
                 file.create_dataset(name, shape=shape, dtype=dtype, dcpl=plan, track_times=False)
             return {name: file[name].id.get_offset() for name in shapes}
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        if found := re.search(r"errno = (\d+)", str(error)):  # of a full disk HDF5 tells in three lines, in any of them
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if number := _errno_in(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
 
 
@@ -181,12 +199,35 @@ _ADVICE = "Run `pipe cache repair`, or delete it and run `pipe precompute` again
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """An h5py.File to look into; whatever is wrong with it comes out as a CacheError that begins with the path."""
+    """An h5py.File to look into; whatever is wrong with it comes out as a FileError."""
     try:
+        require_regular(path)
         with h5py.File(path, "r", locking=False) as file:  # the locks are `lock`'s: HDF5's would bar a part in work
             yield file
-    except (CacheError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise CacheError(f"{path}: {error}. {_ADVICE}") from error
+    except FileError:
+        raise
+    except CacheError as error:
+        raise DamagedFileError(path, str(error), _ADVICE) from error
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        number = _errno_in(error)
+        if number in _NOT_THE_FILES_FAULT:
+            cause = OSError(number, os.strerror(number))
+            raise unreadable(path, cause) from cause
+        problem = f"cannot be read: {os.strerror(number)}" if number else "is not a sound HDF5 file"
+        raise DamagedFileError(path, problem, _ADVICE) from error
+
+
+_NOT_THE_FILES_FAULT = {
+    errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT
+}  # fmt: skip
+
+
+def _errno_in(error: Exception) -> int | None:
+    """Of what the system refuses HDF5 tells in three lines, in any of them."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"errno = (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _attributes(file: Any) -> dict[str, str | int]:

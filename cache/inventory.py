@@ -1,14 +1,15 @@
 """Caches as files in folders: which there are, what is in them, and their removal."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache.format import PART_NAME
 from cache.lock import LOCK_NAME, FolderLock
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest
+from cache.manifest import MANIFEST_NAME, Manifest, unlisted_parts
+from cache.own import holds_cache, own_files
 from cache.spec import CacheError
-from cache.writer import OWN_NAME
 
 
 @dataclass(frozen=True)
@@ -25,33 +26,44 @@ class CacheFolder:
     """On disk; a part in work takes less than its length."""
     foreign: list[str]
     """Names in the folder that are not a cache's."""
+    unlisted: list[str]
+    """Names of parts that a finished cache does not know."""
 
 
 def describe(folder: Path) -> CacheFolder:
     """Raises CacheError if there is no cache in `folder`, or its manifest is not sound."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    own = [path for path in paths if OWN_NAME.fullmatch(path.name)]
-    if not any(path.name != LOCK_NAME for path in own):
+    if not holds_cache(folder):
         raise CacheError(f"{folder}: no cache is there; `pipe cache ls` looks for those below a folder")
+    own = own_files(folder)
     parts = [match for path in own if (match := PART_NAME.fullmatch(path.name))]
     in_work = sum(match[2] is not None for match in parts)
+    manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
+    unlisted: list[Path] = []
+    with suppress(CacheError):  # the plan is damaged: who goes on with it will say so
+        unlisted = unlisted_parts(folder, manifest) if manifest else []
     return CacheFolder(
         folder=folder,
-        manifest=Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None,
+        manifest=manifest,
         sealed=len(parts) - in_work,
         in_work=in_work,
-        bytes=sum(path.stat().st_blocks * 512 for path in own),
-        foreign=[path.name for path in paths if path not in own],
+        bytes=_bytes_on_disk(own),
+        foreign=sorted(path.name for path in folder.iterdir() if path not in own),
+        unlisted=[path.name for path in unlisted],
     )
+
+
+def _bytes_on_disk(paths: list[Path]) -> int:
+    """Without those that have got another name meanwhile, from a process that writes the cache."""
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total
 
 
 def find_caches(root: Path) -> list[Path]:
     """Folders of caches, finished or not, at `root` and below."""
-    return sorted(Path(folder) for folder, _, names in os.walk(root) if any(map(_marks_a_cache, names)))
-
-
-def _marks_a_cache(name: str) -> bool:
-    return name in (MANIFEST_NAME, PLAN_NAME) or PART_NAME.fullmatch(name) is not None
+    return sorted(path for folder, _, _ in os.walk(root) if holds_cache(path := Path(folder)))
 
 
 def remove(folder: Path) -> int:
@@ -60,17 +72,24 @@ def remove(folder: Path) -> int:
     The manifest goes first, so that a cache half deleted is never taken for a whole one. Raises CacheError if no
     cache is there or another process is writing it, OSError.
     """
-    own = [path for path in folder.iterdir() if OWN_NAME.fullmatch(path.name)] if folder.is_dir() else []
-    if not any(path.name != LOCK_NAME for path in own):
+    if folder.is_symlink():
+        raise CacheError(f"{folder}: is a link to {folder.resolve()}: name that folder itself; nothing was deleted")
+    if not holds_cache(folder):
         raise CacheError(f"{folder}: no cache is there; nothing was deleted")
-    freed = sum(path.stat().st_blocks * 512 for path in own)
+    freed = _bytes_on_disk(own_files(folder))
     lock = FolderLock(folder)
     try:
-        for path in sorted(own, key=lambda path: path.name != MANIFEST_NAME):
+        for path in sorted(own_files(folder), key=_removal):
             path.unlink(missing_ok=True)
     finally:
         lock.release()
-    (folder / LOCK_NAME).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
     return freed
+
+
+def _removal(path: Path) -> int:
+    """When a file is removed: the parts after all that they make known as a cache's, at the end the lock."""
+    if path.name == MANIFEST_NAME:
+        return 0
+    return 3 if path.name == LOCK_NAME else 2 if path.name.startswith("features-") else 1

@@ -26,20 +26,21 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor: int | None = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor: int | None = _open_locked(folder / LOCK_NAME)
         try:
-            if not lock(self._descriptor, PATIENCE):
-                raise CacheError(_held(folder))
             self._sign()
         except BaseException:
-            os.close(self._descriptor)
+            self.release()
             raise
 
     def release(self) -> None:
         if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)
-            self._descriptor = None
+            try:
+                with suppress(OSError):  # the name of the holder stays, and nobody is held up by it
+                    os.ftruncate(self._descriptor, 0)
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = None
 
     def _sign(self) -> None:
         assert self._descriptor is not None
@@ -48,6 +49,28 @@ class FolderLock:
         with suppress(OSError):  # on a full disk a cache must still be removable
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, owner.encode(), 0)
+
+
+def _open_locked(path: Path) -> int:
+    """The lock file, locked: the one that is there then, since who removes a cache removes its lock as well."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not lock(descriptor, PATIENCE):
+                raise CacheError(_held(path.parent))
+            if _is_at(path, descriptor):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def require_free(folder: Path) -> None:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import write_atomically
-from cache.format import PART_NAME, check_head, head_sha256
-from cache.spec import FORMAT_VERSION, CacheError, CacheSpec
+from cache.format import PART_NAME, check_head, head_sha256, require_regular, unreadable
+from cache.spec import FORMAT_VERSION, CacheError, CacheSpec, DamagedFileError
 
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 TEXT_NAME = re.compile(r"text-([A-Za-z0-9][A-Za-z0-9_-]*)-[0-9a-f]{12}\.h5")
 ATTACHMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)\.(jsonl|h5)")
 ATTACHMENT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{12}\.(jsonl|h5)")
+ATTACHMENT_TEMPORARY = "attachment.tmp"
+"""What an attachment is called while it is written."""
 _FORMAT = "blip2-query-features"
 _SIGNED = re.compile(rb'(\{.*),\n  "sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
 
@@ -34,10 +36,15 @@ class PartEntry:
 
     def __post_init__(self) -> None:
         _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes)
+        _require_sha256(self.file, self.head_sha256)
+
+    def size(self, row_bytes: int) -> int:
+        """Bytes of the file."""
+        return self.head_bytes + self.rows * row_bytes
 
     def check(self, folder: Path, row_bytes: int) -> None:
         """Raises CacheError if the file is missing, cut, or its head is not what was written."""
-        check_head(folder / self.file, self.head_bytes, self.head_sha256, self.head_bytes + self.rows * row_bytes)
+        check_head(folder / self.file, self.head_bytes, self.head_sha256, self.size(row_bytes))
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,19 @@ class TextEntry:
     questions: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        _require_sha256(self.file, self.sha256)
+
 
 def _require_counts(file: str, **values: int) -> None:
     for name, value in values.items():
         if type(value) is not int or not 0 < value < 1 << 31:
             raise CacheError(f"{file}: {name} is {value!r}, must be a whole number from 1 to {(1 << 31) - 1}")
+
+
+def _require_sha256(file: str, value: object) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise CacheError(f"{file}: {value!r} is no SHA-256, 64 hex digits")
 
 
 def attachment_file(name: str, sha256: str) -> str:
@@ -63,6 +78,7 @@ def attachment_file(name: str, sha256: str) -> str:
     found = ATTACHMENT_NAME.fullmatch(name)
     if not found:
         raise CacheError(f"{name!r} is not a name that an attachment may have: letters, digits, _ and -, .jsonl or .h5")
+    _require_sha256(name, sha256)
     return f"{found[1]}-{sha256[:12]}.{found[2]}"
 
 
@@ -95,6 +111,11 @@ class Manifest:
         for name, sha256 in self.attachments.items():
             attachment_file(name, sha256)
 
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size(self.spec.row_bytes) for part in self.parts)
+
     def save(self, folder: Path) -> None:
         """Writes or replaces the manifest in one step. Raises OSError."""
         content = {
@@ -110,7 +131,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """The inverse of `save`. Raises CacheError if it is unreadable, changed or of another version, OSError."""
+        """The inverse of `save`. Raises CacheError if it cannot be read, is changed or of another version."""
         path = folder / MANIFEST_NAME
         content = _load_signed(path)
         with _explained(path):
@@ -139,16 +160,18 @@ class PlannedPart:
 
     def __post_init__(self) -> None:
         _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes, crc_offset=self.crc_offset)
+        _require_sha256(self.file, self.sha256)
 
     def check(self, path: Path) -> None:
         """Raises CacheError if the head is not what was written."""
-        advice = "Delete it and run `pipe precompute` again: only what was in it is made anew."
         try:
+            require_regular(path)
             sound = head_sha256(path, self.head_bytes, self.crc_offset, self.rows) == self.sha256
         except OSError as error:
-            raise CacheError(f"{path}: cannot be read: {error}. {advice}") from error
+            raise unreadable(path, error) from error
         if not sound:
-            raise CacheError(f"{path}: its head of {self.head_bytes} bytes is not what was written. {advice}")
+            advice = "Delete it and run `pipe precompute` again: only what was in it is made anew."
+            raise DamagedFileError(path, f"its head of {self.head_bytes} bytes is not what was written", advice)
 
 
 @dataclass(frozen=True)
@@ -164,13 +187,29 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        """Empty if there is none. Raises CacheError, OSError."""
+        """Empty if there is none. Raises CacheError."""
         path = folder / PLAN_NAME
         if not path.exists():
             return cls({})
         content = _load_signed(path)
         with _explained(path):
             return cls({part["file"]: PlannedPart(**part) for part in content["parts"]})
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file that has a manifest's or a plan's name is one: other programs have such names too."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == _FORMAT
+
+
+def unlisted_parts(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files with a part's name that neither the manifest nor the plan names. Raises CacheError, OSError."""
+    known = {part.file for part in manifest.parts} | Plan.load(folder).parts.keys()
+    named = (path for path in folder.iterdir() if PART_NAME.fullmatch(path.name))
+    return sorted(path for path in named if path.name.removesuffix(".partial") not in known)
 
 
 def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
@@ -181,7 +220,10 @@ def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _load_signed(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
     with _explained(path):
         content: dict[str, Any] = json.loads(data)
         name, version = content["format"], content["format_version"]
@@ -195,10 +237,10 @@ def _load_signed(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Whatever is wrong with the content comes out as a CacheError that begins with the path."""
+    """Whatever is wrong with the content comes out as a DamagedFileError."""
     try:
         yield
     except (CacheError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        advice = "delete this one file and run `pipe precompute` again: the features are kept."
-        raise CacheError(f"{path}: cannot be used: {problem}. If it is damaged, {advice}") from error
+        advice = "If it is damaged, delete this one file and run `pipe precompute` again: the features are kept."
+        raise DamagedFileError(path, f"cannot be used: {problem}", advice) from error

@@ -160,7 +160,7 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"{path}: {error.strerror or error}. What is written stays good: once the disk takes more, run the same "
+            f"{path}: {error.strerror or error}. What is written stays good: once that is mended, run the same "
             "command again, and it goes on from here."
         ) from error
 

@@ -2,7 +2,8 @@
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from cache.files import as_bytes, pread_into, sha256_of
-from cache.format import PartLayout, check_head, inspect_part
+from cache.files import as_bytes, map_file, pread_into, sha256_of
+from cache.format import PartLayout, check_head, inspect_part, unreadable
 from cache.manifest import MANIFEST_NAME, Manifest, PartEntry, attachment_file
 from cache.spec import CacheError
 from cache.text import TextTable
+
+FILES_AT_ONCE = 256
+"""Parts that `pread` keeps open; a process may usually have 1024 files."""
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +56,7 @@ class FeatureReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_parts", "_maps", "_opening", "_checked")
+        own = ("_parts", "_maps", "_opening", "_checked", "_files")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,13 +65,12 @@ class FeatureReader:
 
     def close(self) -> None:
         """Lets go of maps and files; a later `gather` opens and checks them again."""
-        for part in self._parts.values():
-            part.close()
         self._forget()
 
     def _forget(self) -> None:
         self._parts: dict[int, _OpenPart] = {}
         self._maps: _Maps | None = None
+        self._files = lru_cache(FILES_AT_ONCE)(_File)
         self._opening = Lock()
         self._checked = np.zeros(self._total, bool)  # rows that were read and found good
 
@@ -84,8 +87,10 @@ class FeatureReader:
         """Features (n, Q, D), in the storage type (uint16 for bfloat16), of `rows` (n,), whole numbers in any order.
 
         `out`, contiguous and of that shape and type, is filled and returned if it is given: new memory for every
-        call costs more than the reading. A row's CRC is checked the first time that it is read. Raises CacheError
-        for a row that is out of range, was never written, cannot be read, or is not what was written.
+        call costs more than the reading. A row's CRC is checked the first time that this object reads it, and not
+        again: that would take four times as long as the reading, and what the disk loses later shows in a new
+        process or in `verify`. Raises CacheError for a row that is out of range, was never written, cannot be
+        read, or is not what was written.
         """
         rows = np.asarray(rows, np.int64)
         shape = (len(rows), self.spec.query_tokens, self.spec.width)
@@ -104,7 +109,7 @@ class FeatureReader:
             self._maps.gather(indices, inside, features)
         else:
             for place, (index, row) in enumerate(zip(indices.tolist(), inside.tolist(), strict=True)):
-                self._parts[index].read(row, features[place])
+                self._parts[index].read(self._files, row, features[place])
         for place in unchecked:
             self._parts[int(indices[place])].check(int(inside[place]), features[place])
             self._checked[rows[place]] = True
@@ -119,7 +124,7 @@ class FeatureReader:
         try:
             sound = sha256_of(path) == entry.sha256
         except OSError as error:
-            raise CacheError(f"{path}: cannot be read: {error}. {_RENEW}") from error
+            raise unreadable(path, error) from error
         if not sound:
             raise CacheError(f"{path}: is not what was written. {_RENEW}")
         table = TextTable.load(path)
@@ -171,8 +176,8 @@ class FeatureReader:
         layout = self._inspect(index)
         try:
             return _OpenPart(layout, int(self._ends[index]) - layout.rows, self.io)
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{layout.path}: cannot be opened: {error}. Is its disk still there?") from error
+        except OSError as error:
+            raise unreadable(layout.path, error) from error
 
 
 class _Maps:
@@ -202,8 +207,20 @@ class _Maps:
         np.take(self._array, every.reshape(-1), out=out.reshape(-1).view(self._array.dtype), mode="clip")
 
 
+class _File:
+    """A file open for reading for as long as somebody has this object: no thread's is closed under its hands."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 class _OpenPart:
-    """One part's rows, as a map or an open file."""
+    """One part's rows, as a map, or to be read from its file."""
 
     def __init__(self, layout: PartLayout, start: int, io: str) -> None:
         self._start = start
@@ -211,32 +228,26 @@ class _OpenPart:
         self._layout = layout
         self.map: Array | None = None
         """(rows, Q, D); None if rows are to be read with `read`."""
-        self._descriptor = -1
-        if io == "pread":
-            self._descriptor = os.open(layout.path, os.O_RDONLY | os.O_CLOEXEC)
-        else:
+        if io == "memmap":
             shape = (layout.rows, layout.spec.query_tokens, layout.spec.width)
-            whole = np.memmap(layout.path, layout.spec.storage_dtype, "r", layout.features_offset, shape)
-            self.map = np.asarray(whole)
+            mapped = map_file(layout.path, layout.features_offset, layout.rows * layout.spec.row_bytes)
+            self.map = mapped.view(layout.spec.storage_dtype).reshape(shape)
 
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def read(self, row: int, out: Array) -> None:
+    def read(self, files: Callable[[Path], _File], row: int, out: Array) -> None:
         """Copies a row of the part to `out` (Q, D). Raises CacheError."""
         layout = self._layout
         try:
-            pread_into(self._descriptor, as_bytes(out), layout.features_offset + row * layout.spec.row_bytes)
+            file = files(layout.path)
+            pread_into(file.descriptor, as_bytes(out), layout.features_offset + row * layout.spec.row_bytes)
         except OSError as error:
-            raise CacheError(f"{layout.path}: cannot be read: {error}. Is its disk still there?") from error
+            raise unreadable(layout.path, error) from error
 
     def check(self, row: int, features: Array) -> None:
         """Raises CacheError if the row of the part was never written, or `features` are not what was."""
         wanted = int(self._layout.crc32[row])
         place = f"{self._layout.path}: row {row} (row {self._start + row} of the cache)"
         if wanted < 0:
-            raise CacheError(f"{place} was never written. {_RENEW}")
+            raise CacheError(f"{place} was never written. Run `pipe precompute` again: it encodes its picture.")
         if zlib.crc32(as_bytes(features)) != wanted:
             raise CacheError(
                 f"{place} is not what was written, the file is damaged. Run `pipe cache repair`, or delete the file "
@@ -248,16 +259,15 @@ _RENEW = "Run `pipe precompute` again: it renews the text."
 
 
 def _check_size(folder: Path, part: PartEntry, row_bytes: int) -> None:
-    path, wanted = folder / part.file, part.head_bytes + part.rows * row_bytes
+    path, wanted = folder / part.file, part.size(row_bytes)
     try:
         found = path.stat().st_size
     except OSError as error:
-        advice = "Run `pipe precompute` again: what was in it is made anew."
-        raise CacheError(f"{path}: this part is missing ({error.strerror}). {advice}") from None
+        raise unreadable(path, error) from error
     if found != wanted:
         raise CacheError(
-            f"{path}: has {found} bytes, must have {wanted}: it was cut short or changed. Delete it and run "
-            "`pipe precompute` again: what was in it is made anew."
+            f"{path}: has {found} bytes, must have {wanted}: it was cut short or changed. Run `pipe cache repair`, "
+            "or delete it and run `pipe precompute` again: what was in it is made anew."
         )
 
 
@@ -269,7 +279,4 @@ def _load_manifest(folder: Path) -> Manifest:
             f"{folder}: unfinished cache, it has no {MANIFEST_NAME}: run the same `pipe precompute` command again: "
             "it goes on where it stopped"
         )
-    try:
-        return Manifest.load(folder)
-    except OSError as error:
-        raise CacheError(f"{folder}: {error}") from error
+    return Manifest.load(folder)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,22 @@ class CacheError(Exception):
     """Something is wrong with the user's cache; the message says what, where, and what to do next."""
 
 
+class FileError(CacheError):
+    """Something is wrong with one file of a cache; `problem` says what, and no more."""
+
+    def __init__(self, path: Path, problem: str, advice: str) -> None:
+        super().__init__(f"{path}: {problem}. {advice}")
+        self.problem = problem
+
+
+class DamagedFileError(FileError):
+    """The file is not what was written."""
+
+
+class UnreadableError(FileError):
+    """The file cannot be read now, which says nothing of what is in it; the cause is an OSError."""
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """Identity of the features: rows of two caches may be mixed exactly if their specs are equal.
@@ -30,7 +47,7 @@ class CacheSpec:
     """
 
     encoder_fingerprint: str
-    """SHA-256 of the encoder's tensors, 64 hex digits."""
+    """SHA-256 over the encoder's tensors and settings, 64 hex digits."""
     encoder_dtype: str
     """What the encoder computed in: float32, float16 or bfloat16."""
     image_preprocessing: str

@@ -13,8 +13,10 @@ from numpy.typing import DTypeLike
 from cache.files import rename, sha256_of, temporary
 from cache.format import read_arrays, write_arrays
 from cache.manifest import TextEntry
-from cache.spec import FORMAT_VERSION, CacheError
+from cache.spec import FORMAT_VERSION, CacheError, DamagedFileError
 
+TEXT_HEAD_BYTES = 64 << 10
+"""Of a text's file beside its columns, at most: HDF5's metadata, and what aligns them to pages."""
 _RAGGED = {"records": np.dtype(np.uint8), "prompt_ids": np.dtype("<i4"), "target_ids": np.dtype("<i4")}
 
 
@@ -87,7 +89,7 @@ class TextTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all columns, in memory as on disk."""
+        """Bytes of all columns."""
         ragged = [getattr(self, name) for name in _RAGGED]
         return int(self.image_row.nbytes + sum(column.values.nbytes + column.offsets.nbytes for column in ragged))
 
@@ -136,4 +138,5 @@ class TextTable:
             return cls(image_row=arrays["image_row"], prompt=prompt, tokenizer=tokenizer, **columns)
         except (CacheError, KeyError) as error:
             problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CacheError(f"{path}: {problem}. Run `pipe precompute` again: it writes the text anew.") from error
+            advice = "Run `pipe precompute` again: it writes the text anew."
+            raise DamagedFileError(path, problem, advice) from error

@@ -1,13 +1,14 @@
 """Writing a cache: which images go into which part, and the manifest at the end. The rows are `PartWriter`'s."""
 
 import hashlib
-import re
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from errno import EMFILE, ENFILE, ENOMEM
+from functools import cache
 from itertools import count
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,39 +26,36 @@ from cache.format import (
 )
 from cache.lock import LOCK_NAME, FolderLock
 from cache.manifest import (
-    ATTACHMENT_FILE,
+    ATTACHMENT_TEMPORARY,
     MANIFEST_NAME,
-    PLAN_NAME,
-    TEXT_NAME,
     Manifest,
     PartEntry,
     Plan,
     PlannedPart,
     attachment_file,
 )
+from cache.own import holds_cache, listed_files, own_files
 from cache.part import PartWriter
 from cache.reader import FeatureReader
-from cache.spec import CacheError, CacheSpec
+from cache.spec import CacheError, CacheSpec, DamagedFileError
 from cache.text import TextTable
 
 PART_ROWS = 1024
 """Rows of a full part by default: 48 MiB of BLIP-2's features in float16."""
-_HEAD_BYTES_A_ROW = 80  # digest and CRC, and a part's share of metadata
+_DIGEST_AND_CRC = 40  # bytes of a row in the head
+_HEAD_BYTES = 36 << 10  # of a part beside them, at most: HDF5's metadata, and what aligns to pages
 
 T = TypeVar("T")
-OWN_NAME = re.compile(
-    rf"({PART_NAME.pattern}|{TEXT_NAME.pattern}|{ATTACHMENT_FILE.pattern}|{re.escape(MANIFEST_NAME)}|"
-    rf"{re.escape(PLAN_NAME)})({re.escape(TEMPORARY)})?|text-.+\.h5{re.escape(TEMPORARY)}|{re.escape(LOCK_NAME)}"
-)
 
 
 class FeatureWriter:
     """Brings the cache in `folder` to hold the wanted images: the one process that decides which part takes what.
 
     `digests` are the SHA-256 digests (32 bytes each) of the wanted image files; those stored already are kept.
-    Rows that finished caches of equal spec in `sources` have are copied. For the others parts are begun, `parts`,
-    to be filled by a `PartWriter` each, in this process or others; then `rows` and `finish`. After a kill the same
-    call finds the same parts, with what was written in them. Only one process at a time holds a folder.
+    Rows that finished caches of equal spec in `sources` have are copied, read as `FeatureReader` does with `io`.
+    For the others parts are begun, `parts`, to be filled by a `PartWriter` each, in this process or others; then
+    `rows` and `finish`. After a kill the same call finds the same parts, with what was written in them. Only one
+    process at a time holds a folder.
 
     Raises CacheError if the folder holds other things only, is held by another writer, or has a part that is of
     another spec or not sound, or if the disk does not take what is written.
@@ -70,11 +68,13 @@ class FeatureWriter:
         digests: Sequence[bytes],
         part_rows: int = PART_ROWS,
         sources: Sequence[Path] = (),
+        io: str = "memmap",
     ) -> None:
         if part_rows < 1:
             raise CacheError(f"a part must have at least 1 row, not {part_rows}")
         self.folder, self.spec, self.part_rows = Path(folder), spec, part_rows
         self._wanted = _distinct(digests)
+        self._sealed: dict[Path, PartLayout] = {}  # those seen already: they never change, and opening takes its time
         self._lock: FolderLock | None = None
         try:
             with _disk(self.folder):
@@ -87,7 +87,7 @@ class FeatureWriter:
                 """How many of the wanted images were stored already."""
                 origins = find_rows(sources, spec, missing)
                 self._plan(missing, origins)
-                self.copied = self._copy(origins)
+                self.copied = self._copy(origins, io)
                 """How many were copied from another cache."""
                 self.parts: list[Path] = [part.path for part in self._in_work()]
                 """The parts in work, all with rows to be written."""
@@ -144,7 +144,8 @@ class FeatureWriter:
                     raise CacheError(f"text of split {split}: image_row names rows that are not in {self.folder}")
             hashed = {name: hashlib.sha256(data).hexdigest() for name, data in (attachments or {}).items()}
             for name, sha256 in hashed.items():
-                write_atomically(self.folder / attachment_file(name, sha256), (attachments or {})[name])
+                path = self.folder / attachment_file(name, sha256)
+                write_atomically(path, (attachments or {})[name], self.folder / ATTACHMENT_TEMPORARY)
             manifest = Manifest(
                 spec=self.spec,
                 part_rows=self.part_rows,
@@ -154,11 +155,16 @@ class FeatureWriter:
                 attachments=hashed,
                 provenance=dict(provenance or {}),
             )
+            own = own_files(self.folder)  # by the old manifest: what it alone needed goes
             manifest.save(self.folder)
-            _remove_unlisted(self.folder, manifest)
+            for path in own:
+                if path.name not in {*listed_files(manifest), MANIFEST_NAME, LOCK_NAME}:
+                    path.unlink()
 
     def _layouts(self) -> list[PartLayout]:
-        return part_layouts(self.folder, self.spec)
+        layouts = part_layouts(self.folder, self.spec, self._sealed)
+        self._sealed = {part.path: part for part in layouts if not _is_partial(part)}
+        return layouts
 
     def _in_work(self) -> list[PartLayout]:
         return [part for part in self._layouts() if _is_partial(part)]
@@ -212,13 +218,13 @@ class FeatureWriter:
         if plan != Plan.load(self.folder):
             plan.save(self.folder)
 
-    def _copy(self, origins: Mapping[bytes, tuple[Path, int]]) -> int:
+    def _copy(self, origins: Mapping[bytes, tuple[Path, int]], io: str) -> int:
         """Fills open rows of the parts in work from other caches; -> how many."""
         copied = 0
-        readers: dict[Path, FeatureReader] = {}
+        reader = cache(lambda folder: FeatureReader(folder, io))
         for layout in self._in_work():
             with PartWriter(layout.path) as part:
-                copied += _copy_rows(part, origins, readers)
+                copied += _copy_rows(part, origins, reader)
                 if not part.open_rows.size:
                     part.seal()
         return copied
@@ -235,20 +241,27 @@ class Survey:
     """In another cache of equal spec, to be copied."""
     bytes_needed: int
     """On disk, for those not stored."""
+    missing: Sequence[bytes] = field(repr=False)
+    """Digests of those to be encoded, in order."""
 
     @property
     def to_encode(self) -> int:
-        return self.wanted - self.stored - self.nearby
+        return len(self.missing)
 
 
-def survey(folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = ()) -> Survey:
+def survey(
+    folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = (), part_rows: int = PART_ROWS
+) -> Survey:
     """What a `FeatureWriter` would find; changes nothing. Raises CacheError as it does."""
     wanted = _distinct(digests)
     layouts = _layouts_meanwhile(folder, spec) if folder.is_dir() else []
     stored = {digest for part in layouts for digest, _ in _stored(part) if digest in wanted}
     missing = {digest: None for digest in wanted if digest not in stored}
-    bytes_needed = len(missing) * (spec.row_bytes + _HEAD_BYTES_A_ROW)
-    return Survey(len(wanted), len(stored), len(find_rows(sources, spec, missing)), bytes_needed)
+    nearby = find_rows(sources, spec, missing)
+    to_encode = [digest for digest in missing if digest not in nearby]
+    parts = -(-len(nearby) // part_rows) + -(-len(to_encode) // part_rows)
+    bytes_needed = len(missing) * (spec.row_bytes + _DIGEST_AND_CRC) + parts * _HEAD_BYTES
+    return Survey(len(wanted), len(stored), len(nearby), bytes_needed, to_encode)
 
 
 def caches_beside(folder: Path, spec: CacheSpec) -> list[Path]:
@@ -261,7 +274,7 @@ def find_rows(sources: Sequence[Path], spec: CacheSpec, digests: Container[bytes
     """Of `digests`, those that caches of equal `spec` in `sources` store: the cache's folder and the row in it."""
     found: dict[bytes, tuple[Path, int]] = {}
     for folder in sources:
-        with suppress(CacheError):  # a damaged cache is no source; its own use will say so
+        with _damaged_is_no_source():
             reader = FeatureReader(folder)
             for digest, row in reader.stored() if reader.spec == spec else ():
                 if digest in digests:
@@ -269,9 +282,12 @@ def find_rows(sources: Sequence[Path], spec: CacheSpec, digests: Container[bytes
     return found
 
 
-def part_layouts(folder: Path, spec: CacheSpec) -> list[PartLayout]:
+def part_layouts(
+    folder: Path, spec: CacheSpec, seen: Mapping[Path, PartLayout] = MappingProxyType({})
+) -> list[PartLayout]:
     """The parts in `folder`, found sound, in the order that numbers rows: the manifest's, then by name.
 
+    Those `seen` before, sealed and by the only writer, are not opened again.
     Raises CacheError for a part that is not what was written, or is of another spec than `spec`.
     """
     listed = _listed(folder, spec)
@@ -283,13 +299,31 @@ def part_layouts(folder: Path, spec: CacheSpec) -> list[PartLayout]:
         path = names.get(name)
         if path is None:
             continue  # deleted by hand: its images are missing, and encoded again
+        if path in seen:
+            layouts.append(seen[path])
+            continue
         if name in listed:
             listed[name].check(folder, spec.row_bytes)
         elif name in plan:
             plan[name].check(path)
+        elif listed or plan:
+            layouts.append(inspect_unlisted(path, spec))
+            continue
         layouts.append(inspect_part(path))
         _require(spec, layouts[-1].spec, path)
     return layouts
+
+
+def inspect_unlisted(path: Path, spec: CacheSpec) -> PartLayout:
+    """A part that neither the manifest nor the plan names; DamagedFileError if it cannot be one of this cache."""
+    try:
+        layout = inspect_part(path)
+        if layout.spec != spec:
+            raise DamagedFileError(path, "holds features of another kind", "")
+        return layout
+    except DamagedFileError as error:
+        advice = "Delete this one file and run the same command again."
+        raise DamagedFileError(path, f"is no part of this cache: {error.problem}", advice) from error
 
 
 def _layouts_meanwhile(folder: Path, spec: CacheSpec) -> list[PartLayout]:
@@ -303,7 +337,9 @@ def _layouts_meanwhile(folder: Path, spec: CacheSpec) -> list[PartLayout]:
                 raise
 
 
-def _copy_rows(part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], readers: dict[Path, FeatureReader]) -> int:
+def _copy_rows(
+    part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], reader: Callable[[Path], FeatureReader]
+) -> int:
     """Copies the open rows that are somewhere else and undamaged there; -> how many."""
     copied = 0
     for row in part.open_rows.tolist():
@@ -312,14 +348,22 @@ def _copy_rows(part: PartWriter, origins: Mapping[bytes, tuple[Path, int]], read
             continue
         folder, there = origin
         features = None
-        with suppress(CacheError):  # damaged there: it is encoded like the others
-            if folder not in readers:
-                readers[folder] = FeatureReader(folder)
-            features = readers[folder].gather(np.array([there]))
+        with _damaged_is_no_source():  # what is damaged there is encoded like the others
+            features = reader(folder).gather(np.array([there]))
         if features is not None:
             part.write(np.array([row]), features)
             copied += 1
     return copied
+
+
+@contextmanager
+def _damaged_is_no_source() -> Iterator[None]:
+    """Passes over a cache that cannot be copied from; its own use will say so. Of this process's limits it says."""
+    try:
+        yield
+    except CacheError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (EMFILE, ENFILE, ENOMEM):
+            raise
 
 
 def _distinct(digests: Sequence[bytes]) -> dict[bytes, None]:
@@ -377,35 +421,32 @@ def part_entry(part: PartLayout) -> PartEntry:
 def _spec_of(folder: Path) -> CacheSpec | None:
     try:
         return Manifest.load(folder).spec
-    except (CacheError, OSError):
+    except CacheError:
         return None
+
+
+def require_usable(folder: Path) -> None:
+    """Raises CacheError if there is something at `folder` that is neither an empty folder nor a cache."""
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
+    if not folder.exists() or holds_cache(folder):
+        return
+    own = own_files(folder)  # a lock, say, of a run that was killed when it began
+    if foreign := sorted(path.name for path in folder.iterdir() if path not in own):
+        raise CacheError(f"{folder}: holds other files ({foreign[0]}, ...), no cache. Choose another `cache.dir`.")
 
 
 def _open_folder(folder: Path) -> None:
     """Creates the folder, or finds it empty or a cache's."""
-    if folder.exists() and not folder.is_dir():
-        raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
+    require_usable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fsync_folder(folder.parent)
-    names = [path.name for path in folder.iterdir()]
-    own = [name for name in names if OWN_NAME.fullmatch(name)]
-    if names and not own:
-        raise CacheError(f"{folder}: holds other files ({min(names)}, ...), no cache. Choose another `cache.dir`.")
 
 
 def _remove_temporaries(folder: Path) -> None:
     """Removes files that were never finished."""
-    for path in folder.iterdir():
-        if path.name.endswith(TEMPORARY) and OWN_NAME.fullmatch(path.name):
-            path.unlink()
-
-
-def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Removes what no reader of the manifest needs: texts, attachments and parts that it replaced, and the plan."""
-    kept = {part.file for part in manifest.parts} | {text.file for text in manifest.splits.values()}
-    kept |= {attachment_file(name, sha256) for name, sha256 in manifest.attachments.items()}
-    for path in folder.iterdir():
-        if path.name not in {*kept, MANIFEST_NAME, LOCK_NAME} and OWN_NAME.fullmatch(path.name):
+    for path in own_files(folder):
+        if path.name.endswith(TEMPORARY):
             path.unlink()
 
 
@@ -425,5 +466,5 @@ def _disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"{folder}: {error}. What is written stays good: once the disk takes more, run the same command again."
+            f"{folder}: {error}. What is written stays good: once that is mended, run the same command again."
         ) from error

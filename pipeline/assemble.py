@@ -1,6 +1,7 @@
 """What training and evaluation start from, put together from a config: the cache, checked, and the language half."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, h
 from pipeline.config import Config
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
-from pipeline.identity import encoder_spec
+from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.language_model import Blip2LanguageHalf, load_language_half
 from pipeline.progress import say
 from pipeline.text import PromptTokenizer, retokenize
@@ -28,6 +29,7 @@ def open_batcher(config: Config, split: str) -> Batcher:
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
     _check_features(features, config, folder)
     _check_annotations(features, config, split)
+    _tell_other_pictures(features, config, split)
     _tell_left_out(features)
     text = features.text(split)
     tokenizer = PromptTokenizer(folder, config.data.prompt)
@@ -67,6 +69,20 @@ def _check_annotations(features: FeatureReader, config: Config, split: str) -> N
             )
 
 
+def _tell_other_pictures(features: FeatureReader, config: Config, split: str) -> None:
+    """Of pictures elsewhere on this machine than those that were encoded; that they are not here is no difference."""
+    made: dict[str, Any] = features.manifest.provenance.get("config", {}).get("data", {}).get(split) or {}
+    encoded, given = made.get("images"), getattr(config.data.splits.get(split), "images", None)
+    if (
+        encoded
+        and given
+        and given.is_dir()
+        and Path(encoded).is_absolute()
+        and given.resolve() != Path(encoded).resolve()
+    ):
+        say(f"data.{split}.images is {given}; {features.folder} holds the pictures of {encoded}, and these are used")
+
+
 def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf:
     """The language half that `config` names, quantised and on this machine's device, without an adapter."""
     model, quantization = config.model, config.quantization
@@ -101,12 +117,19 @@ def _check_lengths(text: TextTable, query_tokens: int, longest: int) -> None:
 
 def _check_features(features: FeatureReader, config: Config, folder: Path) -> None:
     found = features.spec
+    made: dict[str, Any] = features.manifest.provenance.get("encoder", {})
+    wanted = encoder_settings(folder)
+    differences = [
+        f"{key}: cache has {made[key]}, wanted {wanted[key]}"
+        for key in wanted
+        if made.get(key, wanted[key]) != wanted[key]
+    ]
     known = ""
     if not has_half(folder, ENCODER_HALF):
         known = found.encoder_fingerprint
         say(f"{folder}: the encoder's tensors are not on this machine; the cache is taken to be made from them")
     encoder_dtype = found.encoder_dtype if config.precompute.dtype == "auto" else config.precompute.dtype
-    differences = found.diff(encoder_spec(folder, encoder_dtype, config.cache.dtype, known))
+    differences += found.diff(encoder_spec(folder, encoder_dtype, config.cache.dtype, known))
     if differences:
         raise PipelineError(
             f"{config.cache.dir}: the cache holds other features than this config makes:\n  "

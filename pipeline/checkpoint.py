@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,10 +31,21 @@ def fetch_checkpoint(checkpoint: str, revision: str | None, half: tuple[str, ...
     hold a tensor of `half` are downloaded. Raises `PipelineError` if it cannot be had or is no BLIP-2
     with a decoder-only language model in safetensors.
     """
+    require_plausible(checkpoint)
     local = Path(public_name(checkpoint))
     folder = local if local.is_dir() else _download(checkpoint, revision, half)
     _check(folder, checkpoint, half)
     return folder
+
+
+def require_plausible(checkpoint: str) -> None:
+    """Raises `PipelineError` for what is plainly no checkpoint, before anything is read or downloaded."""
+    if checkpoint == EMBEDDED or Path(checkpoint).is_dir():
+        return
+    if checkpoint.startswith(("/", "./", "../", "~")):
+        raise PipelineError(f"{checkpoint} (model.checkpoint): no such folder")
+    if get_close_matches(checkpoint.lower(), [EMBEDDED], cutoff=0.7):
+        raise PipelineError(f"no checkpoint {checkpoint!r} (model.checkpoint); did you mean {EMBEDDED}?")
 
 
 def public_name(checkpoint: str) -> str:

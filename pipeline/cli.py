@@ -1,6 +1,7 @@
 """The command: words in, one call, a summary out. What the stages do is imported when it is asked for."""
 
 import json
+import logging
 import sys
 import time
 import warnings
@@ -72,8 +73,8 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
     except KeyboardInterrupt:
         if speaks:
             click.echo(
-                "\npipe: interrupted; what is written stays good. The same command goes on with a precompute, "
-                "pipe train RUN/config.yaml --name RUN --resume with a training",
+                "\npipe: interrupted; what is written stays good. The same command goes on; "
+                "a training needs --name RUN --resume with it.",
                 err=True,
             )
         sys.exit(1)
@@ -103,38 +104,59 @@ def _load_bitsandbytes() -> None:
     """
     from unittest.mock import patch
 
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     with patch("torch.compile", side_effect=RuntimeError):
         import bitsandbytes  # noqa: F401
     _quiet_transformers()
 
 
-def _table(summary: dict[str, Any], indent: str = "") -> str:
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that an optional kernel for the CPU is missing: without it the weights are dequantised, as they should be."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+def _table(summary: dict[str, Any], section: str = "") -> str:
+    """A line each, those of a section indented; what is empty is 0 in a list and no section."""
     lines = []
     for key, value in summary.items():
-        name = indent + key.replace("_", " ")
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        name = ("  " if section else "") + _name(key)
+        if isinstance(value, dict):
+            lines += [name, _table(value, key)] if value else []
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
             lines += _columns(value)
         elif isinstance(value, list):
-            lines += [f"{name if number == 0 else '':<28}{one}" for number, one in enumerate(value)]
-        elif isinstance(value, dict):
-            lines += [name, _table(value, indent + "  ")]
+            lines += [_line(name if number == 0 else "", one) for number, one in enumerate(value or [0])]
         elif value is not None:
-            lines.append(f"{name:<28}{_number(key, value)}")
+            lines.append(_line(name, _number(key, value, section)))
     return "\n".join(lines)
+
+
+def _line(name: str, value: Any) -> str:
+    return f"{name:<26}  {value}"
+
+
+def _name(key: str) -> str:
+    """A key in words; a reason in a user's or a file's words stays as it is."""
+    return key.replace("_", " ") if key.isidentifier() else key
 
 
 def _columns(records: list[dict[str, Any]]) -> list[str]:
     """A line each under a line of names, in columns."""
     names = list(dict.fromkeys(name for record in records for name in record))
-    rows = [[name.replace("_", " ") for name in names]]
+    rows = [[_name(name) for name in names]]
     rows += [[_number(name, record[name]) if name in record else "" for name in names] for record in records]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _number(key: str, value: Any) -> str:
-    if key.endswith("bytes"):
+def _number(key: str, value: Any, section: str = "") -> str:
+    words = key.split("_")
+    if "bytes" in [*words, *section.split("_")]:
         return f"{value / 2**20:,.1f} MiB"
+    if "seconds" in words or section == "time":
+        return f"{value:,.1f} s"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.2f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
     return str(value)
@@ -208,18 +230,19 @@ def train(
     if resume and not name:
         raise click.UsageError("--resume needs the --name of the run")
     from pipeline.config import load_config
+    from pipeline.run_folder import named_run, next_run
 
     loaded = load_config(config, overrides)
+    folder = loaded.train.output_dir
+    run = named_run(folder, name) if name else next_run(folder, config.stem)
     _load_bitsandbytes()
     if dry_run:
         from pipeline.forecast import forecast
 
         return forecast(loaded)
-    from pipeline.run_folder import RunFolder, next_run
     from pipeline.train import train
 
-    folder = loaded.train.output_dir
-    return train(loaded, RunFolder(folder / name) if name else next_run(folder, config.stem), resume)
+    return train(loaded, run, resume)
 
 
 @main.command()
@@ -347,7 +370,8 @@ def cache_verify(folder: Path, reencode: int) -> dict[str, Any]:
 def cache_repair(folder: Path) -> dict[str, Any]:
     """Encode the damaged rows of a cache again, and only these.
 
-    By default with the config that the cache was made with, whose paths count from the folder you are in.
+    By default with the config that the cache was made with: pictures and annotations are looked for where they were
+    then, whatever folder you are in.
 
     \b
     Example:  pipe cache repair caches/easy_vqa
@@ -370,8 +394,17 @@ def cache_rm(folder: Path, yes: bool) -> dict[str, Any]:
     Example:  pipe cache rm caches/easy_vqa
     """
     from pipeline import upkeep
+    from pipeline.errors import PipelineError
 
     found = upkeep.cache_folder(folder)
-    if not yes:
-        click.confirm(f"Delete the cache {found}?", abort=True, err=True)
+    if not yes and not _confirmed(f"Delete the cache {found}?"):
+        raise PipelineError(f"{found}: not deleted" + ("" if sys.stdin.isatty() else "; --yes deletes without asking"))
     return upkeep.remove_cache(found)
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:  # no answer
+        click.echo(err=True)
+        return False

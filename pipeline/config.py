@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -205,9 +206,9 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with `key.sub=value` overrides (values are YAML) laid over it.
+    """The config in a YAML file, with `key.sub=value` overrides laid over it: YAML, or a text as it stands.
 
-    Raises `ConfigError` that names the file and every offending key.
+    Raises `ConfigError` that names every offending key, and the override or the file that it stands in.
     """
     values = _read_yaml(path)
     for override in overrides:
@@ -215,7 +216,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+        lines = (f"{_source(key, path, overrides)}: {line}" for key, line in _explain(error))
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _source(key: str, path: Path, overrides: Sequence[str]) -> str:
+    """The override that the value of `key` comes from, or the file."""
+    for override in reversed(overrides):
+        if f"{key}.".startswith(f"{override.partition('=')[0]}."):
+            return repr(override)
+    return str(path)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -227,6 +237,10 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        inside = path / "config.yaml"
+        hint = f"its config is {inside}" if inside.is_file() else "name a config file"
+        raise ConfigError(f"{path}: is a folder; {hint}")
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; the examples are in configs/, easy_vqa.yaml the smallest")
     try:
@@ -243,10 +257,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     names = key.split(".")
     if not equals or not all(names):
         raise ConfigError(f"{override!r} is not an override: write KEY.SUB=VALUE, as in train.epochs=1")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
+    value = _parse(override, text, _types(names))
     for name in names[:-1]:
         nested = values.setdefault(name, {})
         if nested is None:
@@ -257,7 +268,33 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[names[-1]] = value
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _parse(override: str, text: str, types: Sequence[Any]) -> Any:
+    """The value of an override: YAML, but for a key that takes text what YAML makes anything else of, as it stands."""
+    is_text = str in types or Path in types
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        if not is_text:
+            raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
+        return text
+    stays = isinstance(value, str) or (value is None and type(None) in types)
+    return value if stays or not is_text else text
+
+
+def _types(names: Sequence[str]) -> tuple[Any, ...]:
+    """What a key may be; nothing if it is unknown."""
+    section = _section(names[:-1])
+    field = section.model_fields.get(names[-1]) if section else None
+    return _members(field.annotation) if field else ()
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _explain(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Each offending key, and what is wrong with it."""
     wrong: dict[tuple[str, str], list[str]] = {}  # a value that may be of several types has a problem with each
     for problem in error.errors(include_url=False):
         names = [str(name) for name in problem["loc"] if not re.match(r"constrained-|literal\[", str(name))]
@@ -266,21 +303,32 @@ def _explain(error: ValidationError) -> Iterator[str]:
             known = _known_keys(names[:-1])
             near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-            yield f"unknown key {key}; {hint}"
+            yield key, f"unknown key {key}; {hint}"
         elif problem["type"] == "missing":
-            yield f"{key} is missing"
+            yield key, f"{key} is missing"
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "tuple_type":
+                message = f"a list is written [{problem['input']}]"
             found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
             wrong.setdefault((key, found), []).append(f"{message[0].lower()}{message[1:]}")
     for (key, found), messages in wrong.items():
-        yield f"{key}: {', or '.join(messages)}{found}"
+        yield key, f"{key}: {', or '.join(messages)}{found}"
 
 
-def _known_keys(section: list[str]) -> list[str]:
-    model: Any = Config
-    for name in section:
-        annotation = model.model_fields[name].annotation
-        members = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
-    return list(model.model_fields)
+def _known_keys(names: Sequence[str]) -> list[str]:
+    section = _section(names)
+    return list(section.model_fields) if section else []
+
+
+def _section(names: Sequence[str]) -> type[BaseModel] | None:
+    """The section of that name; None if there is none."""
+    section: type[BaseModel] = Config
+    for name in names:
+        field = section.model_fields.get(name)
+        members = _members(field.annotation) if field else ()
+        inner = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        if not inner:
+            return None
+        section = inner[0]
+    return section

@@ -18,7 +18,8 @@ from cache.format import NOT_WRITTEN, inspect_part
 from cache.part import PartWriter, finite
 from pipeline.device import pick_device
 from pipeline.encoder import Blip2Encoder
-from pipeline.images import PictureError, Preprocessor, image_digest, read_picture
+from pipeline.errors import PipelineError
+from pipeline.images import PictureError, PictureUnreachableError, Preprocessor, image_digest, read_picture
 from pipeline.progress import progress_bar, say
 
 TRIED = 8  # pictures, to tell in a moment how fast it will be
@@ -94,18 +95,29 @@ class PictureEncoder:
                     clock.tick(rows)
         return self.done
 
-    def pictures_per_second(self, pictures: Sequence[Path]) -> float:
-        """How fast the first pictures are read and encoded, a small batch of them, after one to warm up."""
+    def pictures_per_second(self, pictures: Sequence[Path]) -> float | None:
+        """How fast the first pictures are read and encoded, a small batch of them, after one to warm up.
+
+        None if none of them can be decoded.
+        """
         some = pictures[: min(self.batch_size, TRIED)]
         with self._decoders, torch.inference_mode():
             for _ in range(2):
                 started = time.perf_counter()
-                pixel_values = list(self._decoders.map(lambda path: self.preprocess(read_picture(path)), some))
-                self.encoder(torch.from_numpy(np.stack(pixel_values)).to(self.device)).cpu()
-        return len(some) / (time.perf_counter() - started)
+                decoded = [pixels for pixels in self._decoders.map(self._decode_if_good, some) if pixels is not None]
+                if not decoded:
+                    return None
+                self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
+        return len(decoded) / (time.perf_counter() - started)
+
+    def _decode_if_good(self, path: Path) -> np.ndarray | None:
+        try:
+            return self.preprocess(read_picture(path))
+        except PictureError:  # the run will leave it out, and say so
+            return None
 
     def _encode(self, batches: Iterator[_Batch]) -> Iterator[int]:
-        """Encodes and writes; -> rows stored, batch by batch.
+        """Encodes and writes; -> rows stored or given up, batch by batch.
 
         CUDA is given a batch before the one before is waited for; the disk is waited for one batch later.
         """
@@ -147,10 +159,16 @@ class PictureEncoder:
         return _Batch(part, rows, part.crc32[rows.start : rows.stop] == NOT_WRITTEN, pixel_values, slots)
 
     def _decode(self, path: Path, digest: bytes, out: np.ndarray) -> None:
-        data = read_picture(path)
-        if image_digest(data) != digest:
-            raise PictureError("changed since it was first read")
-        out[...] = self.preprocess(data)
+        try:
+            data = read_picture(path)
+            if image_digest(data) != digest:
+                raise PictureError("changed since it was first read")
+            out[...] = self.preprocess(data)
+        except PictureUnreachableError as error:  # its mount may come back: its row must not be given up
+            raise PipelineError(
+                f"{path}: {error}, though it could be read before. Nothing is given up: once it can be read again, run "
+                "the same command again, and it goes on from here"
+            ) from error
 
     def _launch(self, batch: _Batch) -> _Launched:
         failures = {}
@@ -181,7 +199,7 @@ class PictureEncoder:
         return (features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy()
 
     def _write(self, launched: _Launched, features: np.ndarray) -> int:
-        """Stores what is open and good, gives up what has failed, seals the part when it is full; -> rows stored."""
+        """Stores what is open and good, gives up what has failed, seals the part when it is full; -> rows done with."""
         batch, part = launched.batch, launched.batch.part
         good = finite(features, part.spec)
         for slot in np.flatnonzero(~good).tolist():
@@ -189,19 +207,18 @@ class PictureEncoder:
         good[list(launched.failures)] = False
         rows = np.asarray(batch.rows)
         part.write(rows[good & batch.is_open], features[good & batch.is_open])
+        self.done.rows += int((good & batch.is_open).sum())
         part.give_up(rows[~good & batch.is_open])
         if not part.open_rows.size:
             part.seal()
             self._in_work.remove(part)
         for slot in np.flatnonzero(~good & batch.is_open).tolist():
             self.done.failures[part.digests[rows[slot]].tobytes()] = launched.failures[slot]
-        return int((good & batch.is_open).sum())
+        return int(batch.is_open.sum())
 
     def _wait_for_disk(self, written: "Future[int]") -> int:
         with _timed(self.done, "waiting_for_disk"):
-            rows = written.result()
-        self.done.rows += rows
-        return rows
+            return written.result()
 
     def _close_parts(self) -> None:
         for part in self._in_work:

@@ -48,6 +48,8 @@ _REASONS = {
     errno.ENXIO: "not a regular file",  # a socket, or a device without its driver
 }
 
+_NO_MEMORY = "not enough memory to read it"
+
 _BEGINNINGS = {
     b"<!doctype html": "HTML",
     b"<html": "HTML",
@@ -62,28 +64,39 @@ _BEGINNINGS = {
 }
 
 
+MOST_BYTES = 1 << 30
+"""Of a picture's file: far above any that Pillow would decode."""
+
+
 class PictureError(PipelineError):
     """Why a picture cannot be used, in one line and without its path, which the caller knows."""
+
+
+class PictureUnreachableError(PictureError):
+    """The picture cannot be had now, which says nothing of it: not there, not readable, no memory."""
 
 
 def read_picture(path: Path) -> bytes:
     """The bytes of a regular file, through links.
 
     Raises:
-        PictureError: not there, not readable, or not a regular file; pipes and devices are refused, not waited for.
+        PictureUnreachableError: not there, or not readable.
+        PictureError: not a regular file (pipes and devices are refused, not waited for), or longer than `MOST_BYTES`.
     """
     try:
         # O_NONBLOCK: opening a pipe would otherwise wait for its writer. It changes nothing for regular files.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            _check_regular(os.fstat(descriptor).st_mode)
+            _check_regular(os.fstat(descriptor))
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 return file.read()
         finally:
             os.close(descriptor)
     except OSError as error:
         reason = _REASONS.get(error.errno or 0) or f"cannot be read: {_one_line(error.strerror or error)}"
-        raise PictureError(reason) from None
+        raise PictureUnreachableError(reason) from None
+    except MemoryError:
+        raise PictureUnreachableError(_NO_MEMORY) from None
     except ValueError:  # a zero byte, or half of a surrogate pair
         raise PictureError("not there: no file can have this name") from None
 
@@ -167,11 +180,13 @@ def _pixel_table(processor: Any) -> np.ndarray:
     return np.ascontiguousarray(values[0].reshape(3, 256), np.float32)
 
 
-def _check_regular(mode: int) -> None:
-    if stat.S_ISDIR(mode):
+def _check_regular(found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
         raise PictureError(_REASONS[errno.EISDIR])
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         raise PictureError("not a regular file")
+    if found.st_size > MOST_BYTES:
+        raise PictureError(f"too large ({found.st_size} bytes, at most {MOST_BYTES})")
 
 
 @contextmanager
@@ -187,7 +202,9 @@ def _open(data: bytes) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         pixels = ", at most ".join(re.findall(r"\d+", str(error)))
         raise PictureError(f"too many pixels ({pixels})") from None
-    except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, MemoryError, ...
+    except MemoryError:
+        raise PictureUnreachableError(_NO_MEMORY) from None
+    except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, ...
         raise PictureError(f"cannot be decoded: {_one_line(error)}") from None
 
 

@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +14,17 @@ import torch
 
 from cache.format import inspect_part
 from cache.lock import require_free
-from cache.spec import CacheSpec
-from cache.text import TextTable
-from cache.writer import FeatureWriter, Survey, caches_beside, survey
-from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
+from cache.manifest import Manifest
+from cache.reader import FeatureReader
+from cache.spec import CacheError, CacheSpec
+from cache.text import TEXT_HEAD_BYTES, TextTable
+from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
+from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, require_plausible
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
-from pipeline.identity import encoder_spec
+from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.images import Preprocessor
 from pipeline.preflight import (
     LEFT_OUT_NAME,
@@ -30,12 +33,13 @@ from pipeline.preflight import (
     first_line,
     left_out_lines,
     read_inputs,
-    source_digests,
     tell_left_out,
 )
 from pipeline.progress import say
 from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, tokenize
+
+Mend = Callable[[Inputs, CacheSpec], None]
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,17 @@ class Share:
     """Digest -> file, of what is to be encoded."""
 
 
-def precompute(config: Config) -> dict[str, Any] | None:
+def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | None:
     """Fill the cache that `config` names, and return the summary; None in a process that only helps.
 
     Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and
-    remakes the text each time. Under `torchrun` each process fills parts of its own. Raises `PipelineError` or
+    remakes the text each time. Under `torchrun` each process fills parts of its own. `mend` is called when the data
+    set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
     with Team() as team:
         if team.rank == 0:
-            return _lead(config, team)
+            return _lead(config, team, mend)
         _help(config, team)
         return None
 
@@ -84,12 +89,12 @@ def dry_run(config: Config) -> dict[str, Any] | None:
     """
     if rank() > 0:
         return None
-    prepared = _prepare(config)
+    prepared = _prepare(config, report=None)
     found, settings = prepared.found, config.precompute
     a_second = None
     if found.to_encode:
         encoder = _picture_encoder(prepared.checkpoint, prepared.spec, settings)
-        a_second = encoder.pictures_per_second(list(prepared.inputs.paths.values()))
+        a_second = encoder.pictures_per_second([prepared.inputs.paths[digest] for digest in found.missing])
     return {
         "cache": str(config.cache.dir),
         "pictures": prepared.inputs.pictures,
@@ -99,17 +104,18 @@ def dry_run(config: Config) -> dict[str, Any] | None:
         "bytes_needed": found.bytes_needed,
         "left_out": _reasons(prepared.inputs),
         "images_per_second": a_second,
-        "seconds_encoding": found.to_encode / a_second if a_second else 0.0,
+        "seconds_encoding": found.to_encode / a_second if a_second else None if found.to_encode else 0.0,
     }
 
 
-def _lead(config: Config, team: Team) -> dict[str, Any]:
+def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
     require_free(config.cache.dir)
-    prepared = _prepare(config)
+    prepared = _prepare(config, _report(config), mend)
     inputs, spec = prepared.inputs, prepared.spec
-    with FeatureWriter(config.cache.dir, spec, list(inputs.paths), config.cache.part_rows, prepared.beside) as writer:
+    cache, beside = config.cache, prepared.beside
+    with FeatureWriter(cache.dir, spec, list(inputs.paths), cache.part_rows, beside, cache.io) as writer:
         share = team.share_out(_shares(writer.parts, spec, inputs.paths, team.size))
         prepared_at = time.perf_counter()
         reports = team.gather(_encode(share, prepared.checkpoint, config.precompute))
@@ -117,10 +123,14 @@ def _lead(config: Config, team: Team) -> dict[str, Any]:
         failures = {digest: why for report in reports for digest, why in report.failures.items()}
         if failures:
             inputs = inputs.without(failures)
-            tell_left_out(inputs, config.precompute.on_missing, _report(config))
+            news = inputs.left_out[len(prepared.inputs.left_out) :]
+            tell_left_out(inputs, news, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
-        writer.finish(texts, _attachments(inputs), _provenance(config, inputs))
-        _report(config).unlink(missing_ok=True)
+        _tell_dropped(config.cache.dir, texts)
+        writer.finish(texts, _attachments(inputs), _provenance(config, prepared.checkpoint, inputs))
+    _report(config).unlink(missing_ok=True)
+    if inputs.left_out:
+        say(f"all that was left out: {FeatureReader(config.cache.dir).attachment(LEFT_OUT_NAME)}")
     encoded = sum(report.rows for report in reports)
     loop_seconds = max(report.seconds for report in reports)
     return {
@@ -151,18 +161,24 @@ def _help(config: Config, team: Team) -> None:
     team.gather(_encode(share, checkpoint, config.precompute))
 
 
-def _prepare(config: Config) -> Prepared:
+def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:
     """Everything that can go wrong before the long work, in order of its cost."""
+    require_usable(config.cache.dir)
+    require_plausible(config.model.checkpoint)
     inputs = read_inputs(config.data)
-    tell_left_out(inputs, config.precompute.on_missing, _report(config))
+    tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
     texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
+    if mend:
+        mend(inputs, spec)
     beside = caches_beside(config.cache.dir, spec)
-    found = survey(config.cache.dir, spec, list(inputs.paths), beside)
-    found = replace(found, bytes_needed=found.bytes_needed + sum(text.nbytes for text in texts.values()))
+    found = survey(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
+    found = replace(
+        found, bytes_needed=found.bytes_needed + sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
+    )
     say(first_line(inputs, found, config.cache))
     check_room(found, config.cache)
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
@@ -203,9 +219,18 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
     return texts
 
 
+def _tell_dropped(folder: Path, texts: Mapping[str, TextTable]) -> None:
+    """Of splits that an earlier config put there and this one does not name."""
+    with suppress(CacheError):
+        dropped = [split for split in Manifest.load(folder).splits if split not in texts]
+        if dropped:
+            say(f"{folder}: splits {', '.join(dropped)} of the earlier config are no longer in the cache")
+
+
 def _report(config: Config) -> Path:
-    """Where it is listed what cannot be used, while there is no finished cache that holds the list."""
-    return config.cache.dir.with_name(f"{config.cache.dir.name}.{LEFT_OUT_NAME}")
+    """Where it is listed what cannot be used if that stops the run: no cache holds the list then."""
+    folder = config.cache.dir if config.cache.dir.name else config.cache.dir.absolute()  # "." has no name
+    return folder.parent / f"{folder.name}.{LEFT_OUT_NAME}"
 
 
 def _attachments(inputs: Inputs) -> dict[str, bytes]:
@@ -220,8 +245,14 @@ def _reasons(inputs: Inputs) -> dict[str, int]:
     return dict(counts)
 
 
-def _provenance(config: Config, inputs: Inputs) -> dict[str, Any]:
+def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, Any]:
     """What made the cache: enough to repair it, and to notice that the annotations have changed since."""
-    used = config.model_dump(mode="json", include={"model": True, "data": True, "precompute": True, "cache": {"dtype"}})
-    versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
-    return {"config": used, "sources": source_digests(config.data), "left_out": _reasons(inputs), "versions": versions}
+    kept: Any = {"model": True, "data": True, "precompute": True, "cache": {"dtype", "part_rows"}}
+    used = config.with_absolute_paths().model_dump(mode="json", include=kept)
+    return {
+        "config": used,
+        "encoder": encoder_settings(checkpoint),
+        "sources": inputs.sources,
+        "left_out": _reasons(inputs),
+        "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
+    }

@@ -1,5 +1,6 @@
 """Before stage one's work: what is to be done, what cannot be, and whether there is room for it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cache.files import sha256_of
 from cache.writer import Survey
-from pipeline.config import CacheConfig, DataConfig
+from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.errors import PipelineError
 from pipeline.images import PictureError, check_header, image_digest, read_picture
 from pipeline.progress import progress_bar, say
-from pipeline.vqa import LeftOut, VQAExample, read_examples
+from pipeline.vqa import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample, read_examples
 
 LEFT_OUT_NAME = "left-out.jsonl"
 NAMED = 3  # of what is left out, in a message
@@ -32,6 +32,8 @@ class Inputs:
     """SHA-256 of every picture that is there and looks like one."""
     pictures: int
     """Distinct files that the annotations name."""
+    sources: dict[str, dict[str, str]]
+    """SHA-256 of the annotation files as they were parsed, by split and key."""
 
     @property
     def paths(self) -> dict[bytes, Path]:
@@ -47,25 +49,42 @@ class Inputs:
 def read_inputs(data: DataConfig) -> Inputs:
     """Reads the annotations of every split, and every picture once for its digest.
 
-    Raises `PipelineError` for annotations that cannot be read.
+    Raises `PipelineError` for annotations that cannot be read, or a folder of pictures that is not there.
     """
-    read = {
-        split: read_examples(data.format, split, files.annotations, files.images, files.questions)
-        for split, files in data.splits.items()
-    }
+    for split, files in data.splits.items():
+        if files.images and not files.images.is_dir():
+            raise PipelineError(f"{files.images} (data.{split}.images): no such folder. Is its disk mounted?")
+    read, sources = {}, {}
+    for split, files in data.splits.items():
+        read[split], sources[split] = _read_split(data.format, split, files)
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
     digests, reasons = _digest_pictures({example.image for examples in splits.values() for example in examples})
-    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons)), reasons)
+    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons)
+
+
+def _read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
+    """The split, and the SHA-256 of its annotation files by key."""
+    hashed: dict[Path, str] = {}
+
+    def on_read(path: Path, data: bytes) -> None:
+        hashed[path] = hashlib.sha256(data).hexdigest()
+
+    found = read_examples(format, split, files.annotations, files.images, files.questions, on_read)
+    return found, {key: hashed[path] for key, path in files if path in hashed}
 
 
 def first_line(inputs: Inputs, found: Survey, config: CacheConfig) -> str:
     """What there is to do, in a line."""
-    parts = [f"{inputs.pictures} pictures, {found.wanted} distinct", f"{found.stored} in the cache already"]
+    unusable = inputs.pictures - len(inputs.digests)
+    counted = (
+        f"{inputs.pictures} pictures, {f'{unusable} of them unusable, ' if unusable else ''}{found.wanted} distinct"
+    )
+    parts = [counted, f"{found.stored} in the cache already"]
     if found.nearby:
         parts.append(f"{found.nearby} to be copied from caches beside it")
     needed, free = found.bytes_needed, free_bytes(config.dir)
-    return f"{'; '.join(parts)}; {found.to_encode} to encode; {gigabytes(needed)} needed, {gigabytes(free)} free"
+    return f"{'; '.join(parts)}; {found.to_encode} to encode; {size(needed)} needed, {size(free)} free"
 
 
 def check_room(found: Survey, config: CacheConfig) -> None:
@@ -73,48 +92,59 @@ def check_room(found: Survey, config: CacheConfig) -> None:
     free = free_bytes(config.dir)
     if found.bytes_needed > free:
         missing = found.wanted - found.stored
+        smaller = ", or cache.dtype=float16" if config.dtype == "float32" else ""
         raise PipelineError(
-            f"{config.dir}: {missing} pictures and the text need {gigabytes(found.bytes_needed)}, the disk has "
-            f"{gigabytes(free)} free. Make room, choose another cache.dir, or cache.dtype=float16; nothing was begun"
+            f"{config.dir}: {missing} pictures and the text need {size(found.bytes_needed)}, the disk has "
+            f"{size(free)} free. Make room, or choose another cache.dir{smaller}; nothing was begun"
         )
 
 
-def tell_left_out(inputs: Inputs, on_missing: str, report: Path) -> None:
-    """Lists what is left out in `report` and says how much it is; `PipelineError` if `on_missing` is "error"."""
-    if not inputs.left_out:
-        if report.exists():  # a read-only disk refuses to remove even what is not there
-            report.unlink()
+def tell_left_out(inputs: Inputs, news: Sequence[LeftOut], on_missing: str, report: Path | None) -> None:
+    """Says what is newly left out; lists all of it in `report` and raises `PipelineError` if that stops the run."""
+    if not news:
         return
+    if on_missing == "skip" and any(inputs.splits.values()):
+        say(f"left out: {in_words(news)}")
+        return
+    listed = ""
+    if report:
+        _list_left_out(inputs, report)
+        listed = f". All of them: {report}"
+    if on_missing == "skip":
+        raise PipelineError(f"nothing is left to encode: {in_words(news)}{listed}. Check data.*.images")
+    raise PipelineError(
+        f"cannot be used: {in_words(news)}{listed}. Mend the data, or leave these questions out with "
+        "precompute.on_missing=skip"
+    )
+
+
+def _list_left_out(inputs: Inputs, report: Path) -> None:
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_bytes(left_out_lines(inputs.left_out))
     except OSError as error:
         raise PipelineError(
-            f"{report}: cannot list what is left out: {error.strerror}. What is written stays good: once the disk "
-            "takes more, run the same command again, or choose another cache.dir"
+            f"{report}: cannot list what is left out: {error.strerror}. What is written stays good: once that is "
+            "mended, run the same command again, or choose another cache.dir"
         ) from error
-    words = f"{in_words(inputs.left_out)}. All of them: {report}"
-    if on_missing == "error":
-        raise PipelineError(
-            f"cannot be used: {words}. Mend the data, or leave these questions out with precompute.on_missing=skip"
-        )
-    say(f"left out: {words}")
-    if not any(inputs.splits.values()):
-        raise PipelineError("nothing is left to encode. Check data.*.images")
 
 
 def in_words(left_out: Sequence[LeftOut]) -> str:
-    """Numbers and first examples by reason."""
+    """Numbers and first examples by reason; pictures first, then what is most."""
     by_reason: dict[str, list[LeftOut]] = {}
     for one in left_out:
         by_reason.setdefault(one.reason, []).append(one)
-    most = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    most = sorted(by_reason.items(), key=lambda item: (item[1][0].question_id is not None, -len(item[1])))
     lines = []
     for reason, ones in most[:NAMED]:
-        named = ", ".join(one.where for one in ones[:NAMED]) + (", ..." if len(ones) > NAMED else "")
+        named = ", ".join(map(_place, ones[:NAMED])) + (", ..." if len(ones) > NAMED else "")
         lines.append(f"{sum(one.questions for one in ones)} questions ({reason}: {named})")
     others = sum(one.questions for _, ones in most[NAMED:] for one in ones)
     return "; ".join(lines) + (f"; {others} questions for other reasons" if others else "")
+
+
+def _place(one: LeftOut) -> str:
+    return f"{one.question_id!r} of {one.split} at {one.where}" if one.reason in (TWICE, ANNOTATED_TWICE) else one.where
 
 
 def left_out_lines(left_out: Iterable[LeftOut]) -> bytes:
@@ -123,23 +153,15 @@ def left_out_lines(left_out: Iterable[LeftOut]) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def source_digests(data: DataConfig) -> dict[str, dict[str, str]]:
-    """SHA-256 of the annotation files, by split and key, as far as they are there."""
-    found: dict[str, dict[str, str]] = {}
-    for split, files in data.splits.items():
-        named = {"annotations": files.annotations, "questions": files.questions}
-        found[split] = {key: sha256_of(path) for key, path in named.items() if path is not None and path.is_file()}
-    return found
-
-
 def free_bytes(folder: Path) -> int:
     """Room on the disk that holds, or would hold, `folder`."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     return shutil.disk_usage(existing).free
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"
+def size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _digest_pictures(paths: set[Path]) -> tuple[dict[Path, bytes], dict[Path, str]]:

@@ -15,7 +15,7 @@ def progress_bar(what: str, total: int, unit: str, done: int = 0, scaled: bool =
     """
     on_terminal = sys.stderr.isatty()
     return tqdm(
-        desc=f"{what:<10}",
+        desc=what,
         total=total,
         disable=rank() > 0,
         initial=done,

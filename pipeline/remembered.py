@@ -14,9 +14,10 @@ RACY_SECONDS = 2  # a file changed as shortly ago may change again within the sa
 
 
 def file_states(paths: Sequence[Path]) -> str | None:
-    """A key that no write to any of the files leaves as it is; None if one changed a moment ago.
+    """A key that changes with the files; None if one changed a moment ago.
 
-    The kernel sets a file's ctime at every change, and no program can set it back.
+    The kernel sets a file's ctime at every change, and programs cannot set it back. A clock that is set back, or a
+    file system that keeps no ctime, may still hide a change: this saves time, and is no proof.
     """
     states = []
     for path in paths:
@@ -35,7 +36,7 @@ def recall(key: str | None) -> str | None:
         return None
     try:
         digest = (_folder() / key).read_text()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: the user has no home
         return None
     return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
 
@@ -46,7 +47,7 @@ def remember(key: str | None, digest: str) -> str:
         try:
             _folder().mkdir(parents=True, exist_ok=True)
             write_atomically(_folder() / key, digest.encode())
-        except OSError:
+        except (OSError, RuntimeError):
             pass  # only the time to find it again is lost
     return digest
 

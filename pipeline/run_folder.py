@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, load_config
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 WHOLE = "whole"  # a file in a checkpoint that was written to its end
 
@@ -81,6 +81,13 @@ class RunFolder:
         if not self.adapter.is_dir():
             go_on = f"pipe train {self.config} --name {self.path.name} --resume"
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{go_on}`")
+
+
+def named_run(output_dir: Path, name: str) -> RunFolder:
+    """`output_dir`/NAME. Raises `ConfigError` for a name that leads elsewhere."""
+    if name in (".", "..") or Path(name).name != name:
+        raise ConfigError(f"--name {name!r} is not one plain name; the folder that runs lie in is train.output_dir")
+    return RunFolder(output_dir / name)
 
 
 def next_run(output_dir: Path, stem: str) -> RunFolder:

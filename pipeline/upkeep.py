@@ -41,6 +41,7 @@ def cache_info(folder: Path) -> dict[str, Any]:
         "spec": manifest.spec.to_attributes(),
         "checkpoint": made.get("config", {}).get("model", {}),
         "made_with": made.get("versions", {}),
+        "not_in_manifest": found.unlisted,
         "foreign_files": found.foreign,
     }
 
@@ -50,9 +51,10 @@ def verify(folder: Path) -> dict[str, Any]:
 
     Raises `CacheError` if the cache is unfinished or its manifest is damaged.
     """
-    with progress_bar("verifying", describe(folder).bytes, "B", scaled=True) as bar:
+    manifest = describe(folder).manifest
+    with progress_bar("verifying", manifest.part_bytes if manifest else 0, "B", scaled=True) as bar:
         found = audit.verify(folder, bar.update)
-    if found.damages:
+    if any(not damage.unreadable and damage.problem != audit.NO_PART for damage in found.damages):
         say(f"{folder}: damaged. `pipe cache repair {folder}` encodes again what is lost, and nothing else")
     damaged = [in_words(damage) for damage in found.damages]
     return {"cache": str(folder), "images": found.rows, "bytes": found.bytes, "damaged": damaged}

@@ -18,9 +18,10 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 T = TypeVar("T")
+OnRead = Callable[[Path, bytes], object]
 TWICE = "question_id is there twice"  # the reasons of `LeftOut`s; "no annotation in FILE" is the fourth
 ANNOTATED_TWICE = "question_id is annotated twice"
 NO_ANSWER = "no answer"
@@ -99,6 +100,8 @@ class Sources:
     annotations: Path | None = None
     images: Path | None = None
     questions: Path | None = None
+    on_read: OnRead = lambda path, data: None
+    """Is told the bytes of each annotation file: those that are parsed, whatever becomes of the file later."""
 
     @property
     def may_lack_answers(self) -> bool:
@@ -114,6 +117,17 @@ class Sources:
             raise PipelineError(f"data.{self.split}.{key} is not set, and this data.format needs it")
         return path
 
+    def read_text(self, path: Path) -> str:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise _RecordError(f"cannot be read: {error.strerror}") from None
+        self.on_read(path, data)
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _RecordError(f"not UTF-8 at byte {error.start}") from None
+
 
 def read_examples(
     format: str,
@@ -121,22 +135,25 @@ def read_examples(
     annotations: Path | None = None,
     images: Path | None = None,
     questions: Path | None = None,
+    on_read: OnRead = lambda path, data: None,
 ) -> Split:
     """All questions of one split, in the file's order, and what is left out.
 
     Which files a format needs, and what stands in them, is told at its reader below. The paths are
-    those of the config's `data.{split}`. Left out are questions without an answer, except on splits whose
-    name begins with "test", and of usable questions with the same id all but the first.
+    those of the config's `data.{split}`; `on_read` is told the bytes of each file. Left out are questions
+    without an answer, except on splits whose name begins with "test", and of usable questions with the
+    same id all but the first.
 
     Raises:
-        PipelineError: an unknown format or split, a file that is not set, not there, not UTF-8 or not
+        ConfigError: an unknown format.
+        PipelineError: an unknown split, a file that is not set, not there, not UTF-8 or not
             JSON, a malformed record (file and position are named), or no questions that can be used.
     """
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0)[0]
-        raise PipelineError(f"no data.format {format!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"no data.format {format!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
     with _without_garbage_collection():
-        examples, left_out = FORMATS[format](Sources(split, annotations, images, questions))
+        examples, left_out = FORMATS[format](Sources(split, annotations, images, questions, on_read))
     if not examples:
         message = f"data.{split}: no questions in {questions or annotations or format}"
         if left_out:
@@ -170,7 +187,7 @@ def read_easy_vqa(sources: Sources) -> Split:
 
     path = folder / "questions.json"
     with _naming(path):
-        records = _parse(_read_text(path))
+        records = _parse(sources.read_text(path))
         if not isinstance(records, list):
             raise _RecordError("not a list of questions")
         return _split(sources, path, "[{}]", enumerate(records), example)
@@ -198,7 +215,7 @@ def read_jsonl(sources: Sources) -> Split:
 
     with _naming(path):
         # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a text.
-        lines = enumerate(_read_text(path).split("\n"), start=1)
+        lines = enumerate(sources.read_text(path).split("\n"), start=1)
         records = ((number, _parse(line, number)) for number, line in lines if line.strip())
         return _split(sources, path, "line {}", records, example)
 
@@ -220,7 +237,7 @@ def read_vqav2(sources: Sources) -> Split:
         return f"no annotation in {sources.annotations}"
 
     with _naming(path):
-        whole = _object(_parse(_read_text(path)))
+        whole = _object(_parse(sources.read_text(path)))
         # test-dev is a part of test: its pictures are test's.
         prefix = f"COCO_{_field(whole, 'data_subtype', str).replace('test-dev', 'test')}"
 
@@ -261,7 +278,7 @@ def _vqav2_annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] |
         return _question_id(record), (answers, *types)
 
     with _naming(path):
-        records = _field(_object(_parse(_read_text(path), hook=_answer_alone)), "annotations", list)
+        records = _field(_object(_parse(sources.read_text(path), hook=_answer_alone)), "annotations", list)
         for position, (key, made) in _each(enumerate(records), "annotations[{}]", annotation):
             if key not in annotations:
                 annotations[key] = made
@@ -346,15 +363,6 @@ def _each(
         yield position, value
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise _RecordError(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise _RecordError(f"not UTF-8 at byte {error.start}") from None
-
-
 def _parse(text: str, line: int = 1, hook: Callable[[dict[str, Any]], object] | None = None) -> object:
     """The JSON value of `text`, which begins on that line of its file; `hook` replaces each object."""
     try:
@@ -373,7 +381,9 @@ def _pictures(folder: Path) -> Callable[[str], Path]:
     @cache
     def path(name: str) -> Path:
         relative = Path(name)
-        if relative.anchor or ".." in relative.parts or not relative.parts or "\0" in name:
+        if relative.anchor:
+            raise _RecordError(f"image {name!r} must be relative to the images folder, {folder}")
+        if ".." in relative.parts or not relative.parts or "\0" in name:
             raise _RecordError(f"image {name!r} does not name a file inside {folder}")
         return folder / relative
 

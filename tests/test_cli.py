@@ -11,7 +11,7 @@ from click import Group
 from click.testing import CliRunner, Result
 from conftest import write_config
 
-from pipeline.cli import main
+from pipeline.cli import _load_bitsandbytes, _table, main
 from pipeline.config import Config, load_config
 
 
@@ -78,22 +78,36 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["train", "CONFIG", "train.epochz=1"], 2, "unknown key train.epochz; did you mean epochs?"),
         (["train", "CONFIG", "train.epochs=[]"], 2, "train.epochs: input should be a valid number"),
         (["train", "CONFIG", "--resume"], 2, "--resume needs the --name of the run"),
+        (["train", "CONFIG", "--name", "../evil"], 2, "'../evil' is not one plain name"),
+        (["train", "CONFIG", "--name", ".."], 2, "'..' is not one plain name"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["train", "CONFIG"], 1, "run `pipe precompute` first"),
-        (["precompute", "CONFIG", "model.checkpoint=/no/such/folder"], 1, "neither a folder here nor to be had"),
+        (
+            ["precompute", "CONFIG", "model.checkpoint=/no/such/folder"],
+            1,
+            "/no/such/folder (model.checkpoint): no such",
+        ),
+        (["precompute", "CONFIG", "model.checkpoint=~/blip"], 1, "~/blip (model.checkpoint): no such folder"),
+        (["precompute", "CONFIG", "model.checkpoint=Embeded"], 1, "did you mean embedded?"),
         (
             ["precompute", "CONFIG", "data.train.images=/no/such/folder"],
             1,
-            "54 questions (not there: /no/such/folder/0.png",
+            "/no/such/folder (data.train.images): no such",
         ),
+        (["precompute", "CONFIG", "cache.dir=README.md"], 1, "README.md: not a folder"),
         (["precompute", "CONFIG", "data.train.annotations=/no/such/file"], 1, "/no/such/file"),
         (["precompute", "CONFIG", "data.format=vqav2"], 1, "data.train.questions is not set"),
-        (["precompute", "CONFIG", "data.format=vqa"], 1, "no data.format 'vqa'"),
+        (["precompute", "CONFIG", "data.format=vqa"], 2, "no data.format 'vqa'; nearest: vqav2"),
         (["precompute", "CONFIG", "cache.dir=/proc/nothing"], 1, "/proc/nothing"),
         (["evaluate", "/no/such/run"], 1, "/no/such/run: not a run folder"),
     ],
 )
-def test_bad_input_is_told_in_a_line_or_two(data_set: Path, words: list[str], status: int, message: str) -> None:
+def test_bad_input_is_told_in_a_line_or_two(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int, message: str
+) -> None:
+    (data_set / "README.md").write_text("mine")
+    monkeypatch.chdir(data_set)
+    (data_set / "images" / "0.png").unlink()
     before = sorted(data_set.rglob("*"))
     done = pipe(*[data_set / "config.yaml" if word == "CONFIG" else word for word in words])
     assert done.exit_code == status, done.output
@@ -102,8 +116,7 @@ def test_bad_input_is_told_in_a_line_or_two(data_set: Path, words: list[str], st
     told = [line for line in done.stderr.splitlines() if "pictures/s" not in line]
     assert len(told) <= 4
     assert done.stdout == ""
-    report = data_set / "cache.left-out.jsonl"  # where all that cannot be used is listed
-    assert sorted(path for path in data_set.rglob("*") if path != report) == before
+    assert sorted(data_set.rglob("*")) == before
 
 
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +154,47 @@ def test_the_summary_is_a_table_without_json(data_set: Path) -> None:
     done = pipe("precompute", data_set / "config.yaml")
     assert done.exit_code == 0
     assert any(line.split() == ["encoded", "24"] for line in done.stdout.splitlines())
+    assert "left out" not in done.stdout
+    verified = pipe("cache", "verify", data_set / "cache").stdout
+    assert any(line.split() == ["damaged", "0"] for line in verified.splitlines())
+
+
+def test_the_table_keeps_names_apart_and_gives_units() -> None:
+    summary = {
+        "left_out": {"question_id is there twice": 2, "no annotation in my_file.json": 1},
+        "nothing": {},
+        "time": {"encoding": 0.00087},
+        "bytes": 134544,
+        "bytes_needed": 134544,
+        "seconds": 1.4e-05,
+        "images_per_second": 254.1234,
+        "questions": 38575,
+        "train_loss": 0.00123,
+    }
+    assert _table(summary).splitlines() == [
+        "left out",
+        "  question_id is there twice  2",
+        "  no annotation in my_file.json  1",
+        "time",
+        "  encoding                  0.0 s",
+        "bytes                       0.1 MiB",
+        "bytes needed                0.1 MiB",
+        "seconds                     0.0 s",
+        "images per second           254.12",
+        "questions                   38,575",
+        "train loss                  0.0012",
+    ]
+
+
+def test_of_bitsandbytes_the_note_on_an_optional_kernel_alone_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
+    _load_bitsandbytes()
+    from bitsandbytes.backends.cpu import ops
+
+    text = Path(ops.__file__).read_text()
+    assert "Failed to load CPU gemm_4bit_forward from kernels-community: %s" in text
+    ops.logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "x")
+    ops.logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
 
 
 def test_the_installed_command_runs_in_a_folder_of_the_users(cached: Config, tmp_path: Path) -> None:
@@ -175,7 +229,11 @@ def test_a_cache_is_listed_told_verified_repaired_and_removed(data_set: Path, mo
     assert pipe("cache", "verify", cache).exit_code == 0
 
     (cache / "notes.txt").write_text("mine")
-    assert pipe("cache", "rm", cache).exit_code == 1  # asked, and not answered
+    for answer in ("n\n", ""):
+        refused = CliRunner().invoke(main, ["cache", "rm", str(cache)], input=answer)
+        assert refused.exit_code == 1
+        assert f"pipe: {cache}: not deleted; --yes deletes without asking" in refused.stderr
+        assert "Abort" not in refused.output
     removed = json.loads(pipe("cache", "rm", cache, "--yes", "--json").stdout)
     assert (removed["left_alone"], sorted(path.name for path in cache.iterdir())) == (["notes.txt"], ["notes.txt"])
     assert pipe("cache", "rm", cache, "--yes").exit_code == 1
@@ -204,6 +262,29 @@ def test_a_damaged_text_is_renewed_and_a_damaged_manifest_is_told(data_set: Path
     manifest.unlink()
     again = json.loads(pipe("precompute", config, "--json").stdout)
     assert (again["encoded"], again["reused"]) == (0, 24)
+
+
+def test_a_dry_run_lists_nothing_beside_the_cache(data_set: Path) -> None:
+    (data_set / "images" / "0.png").unlink()
+    before = sorted(data_set.rglob("*"))
+    refused = pipe("precompute", data_set / "config.yaml", "--dry-run")
+    assert (refused.exit_code, "left-out.jsonl" in refused.stderr) == (1, False)
+    assert "cannot be used: 3 questions (not there: " in refused.stderr
+    told = pipe("precompute", data_set / "config.yaml", "precompute.on_missing=skip", "--dry-run", "--json")
+    assert json.loads(told.stdout)["left_out"] == {"not there": 3}
+    assert "24 pictures, 1 of them unusable, 23 distinct" in told.stderr
+    assert sorted(data_set.rglob("*")) == before
+
+
+def test_a_dry_run_is_not_stopped_by_pictures_that_turn_out_broken(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = data_set / "images" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    dry_run = ("precompute", data_set / "config.yaml", "--dry-run", "--json")
+    assert json.loads(pipe(*dry_run).stdout)["images_per_second"] > 0
+    monkeypatch.setattr("pipeline.encoding.read_picture", lambda path: b"")
+    assert json.loads(pipe(*dry_run).stdout)["images_per_second"] is None
 
 
 def test_a_dry_run_tells_and_begins_nothing(data_set: Path) -> None:

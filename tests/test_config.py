@@ -38,6 +38,42 @@ def test_overrides_lie_over_the_file_and_are_yaml() -> None:
     assert set(config.data.splits) == {"train"}
 
 
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("data.prompt=Q: {question} A:", "Q: {question} A:"),
+        ("data.prompt={question}", "{question}"),
+        ('data.prompt="Q: {question}"', "Q: {question}"),
+        ("model.revision=1234", "1234"),
+        ("model.revision=null", None),
+        ("model.checkpoint=[a", "[a"),
+        ("cache.dir=2024", Path("2024")),
+    ],
+)
+def test_a_text_in_an_override_is_taken_as_it_stands(override: str, found: object) -> None:
+    section, key = override.partition("=")[0].split(".")
+    assert getattr(getattr(load_config(EASY, [override]), section), key) == found
+
+
+def test_an_error_names_the_override_or_the_file_that_it_stands_in(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("{data: {train: {}}, cache: {dir: x}, lora: {r: 0}}")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["train.epochs=many", "cache={}"])
+    lines = str(error.value).splitlines()
+    assert any(line.startswith("'train.epochs=many': train.epochs: ") for line in lines)
+    assert any(line.startswith("'cache={}': cache.dir is missing") for line in lines)
+    assert any(line.startswith(f"{path}: lora.r: ") for line in lines)
+
+
+def test_a_folder_is_told_and_the_config_in_it_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name a config file"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"is a folder; its config is .*config\.yaml"):
+        load_config(tmp_path)
+
+
 def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
     config = load_config(EASY, ["train.seed=7"])
     (tmp_path / "config.yaml").write_text(config.to_yaml())
@@ -57,6 +93,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ("train.micro_batch=0", "train.micro_batch: input should be greater than 0, or input should be 'auto'"),
         ("data.prompt='{question} }'", "data.prompt: must contain {question} once and no other brace"),
         ("train.seed=2024-13-45", "the value is not YAML"),
+        ("lora.target_modules=q_proj", "lora.target_modules: a list is written [q_proj]"),
         ("train.epochs=.inf", "train.epochs: input should be a finite number"),
         ("data.prompt=hello", "data.prompt: must contain {question} once"),
         ("data={format: easy_vqa}", "data: needs at least one of train, val, test"),

@@ -444,3 +444,11 @@ def test_files_are_closed(tmp_path: Path, preprocess: Preprocessor) -> None:
             reason(read_picture, tmp_path / name)
         reason(preprocess, read_picture(tmp_path / "html.jpg"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_file_of_a_terabyte_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(PictureError, match=r"too large \(1099511627776 bytes, at most 1073741824\)"):
+        read_picture(path)

@@ -15,9 +15,11 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.assemble import open_batcher
 from pipeline.config import Config, load_config
+from pipeline.encoding import Encoded
 from pipeline.errors import PipelineError
 from pipeline.images import Preprocessor
 from pipeline.precompute import precompute
+from pipeline.repair import reencode
 
 
 @pytest.fixture
@@ -50,12 +52,25 @@ def change_processor(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(content))
 
 
+def change_config(folder: Path, section: str, **changes: object) -> None:
+    path = folder / "model" / "config.json"
+    content = json.loads(path.read_text())
+    content[section].update(changes)
+    path.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
         pytest.param(lambda f: change_tensor(f, "vision_model."), "encoder_fingerprint: cache has", id="ViT"),
         pytest.param(lambda f: change_tensor(f, "qformer."), "encoder_fingerprint: cache has", id="Q-Former"),
         pytest.param(lambda f: change_tensor(f, "query_tokens"), "encoder_fingerprint: cache has", id="query tokens"),
+        pytest.param(
+            lambda f: change_config(f, "vision_config", num_attention_heads=2), "encoder_fingerprint", id="heads"
+        ),
+        pytest.param(
+            lambda f: change_config(f, "qformer_config", hidden_act="relu"), "encoder_fingerprint", id="activation"
+        ),
         pytest.param(
             lambda f: change_processor(f, size={"height": 32, "width": 64}), 'size: cache has .*64.*wanted', id="size"
         ),
@@ -80,6 +95,40 @@ def refused(config: Config, difference: str) -> None:
         precompute(config)
     with pytest.raises((PipelineError, CacheError), match=difference):
         open_batcher(config, "train")
+
+
+def test_what_of_the_config_decides_nothing_is_no_difference(made: Path) -> None:
+    change_config(made, "vision_config", initializer_range=0.5, attention_dropout=0.1, dtype="bfloat16", new_key=1)
+    change_config(made, "text_config", dropout=0.5)
+    assert precompute(config_of(made))["encoded"] == 0
+    open_batcher(config_of(made), "train")
+
+
+def test_the_settings_are_compared_where_the_encoders_tensors_are_not(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.assemble.has_half", lambda *_: False)
+    open_batcher(config_of(made), "train")
+    change_config(made, "vision_config", num_attention_heads=2)
+    with pytest.raises(PipelineError, match=r"vision_config\.num_attention_heads: cache has 4, wanted 2"):
+        open_batcher(config_of(made), "train")
+
+
+def test_training_names_the_setting_that_differs(made: Path) -> None:
+    change_config(made, "qformer_config", hidden_act="relu")
+    with pytest.raises(PipelineError, match=r"qformer_config\.hidden_act: cache has gelu, wanted relu\n.*fingerprint"):
+        open_batcher(config_of(made), "train")
+
+
+def test_encoding_again_tells_rounding_from_another_encoder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = reencode(made / "cache", 5)
+    assert (same["reencoded"], same["reencode_differs"], same["damaged"]) == (5, False, [])
+    change_config(made, "vision_config", hidden_act="relu")
+    monkeypatch.setattr("pipeline.repair.encoder_spec", lambda *_: FeatureReader(made / "cache").spec)
+    other = reencode(made / "cache", 5)
+    assert (other["reencode_differs"], len(other["damaged"])) == (True, 5)
+    shutil.rmtree(made / "images")
+    assert reencode(made / "cache", 5)["largest_difference"] is None
 
 
 def test_another_image_backend_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +192,36 @@ def test_an_edited_annotation_stops_training_and_costs_the_text_alone(made: Path
     assert open_batcher(config_of(made), "train").text.record(0)["answers"] == ["changed"]
 
 
+def test_an_annotation_edited_while_pictures_are_encoded_stops_training(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made / "train.jsonl"
+    monkeypatch.setattr(
+        "pipeline.precompute._encode", lambda *_: (path.write_text("\n" + path.read_text()), Encoded())[1]
+    )
+    precompute(config_of(made))
+    with pytest.raises(PipelineError, match=r"train\.jsonl .* is not what .* was made of"):
+        open_batcher(config_of(made), "train")
+
+
+def test_another_folder_of_pictures_is_told_and_not_used(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = f"data.train.images={made}/other"
+    open_batcher(config_of(made, other), "train")
+    assert "other" not in capsys.readouterr().err  # it is not on this machine
+    (made / "other").mkdir()
+    open_batcher(config_of(made, other), "train")
+    assert f"holds the pictures of {made}/images, and these are used" in capsys.readouterr().err
+    (made / "link").symlink_to(made / "images")
+    open_batcher(config_of(made, f"data.train.images={made}/link"), "train")
+    assert "these are used" not in capsys.readouterr().err
+
+
 def test_without_pictures_and_annotations_training_goes_on(made: Path) -> None:
-    before = open_batcher(config_of(made), "train").for_training([0, 7])
+    before = open_batcher(config_of(made), "train").for_generation([0, 7])
     shutil.rmtree(made / "images")
     (made / "train.jsonl").unlink()
-    after = open_batcher(config_of(made), "train").for_training([0, 7])
-    assert all((before[name] == after[name]).all() for name in before)
+    after = open_batcher(config_of(made), "train").for_generation([0, 7])
+    assert all((one == other).all() for one, other in zip(before, after, strict=True))
 
 
 def test_another_prompt_costs_the_tokens_alone(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

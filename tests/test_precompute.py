@@ -14,7 +14,8 @@ from cache.spec import CacheError
 from pipeline.assemble import open_batcher
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
-from pipeline.precompute import precompute
+from pipeline.precompute import dry_run, precompute
+from pipeline.repair import repair
 
 
 def digest_of_folder(folder: Path) -> dict[str, bytes]:
@@ -111,17 +112,24 @@ def test_what_training_will_not_see_is_said_at_its_start(data_set: Path, capsys:
 
 
 def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set: Path) -> None:
+    config = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
     shutil.rmtree(data_set / "images")
-    with pytest.raises(PipelineError, match=r"nothing is left to encode. Check data.\*.images"):
-        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    with pytest.raises(PipelineError, match=r"images \(data.train.images\): no such folder"):
+        precompute(config)
+    (data_set / "images").mkdir()
+    with pytest.raises(PipelineError, match=r"nothing is left to encode: 72 questions .*Check data.\*.images"):
+        precompute(config)
 
 
 def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_set: Path) -> None:
     with (data_set / "train.jsonl").open("a") as file:
         for row in ({"question_id": 1, "answer": "twice"}, {"question_id": 99}):
             file.write("\n" + json.dumps({"image": "0.png", "question": "what?", **row}))
-    with pytest.raises(PipelineError, match="question_id is there twice"):
+    (data_set / "images" / "2.png").rename(data_set / "2.png")
+    told = r"3 questions \(not there: .*question_id is there twice: 1 of train at .*train\.jsonl: line 55\)"
+    with pytest.raises(PipelineError, match=told):
         precompute(load_config(data_set / "config.yaml"))
+    (data_set / "2.png").rename(data_set / "images" / "2.png")
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
     assert summary["left_out"] == {"question_id is there twice": 1, "no answer": 1}
     assert (summary["questions"]["train"], summary["failed"]) == (54, 0)
@@ -147,6 +155,30 @@ def test_a_picture_that_turns_out_broken_costs_no_other_its_features(data_set: P
     shutil.copy(data_set / "other" / "images" / "5.png", data_set / "images" / "5.png")
     summary = precompute(config)
     assert (summary["encoded"], summary["reused"], summary["failed"]) == (1, 23, 0)
+
+
+def test_each_thing_left_out_is_said_once_and_the_last_line_says_where_the_list_is(
+    data_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data_set / "images" / "0.png").unlink()
+    truncate(data_set / "images" / "5.png")
+    precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    told = capsys.readouterr().err
+    assert (told.count("0.png"), told.count("5.png")) == (1, 1)
+    listed = Path(told.rstrip().splitlines()[-1].removeprefix("all that was left out: "))
+    assert [Path(one["image"]).name for one in left_out(listed)] == ["0.png", "5.png"]
+    assert listed.parent == data_set / "cache"
+    assert not (data_set / "cache.left-out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("dtype", "advised"), [("float32", True), ("float16", False), ("bfloat16", False)])
+def test_a_disk_that_is_too_full_is_told_in_fitting_units(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, advised: bool
+) -> None:
+    monkeypatch.setattr("pipeline.preflight.free_bytes", lambda folder: 1000)
+    with pytest.raises(PipelineError, match=r"need 0\.\d\d MB, the disk has 0\.00 MB free") as told:
+        precompute(load_config(data_set / "config.yaml", [f"cache.dtype={dtype}"]))
+    assert ("cache.dtype=float16" in str(told.value)) == advised
 
 
 def test_a_broken_picture_leaves_the_others_features_as_they_are(data_set: Path) -> None:
@@ -217,8 +249,8 @@ def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> No
     )
     precompute(exact)
     precompute(rounded)
-    wanted = open_batcher(exact, "train").for_training([0, 5])["query_features"]
-    found = open_batcher(rounded, "train").for_training([0, 5])["query_features"]
+    wanted = open_batcher(exact, "train").for_generation([0, 5]).query_features
+    found = open_batcher(rounded, "train").for_generation([0, 5]).query_features
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, wanted.to(torch.bfloat16))
 
@@ -248,3 +280,107 @@ def test_a_compiled_encoder_gives_the_same_features_to_rounding(data_set: Path) 
     precompute(compiled)
     wanted, found = (FeatureReader(config.cache.dir).gather(np.arange(24)) for config in (eager, compiled))
     assert np.abs(found - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("on_missing", ["error", "skip"])
+def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_nothing(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch, on_missing: str
+) -> None:
+    overrides = [f"precompute.on_missing={on_missing}", "cache.part_rows=8"]
+    whole = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/whole"])
+    precompute(whole)
+    config = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/elsewhere/cache"])
+    begin, begun = pipeline.encoding.PictureEncoder._begin, []
+
+    def vanish(self, part, rows, pictures):
+        begun.append(rows)
+        if len(begun) == 2:
+            (data_set / "images").rename(data_set / "away")
+        return begin(self, part, rows, pictures)
+
+    monkeypatch.setattr(pipeline.encoding.PictureEncoder, "_begin", vanish)
+    with pytest.raises(
+        PipelineError, match=r"images/\d+\.png: not there, though it could .* run the same command again"
+    ):
+        precompute(config)
+    monkeypatch.undo()
+    (data_set / "away").rename(data_set / "images")
+    assert precompute(config)["failed"] == 0
+    assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
+
+
+def test_want_of_memory_gives_no_row_up(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.Image.Image.resize", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(PipelineError, match=r"images/\d+\.png: not enough memory"):
+        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    monkeypatch.undo()
+    assert precompute(load_config(data_set / "config.yaml"))["failed"] == 0
+
+
+def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    write_data_set(data_set / "other", seed=5)
+    for number in range(3):
+        shutil.copy(data_set / "other" / "images" / f"{number}.png", data_set / "images" / f"{number}.png")
+    broken = data_set / "images" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:120])
+    read, known = [], pipeline.encoding.read_picture
+    monkeypatch.setattr("pipeline.encoding.read_picture", lambda path: (read.append(path.name), known(path))[1])
+    told = dry_run(config)
+    assert (told["to_encode"], set(read)) == (3, {"0.png", "1.png", "2.png"})
+    assert told["images_per_second"] > 0
+
+
+def test_a_cache_may_be_the_folder_that_one_is_in(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data_set / "here").mkdir()
+    monkeypatch.chdir(data_set / "here")
+    assert precompute(load_config(data_set / "config.yaml", ["cache.dir=."]))["encoded"] == 24
+
+
+def test_splits_that_another_config_leaves_out_are_told(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precompute(load_config(data_set / "config.yaml"))
+    assert "no longer" not in capsys.readouterr().err
+    precompute(load_config(data_set / "config.yaml", ["data.val=null"]))
+    assert "splits val of the earlier config are no longer in the cache" in capsys.readouterr().err
+
+
+def damage(part: Path) -> None:
+    data = bytearray(part.read_bytes())
+    data[-5] ^= 1
+    part.write_bytes(data)
+
+
+def test_a_repair_keeps_the_parts_as_long_as_they_are(data_set: Path) -> None:
+    config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
+    precompute(config)
+    damage(config.cache.dir / "features-00001.h5")
+    assert repair(config.cache.dir)["encoded"] == 1
+    assert FeatureReader(config.cache.dir).manifest.part_rows == 10
+
+
+def test_a_repair_changes_nothing_while_something_cannot_be_read(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(data_set / "config.yaml")
+    precompute(config)
+    damage(config.cache.dir / "features-00000.h5")
+    before = digest_of_folder(config.cache.dir)
+    denied = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("cache.format.sha256_of", lambda *_: (_ for _ in ()).throw(denied))
+    with pytest.raises(PipelineError, match=r"cannot be read, so nothing was changed: .*Permission denied"):
+        repair(config.cache.dir)
+    assert digest_of_folder(config.cache.dir) == before
+
+
+def test_a_repair_finds_the_pictures_from_every_folder(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_set)
+    files = {"train": {"annotations": "train.jsonl", "images": "images"}, "val": None}
+    config = load_config(write_config(data_set, data=files))
+    precompute(config)
+    damage(config.cache.dir / "features-00000.h5")
+    (data_set / "elsewhere").mkdir()
+    monkeypatch.chdir(data_set / "elsewhere")
+    assert repair(config.cache.dir)["encoded"] == 1

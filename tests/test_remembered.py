@@ -56,6 +56,12 @@ def test_nothing_is_remembered_of_a_file_changed_a_moment_ago(weights: Path, mon
     assert len(readings) == 2
 
 
+def test_without_a_home_there_is_no_memory(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory")))
+    assert fingerprint(weights, ENCODER_HALF) == fingerprint(weights, ENCODER_HALF)
+
+
 def test_a_memory_that_cannot_be_written_is_done_without(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
     assert fingerprint(weights, ENCODER_HALF) == fingerprint(embedded_checkpoint(), ENCODER_HALF)

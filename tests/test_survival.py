@@ -129,7 +129,7 @@ def test_ctrl_c_is_told_in_a_line_and_the_same_command_goes_on(undisturbed: Undi
         wait_for_part(folder, running)
         os.kill(running.process.pid or 0, signal.SIGINT)
         told = running.ended().error()
-    assert "interrupted; what is written stays good. The same command goes on" in told
+    assert "interrupted; what is written stays good. The same command goes on; a training" in told
     assert PART_ROWS <= (rows_done(folder) or 0) < PICTURES
     assert pipe(tmp_path, *words).status == 0
     assert undisturbed.holds(folder)
@@ -223,7 +223,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_begun(data_set: Path, mo
     mounts.do(f"mount -t tmpfs -o size=128k tmpfs {mounts.place}")
     folder = mounts.folder / "caches" / "mine"
     told = pipe(tmp_path, "precompute", data_set / "config.yaml", f"cache.dir={folder}").error()
-    assert re.search(r"24 pictures .*need \d+\.\d\d GB, the disk has \d+\.\d\d GB free\. Make room, choose", told)
+    assert re.search(r"24 pictures .*need \d+\.\d\d MB, the disk has \d+\.\d\d MB free\. Make room, or choose", told)
     assert f"pipe: {folder}: " in told
     assert not folder.parent.exists()
 

@@ -216,6 +216,11 @@ def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
         read_jsonl(write_jsonl(tmp_path, ["a.png", "what?", "red"]))
 
 
+def test_an_absolute_image_name_is_told_what_it_must_be(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"line 1: image '/data/a\.png' must be relative to the images folder"):
+        read_jsonl(write_jsonl(tmp_path, LINE | {"image": "/data/a.png"}))
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "s/../../a.png", "..", "", ".", "a\0.png"])
 def test_an_image_name_that_is_not_inside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     path = write_jsonl(tmp_path, LINE, LINE | {"image": name})

@@ -1,3 +1,4 @@
+import os
 import random
 import shutil
 
@@ -18,11 +19,13 @@ from cache_fakes import (
 )
 from cache_kill import killed, undisturbed
 
-from cache.audit import Damage, drop_damaged, verify
+import cache.audit
+from cache.audit import NO_PART, NOT_STORED, Damage, drop_damaged, verify
 from cache.format import inspect_part
+from cache.inventory import describe
 from cache.part import PartWriter
 from cache.reader import FeatureReader
-from cache.spec import CacheError
+from cache.spec import CacheError, UnreadableError
 from cache.writer import FeatureWriter
 
 WANTED = digests(8)
@@ -89,6 +92,32 @@ def test_part_of_another_cache_is_found(folder, tmp_path):
     assert problems(folder) == [("features-00001.h5", None)]
 
 
+def test_a_file_that_only_has_the_name_of_a_part_is_found_and_bars_the_writer_in_plain_words(folder, tmp_path):
+    stray = folder / "features-00042.h5"
+    build(tmp_path / "other", digests(2), spec(width=8))
+    for data in (bytes(50_000), (tmp_path / "other" / "features-00000.h5").read_bytes()):
+        stray.write_bytes(data)
+        assert verify(folder).damages == [Damage(stray.name, NO_PART)]
+        assert describe(folder).unlisted == [stray.name]
+        with pytest.raises(
+            CacheError, match=r"features-00042\.h5: is no part of this cache: .*Delete this one file"
+        ) as told:
+            build(folder, WANTED)
+        assert "synchronously" not in str(told.value)
+    stray.unlink()
+    assert (build(folder, WANTED), verify(folder).damages, describe(folder).unlisted) == ([], [], [])
+
+
+def test_damages_are_short_facts(folder):
+    flip(folder / "features-00000.h5", 60)
+    (folder / "features-00001.h5").write_bytes(b"")
+    (folder / "features-00002.h5").unlink()
+    flip(next(folder.glob("text-*")), 900)
+    for damage in verify(folder).damages:
+        assert damage.file not in damage.problem
+        assert "pipe" not in damage.problem
+
+
 def test_without_a_sound_manifest_nothing_is_trusted(folder):
     flip(folder / "manifest.json", 100)
     with pytest.raises(CacheError, match="manifest"):
@@ -149,9 +178,16 @@ def test_damaged_rows_are_written_again_and_the_others_keep_their_numbers(folder
     damage_row(folder, 2, 1)
     bad = [WANTED[1], WANTED[6], WANTED[7]]
     assert drop_damaged(folder, verify(folder).damages) == 3
-    assert verify(folder).damages == []
+    lost = verify(folder).damages
+    assert [(damage.problem, damage.row) for damage in lost] == [(NOT_STORED, row) for row in (1, 0, 1)]
+    dropped = contents(folder)
+    assert drop_damaged(folder, lost) == 0
+    assert contents(folder) == dropped
     assert rows_of(folder) == {digest: row for digest, row in before.items() if digest not in bad}
-    with FeatureReader(folder) as reader, pytest.raises(CacheError, match=r"row 1 .*never written.*pipe precompute"):
+    with (
+        FeatureReader(folder) as reader,
+        pytest.raises(CacheError, match=r"row 1 .*never written.*pipe precompute.*its picture"),
+    ):
         reader.gather(reader.text("train").image_row)
     assert build(folder, WANTED) == bad
     assert {digest: row for digest, row in rows_of(folder).items() if digest not in bad} == {
@@ -284,6 +320,7 @@ def test_kill_of_a_repair_leaves_the_old_or_the_new_cache(tmp_path, hurt):
     steps = undisturbed(lambda: repair(tmp_path / "repaired"))
     new = (tmp_path / "repaired" / "manifest.json").read_bytes()
     shutil.copytree(tmp_path / "repaired", tmp_path / "whole")
+    lost = problems(tmp_path / "repaired")
     written_again = build(tmp_path / "whole", wanted)
     found = set()
     for step in range(1, steps + 1):
@@ -293,7 +330,7 @@ def test_kill_of_a_repair_leaves_the_old_or_the_new_cache(tmp_path, hurt):
         manifest = (copy / "manifest.json").read_bytes()
         assert manifest in (old, new)
         found.add(manifest)
-        assert problems(copy) == (problems(folder) if manifest == old else [])
+        assert problems(copy) == (problems(folder) if manifest == old else lost)
         repair(copy)
         assert build(copy, wanted) == written_again
         assert stored_rows(copy, spec()) == set(wanted)
@@ -311,3 +348,66 @@ def test_text_of_a_repaired_cache_can_be_remade_without_the_lost_images(folder):
                 part.seal()
         writer.finish(texts_of(writer, WANTED))
     assert stored_rows(folder, spec()) == {*WANTED} - {WANTED[4]}
+
+
+# What cannot be read
+
+
+def unreadable_rows(monkeypatch, part, rows, number=5):
+    """Has the disk refuse every read that touches these rows of the part."""
+    layout, size = inspect_part(part), spec().row_bytes
+    read, inode = cache.audit.pread_into, part.stat().st_ino
+
+    def refuse(descriptor, data, offset):
+        first = (offset - layout.features_offset) // size
+        touched = range(first, first + -(-len(data) // size))
+        if os.fstat(descriptor).st_ino == inode and set(touched) & set(rows):
+            raise OSError(number, os.strerror(number))
+        read(descriptor, data, offset)
+
+    monkeypatch.setattr("cache.audit.pread_into", refuse)
+
+
+def test_a_defect_of_the_disk_costs_the_rows_over_it(folder, monkeypatch):
+    part = folder / "features-00001.h5"
+    unreadable_rows(monkeypatch, part, [1])
+    damages = verify(folder).damages
+    assert [(d.file, d.row, d.unreadable) for d in damages] == [(part.name, 1, False)]
+    assert drop_damaged(folder, damages) == 1
+    monkeypatch.undo()
+    assert stored_rows(folder, spec()) == {*WANTED} - {WANTED[4]}
+
+
+@pytest.mark.parametrize(("rows", "number"), [([0, 1, 2], 5), ([1], 13), ([1], 24), ([1], 116)])
+def test_a_part_that_cannot_be_read_is_left_as_it_is(folder, monkeypatch, rows, number):
+    before = contents(folder)
+    unreadable_rows(monkeypatch, folder / "features-00001.h5", rows, number)
+    damages = verify(folder).damages
+    assert [(d.file, d.row, d.unreadable) for d in damages] == [("features-00001.h5", None, True)]
+    assert os.strerror(number) in damages[0].problem
+    assert drop_damaged(folder, damages) == 0
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("where", ["cache.audit.opened", "cache.writer.inspect_part"])
+def test_what_could_not_be_opened_is_neither_damaged_nor_a_strangers(folder, monkeypatch, where):
+    stray = folder / "features-00042.h5"
+    stray.write_bytes(bytes(50_000))
+    error = UnreadableError(stray, "cannot be read: Too many open files", "") if "inspect" in where else OSError(24, "")
+    monkeypatch.setattr(where, lambda *_: (_ for _ in ()).throw(error))
+    before = contents(folder)
+    damages = verify(folder).damages
+    found = {damage.file for damage in damages if damage.unreadable}
+    assert found == ({stray.name} if "inspect" in where else {f"features-0000{index}.h5" for index in range(3)})
+    assert drop_damaged(folder, damages) == 0
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("where", ["cache.format.sha256_of", "cache.format.h5py.File"])
+def test_a_head_that_cannot_be_read_is_not_damaged(folder, monkeypatch, where):
+    error = OSError(24, "Unable to open file (errno = 24, error message = 'Too many open files')")
+    monkeypatch.setattr(where, lambda *_, **__: (_ for _ in ()).throw(error))
+    damages = verify(folder).damages
+    assert damages
+    assert all(damage.unreadable for damage in damages)
+    assert drop_damaged(folder, damages) == 0

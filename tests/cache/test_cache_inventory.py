@@ -1,10 +1,14 @@
+import hashlib
+
 import pytest
 from cache_fakes import build, contents, digests, flip, spec, stored_rows, write_some
 from cache_kill import killed, undisturbed
 
+from cache.audit import verify
 from cache.inventory import describe, find_caches, remove
+from cache.own import own_files
 from cache.reader import FeatureReader
-from cache.spec import CacheError
+from cache.spec import CacheError, UnreadableError
 from cache.writer import FeatureWriter
 
 WANTED = digests(8)
@@ -120,3 +124,65 @@ def test_a_cache_half_removed_is_never_taken_for_a_whole_one(tmp_path):
         if {path.name for path in folder.iterdir()} - {".lock"}:
             remove(folder)
             assert not folder.exists()
+
+
+FOREIGN = {"predictions-202401011234.jsonl": b"mine", "text-old-0123456789ab.h5": b"mine", "notes.txt": b"mine"}
+
+
+def test_files_with_names_like_a_caches_are_not_its_own(tmp_path):
+    for name, data in FOREIGN.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(CacheError, match="holds other files"):
+        build(tmp_path, WANTED)
+    assert contents(tmp_path) == FOREIGN
+    build(tmp_path / "cache", WANTED)
+    for name, data in FOREIGN.items():
+        (tmp_path / "cache" / name).write_bytes(data)
+    build(tmp_path / "cache", WANTED[:4])
+    assert sorted(describe(tmp_path / "cache").foreign) == sorted(FOREIGN)
+    remove(tmp_path / "cache")
+    assert contents(tmp_path / "cache") == FOREIGN
+
+
+def test_what_a_killed_writer_left_is_known_by_its_content(tmp_path):
+    build(tmp_path, WANTED)
+    left = tmp_path / f"left-out-{hashlib.sha256(b'old').hexdigest()[:12]}.jsonl"
+    left.write_bytes(b"old")
+    build(tmp_path, WANTED)
+    assert not left.exists()
+
+
+def test_another_programs_manifest_and_plan_are_no_cache(tmp_path):
+    mine = {"manifest.json": b'{"name": "my app"}', "plan.json": b"[]", "index.html": b"x"}
+    for name, data in mine.items():
+        (tmp_path / name).write_bytes(data)
+    assert find_caches(tmp_path) == []
+    for call in (describe, remove):
+        with pytest.raises(CacheError, match="no cache is there"):
+            call(tmp_path)
+    with pytest.raises(CacheError, match="holds other files"):
+        build(tmp_path, WANTED)
+    assert contents(tmp_path) == mine
+
+
+def test_a_link_to_a_cache_is_not_followed_to_remove_it(tmp_path):
+    build(tmp_path / "cache", WANTED)
+    (tmp_path / "link").symlink_to("cache")
+    with pytest.raises(CacheError, match=r"is a link to .*cache: name that folder itself; nothing was deleted"):
+        remove(tmp_path / "link")
+    assert stored_rows(tmp_path / "cache", spec()) == set(WANTED)
+
+
+def test_a_cache_is_described_while_its_files_get_other_names(tmp_path, monkeypatch):
+    build(tmp_path, WANTED)
+    monkeypatch.setattr("cache.inventory.own_files", lambda folder: [*own_files(folder), folder / "features-00009.h5"])
+    assert describe(tmp_path).bytes > 0
+
+
+def test_an_unreadable_manifest_is_a_cache_error(tmp_path, monkeypatch):
+    build(tmp_path, WANTED)
+    denied = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(denied))
+    for use in (describe, verify, FeatureReader):
+        with pytest.raises(UnreadableError, match=r"manifest\.json: cannot be read: Permission denied"):
+            use(tmp_path)

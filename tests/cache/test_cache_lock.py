@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cache_fakes import build, contents, digests, put, spec, to_write, write_some
 
+import cache.lock
 from cache.lock import FolderLock, holder
 from cache.part import PartWriter
 from cache.spec import CacheError
@@ -110,3 +111,29 @@ def test_kill_minus_nine_loses_only_what_was_not_committed(tmp_path):
         assert write_some(writer) == [WANTED[4], WANTED[5], WANTED[7]]
     assert build(folder, WANTED) == []
     assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.lock.PATIENCE", 30)
+    (tmp_path / ".lock").touch()
+    taken = cache.lock.lock
+    raced = []
+
+    def remove_first(descriptor, patience=0):
+        if not raced:
+            raced.append((tmp_path / ".lock").unlink())
+        return taken(descriptor, patience)
+
+    monkeypatch.setattr("cache.lock.lock", remove_first)
+    first = FolderLock(tmp_path)
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    with pytest.raises(CacheError, match="is writing this cache"):
+        FolderLock(tmp_path)
+    first.release()
+
+
+def test_a_lock_is_let_go_though_its_file_cannot_be_changed(tmp_path, monkeypatch):
+    first = FolderLock(tmp_path)
+    monkeypatch.setattr("os.ftruncate", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    first.release()
+    FolderLock(tmp_path).release()

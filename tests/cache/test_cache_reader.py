@@ -1,3 +1,4 @@
+import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from cache.spec import CacheError
 from cache.writer import FeatureWriter
 
 WANTED = digests(8)
+HERE = Path(__file__).parent
 ORDERS = [[0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 3, 3, 5], [2, 0, 1], [], [4]]
 
 
@@ -82,7 +84,7 @@ def test_part_that_is_missing_or_cut_is_found_when_the_cache_is_opened(folder):
     with pytest.raises(CacheError, match=rf"features-00001\.h5: has {len(data) - 1} bytes, must have {len(data)}"):
         FeatureReader(folder)
     path.unlink()
-    with pytest.raises(CacheError, match=r"features-00001\.h5: this part is missing"):
+    with pytest.raises(CacheError, match=r"features-00001\.h5: is missing"):
         FeatureReader(folder)
 
 
@@ -215,7 +217,7 @@ def test_text_of_a_split(folder):
         (lambda c: c["splits"]["train"].update(questions=7), "does not belong"),
         (lambda c: (c["parts"].pop(), c.update(rows=6)), "does not belong"),  # questions on rows that are not there
         (lambda c: c["splits"]["train"].update(sha256="ab" * 32), "is not what was written"),
-        (lambda c: c["splits"]["train"].update(file="text-train-000000000000.h5"), "cannot be read"),
+        (lambda c: c["splits"]["train"].update(file="text-train-000000000000.h5"), "is missing"),
     ],
 )
 def test_text_that_does_not_belong_to_the_manifest(folder, change, words):
@@ -243,3 +245,38 @@ def test_cache_stands_alone():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+MANY = """
+import resource, sys
+import numpy as np
+from cache_fakes import *
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+with FeatureReader(Path(sys.argv[1]), sys.argv[2]) as reader:
+    rows = dict(reader.stored())
+    for _ in range(2):
+        np.testing.assert_array_equal(reader.gather([*rows.values()]), features(rows, spec()))
+"""
+
+
+@pytest.mark.parametrize("io", ["memmap", "pread"])
+def test_more_parts_than_a_process_may_have_files(tmp_path, io):
+    build(tmp_path, digests(100), part_rows=1)
+    env = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
+    script = (
+        MANY
+        if io == "memmap"
+        else MANY.replace("with Feat", "import cache.reader; cache.reader.FILES_AT_ONCE = 9\nwith Feat")
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path, io], env=env, check=True)
+
+
+def test_a_map_is_let_go_with_its_reader(folder):
+    def maps():
+        return Path("/proc/self/maps").read_text().count(str(folder))
+
+    reader = FeatureReader(folder)
+    reader.gather([0, 7])
+    assert maps() == 2
+    reader.close()
+    assert maps() == 0

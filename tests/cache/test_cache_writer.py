@@ -8,6 +8,7 @@ from cache_fakes import (
     build,
     contents,
     digests,
+    edit_manifest,
     features,
     flip,
     put,
@@ -334,10 +335,12 @@ def test_survey_tells_what_a_writer_would_find_and_changes_nothing(tmp_path):
 
 def test_survey_knows_how_much_disk_the_features_take(tmp_path):
     kind, wanted = spec(query_tokens=32, width=16), digests(2048)
-    told = survey(tmp_path / "cache", kind, wanted).bytes_needed
-    FeatureWriter(tmp_path / "cache", kind, wanted).close()
-    taken = sum(path.stat().st_size for path in (tmp_path / "cache").glob("features-*"))
-    assert taken <= told <= 1.05 * taken
+    for part_rows in (1, 100, 1024):
+        folder = tmp_path / str(part_rows)
+        told = survey(folder, kind, wanted[: 8 * part_rows], part_rows=part_rows).bytes_needed
+        FeatureWriter(folder, kind, wanted[: 8 * part_rows], part_rows).close()
+        taken = sum(path.stat().st_size for path in folder.glob("features-*"))
+        assert taken <= told <= 1.05 * taken
 
 
 # What is refused
@@ -615,3 +618,53 @@ def test_the_kill_of_these_tests_kills(tmp_path):
         for _ in range(2):
             with pytest.raises(Killed):
                 tmp_path.unlink()
+
+
+def test_a_source_for_which_there_are_no_files_left_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    build(tmp_path / "a", WANTED)
+    error = OSError(24, "Too many open files")
+    monkeypatch.setattr("cache.reader.map_file", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(CacheError, match="Too many open files"):
+        FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"])
+
+
+def test_a_source_is_read_as_it_is_told(tmp_path, monkeypatch):
+    build(tmp_path / "a", WANTED)
+    monkeypatch.setattr("cache.reader.map_file", lambda *_: pytest.fail("mapped"))
+    with FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"], io="pread") as writer:
+        assert writer.copied == len(WANTED)
+
+
+def test_a_sealed_part_is_opened_once(tmp_path, monkeypatch):
+    build(tmp_path, WANTED, part_rows=1)
+    opened = []
+    monkeypatch.setattr("cache.writer.inspect_part", lambda path: opened.append(path.name) or inspect_part(path))
+    build(tmp_path, WANTED, part_rows=1)
+    assert len(opened) == len(set(opened)) == len(WANTED)
+
+
+def test_a_link_in_a_parts_place_is_refused(tmp_path):
+    build(tmp_path / "cache", WANTED)
+    part = tmp_path / "cache" / "features-00001.h5"
+    part.rename(tmp_path / "elsewhere.h5")
+    part.symlink_to(tmp_path / "elsewhere.h5")
+    with pytest.raises(CacheError, match=r"features-00001\.h5: is a link"):
+        FeatureWriter(tmp_path / "cache", spec(), WANTED)
+    with pytest.raises(CacheError, match=r"features-00001\.h5: is a link"):
+        FeatureReader(tmp_path / "cache").gather([4])
+    assert [damage.file for damage in verify(tmp_path / "cache").damages] == ["features-00001.h5"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["attachments"].update({"left-out.jsonl": "/../../x"}),
+        lambda content: content["parts"][0].update(head_sha256="x"),
+        lambda content: content["splits"]["train"].update(sha256="ab" * 31),
+    ],
+)
+def test_a_digest_that_is_none_is_refused(tmp_path, change):
+    build(tmp_path, WANTED)
+    edit_manifest(tmp_path, change)
+    with pytest.raises(CacheError, match="is no SHA-256"):
+        FeatureReader(tmp_path)
