@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.batch_order import BatchOrder
 from pipeline.batching import MOST_QUESTIONS, Batcher
 from pipeline.config import Config, TrainConfig
 from pipeline.device import pick_device
+from pipeline.errors import PipelineError
 from pipeline.language_model import add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
 from pipeline.progress import progress_bar, say
@@ -39,6 +41,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     or `CacheError` before anything is written if the config, the checkpoint and the cache do not fit together.
     """
     started = time.perf_counter()
+    _refuse_sharding()
     config = config.with_absolute_paths()
     with Team() as team:
         if team.rank == 0:
@@ -53,6 +56,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         checkpoint = run.last_checkpoint()
         if team.rank == 0:
             run.start(config)
+        _tell_warmup(config.train, len(trainable))
         say(f"run {run.path}; if it is stopped: pipe train {run.config} --name {run.path.name} --resume")
         reset_peak(trainer.args.device)
         ready = time.perf_counter()
@@ -76,6 +80,23 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "seconds_training": seconds,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _refuse_sharding() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        raise PipelineError(
+            "training shards no weights: each process holds the 4-bit language model (1.6 GB at OPT-2.7b, 3.6 GB at "
+            "6.7b) and shares the questions; choose multi-GPU without FSDP or DeepSpeed, or start it with torchrun"
+        )
+
+
+def _tell_warmup(settings: TrainConfig, questions: int) -> None:
+    steps = settings.max_steps or math.ceil(settings.epochs * math.ceil(questions / settings.batch_size))
+    if settings.warmup_steps >= steps:
+        say(
+            f"train.warmup_steps is {settings.warmup_steps} and the training has {steps}: the learning rate does not "
+            f"get to {settings.learning_rate:g}; a tenth of the steps is usual, train.warmup_steps={steps // 10}"
+        )
 
 
 def _trainer(

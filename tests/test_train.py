@@ -240,6 +240,24 @@ def test_target_modules_that_opt_lacks_are_told(cached: Config, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_warm_up_longer_than_the_training_is_told(
+    cached: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(with_train(cached, warmup_steps=4), RunFolder(tmp_path / "long"))
+    assert "train.warmup_steps is 4 and the training has 4: the learning rate does not get to 0.001" in (
+        capsys.readouterr().err
+    )
+    train(with_train(cached, warmup_steps=2), RunFolder(tmp_path / "short"))
+    assert "warmup" not in capsys.readouterr().err
+
+
+def test_sharded_weights_are_refused(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PipelineError, match="training shards no weights"):
+        train(cached, RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_diverging_training_stops_and_says_what_to_try(cached: Config, tmp_path: Path) -> None:
     config = with_train(cached, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0, max_steps=20)
     with pytest.raises(PipelineError, match=r"training diverged at step \d+: loss .* Try a lower train.learning_rate"):

@@ -13,12 +13,12 @@ from test_several_processes import together
 from torch import Tensor
 
 import pipeline.trainer
-from pipeline.assemble import open_batcher
+from pipeline.assemble import load_base, open_batcher
 from pipeline.batch_order import BatchOrder
-from pipeline.batching import Batcher, ImageSequence, micro_batches
+from pipeline.batching import Batcher, ImageSequence, micro_batches, pack
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.language_model import Blip2LanguageHalf
+from pipeline.language_model import Blip2LanguageHalf, add_lora
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
 
@@ -168,6 +168,17 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(
     batches.clear()
     with pytest.raises(PipelineError, match=r"training diverged at step 2: loss nan.*on_not_finite=skip"):
         train(cached, RunFolder(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_logits_are_computed_at_the_labels_alone(cached: Config, share_prefix: bool) -> None:
+    model = add_lora(load_base(cached), **cached.lora.model_dump())
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    sequences = open_batcher(cached, "train").for_training(range(30), share_prefix)
+    model(**pack(sequences)).loss.backward()
+    labels = sum(len(sequence.tree.labels) for sequence in sequences)
+    assert shapes == [(labels, model.config.text_config.vocab_size)]
 
 
 def test_time_spent_waiting_for_batches_is_logged(cached: Config, tmp_path: Path) -> None:
