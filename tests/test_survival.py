@@ -138,13 +138,16 @@ def test_ctrl_c_is_told_in_a_line_and_the_same_command_goes_on(undisturbed: Undi
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_real_command(undisturbed: Undisturbed, tmp_path: Path, number: signal.Signals) -> None:
-    folder = tmp_path / "cache"
-    words = [Path(sys.executable).with_name("pipe"), "precompute", undisturbed.config, f"cache.dir={folder}"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not any(folder.glob("*.partial")) and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=HUNG)
+    for attempt in range(5):  # on a busy machine a signal may come when all is done
+        folder = tmp_path / str(attempt) / "cache"
+        words = [Path(sys.executable).with_name("pipe"), "precompute", undisturbed.config, f"cache.dir={folder}"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while not any(folder.glob("*.partial")) and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=HUNG)
+        if process.returncode != 0:
+            break
     assert (out, "Traceback" in err) == ("", False)
     if number == signal.SIGINT:
         assert Ended(process.returncode, out, err).error().startswith("pipe: interrupted")
