@@ -1,5 +1,6 @@
 """What training and evaluation start from, put together from a config: the cache, checked, and the language half."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,16 @@ import numpy as np
 from cache.files import sha256_of
 from cache.reader import FeatureReader
 from cache.text import TextTable
-from pipeline.batching import Batcher
+from pipeline.batch_order import BatchOrder
+from pipeline.batching import MOST_QUESTIONS, Batcher, ImageSequence
 from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, has_half, public_name
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
 from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.language_model import Blip2LanguageHalf, load_language_half
 from pipeline.progress import say
+from pipeline.team import rank, world_size
 from pipeline.text import PromptTokenizer, retokenize
 
 
@@ -46,6 +49,17 @@ def trainable_questions(batcher: Batcher, config: Config) -> np.ndarray:
     if len(numbers) == 0:
         raise PipelineError(f"{config.cache.dir}: no question of the split train has an answer to train on")
     return numbers
+
+
+def training_batches(
+    settings: TrainConfig, batcher: Batcher, questions: np.ndarray
+) -> tuple[BatchOrder, Callable[[list[int]], list[ImageSequence]], int | None]:
+    """The order of this process's batches, what lays one out, and the questions of a micro-batch (None: what fits)."""
+    micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
+    most = min(micro_batch or MOST_QUESTIONS, MOST_QUESTIONS)
+    image_row = batcher.text.image_row if settings.share_prefix else None
+    order = BatchOrder(questions, settings.batch_size, settings.seed, image_row, rank(), world_size())
+    return order, lambda numbers: batcher.for_training(numbers, settings.share_prefix, most), micro_batch
 
 
 def _tell_left_out(features: FeatureReader) -> None:

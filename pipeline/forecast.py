@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Blip2Config
 
-from pipeline.assemble import open_batcher, trainable_questions
-from pipeline.batch_order import BatchOrder
-from pipeline.batching import MOST_QUESTIONS, ImageSequence, micro_batches, pack
+from pipeline.assemble import open_batcher, trainable_questions, training_batches
+from pipeline.batching import ImageSequence, micro_batches, pack
 from pipeline.checkpoint import LANGUAGE_HALF, fetch_checkpoint
 from pipeline.config import Config, QuantizationConfig
 from pipeline.device import pick_device, pick_dtype
@@ -38,14 +37,8 @@ def forecast(config: Config) -> dict[str, Any]:
     batcher = open_batcher(config, "train")
     questions = trainable_questions(batcher, config)
     settings = config.train
-    order = BatchOrder(
-        questions, settings.batch_size, settings.seed, batcher.text.image_row if settings.share_prefix else None
-    )
-    micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
-    most = min(micro_batch or MOST_QUESTIONS, MOST_QUESTIONS)
-    batches = [
-        batcher.for_training(numbers, settings.share_prefix, most) for numbers in islice(order, BATCHES_LOOKED_AT)
-    ]
+    order, lay_out, micro_batch = training_batches(settings, batcher, questions)
+    batches = [lay_out(numbers) for numbers in islice(order, BATCHES_LOOKED_AT)]
     device = pick_device()
     model = _without_storage(config, pick_dtype(config.quantization.compute_dtype, device))
     weights = sum(_weight_bytes(name, weight, config.quantization) for name, weight in model.named_parameters())

@@ -19,9 +19,8 @@ from transformers import (
     set_seed,
 )
 
-from pipeline.assemble import load_base, open_batcher, trainable_questions
-from pipeline.batch_order import BatchOrder
-from pipeline.batching import MOST_QUESTIONS, Batcher
+from pipeline.assemble import load_base, open_batcher, trainable_questions, training_batches
+from pipeline.batching import Batcher
 from pipeline.config import Config, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import PipelineError
@@ -29,7 +28,7 @@ from pipeline.language_model import add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
 from pipeline.progress import progress_bar, say
 from pipeline.run_folder import RunFolder
-from pipeline.team import Team, rank, world_size
+from pipeline.team import Team, world_size
 from pipeline.trainer import Batches, StageTwoTrainer
 
 
@@ -107,20 +106,12 @@ def _trainer(
     run: RunFolder,
     base_dtype: torch.dtype,
 ) -> StageTwoTrainer:
-    micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
-    most = min(micro_batch or MOST_QUESTIONS, MOST_QUESTIONS)
+    order, lay_out, micro_batch = training_batches(settings, batcher, trainable)
     trainer = StageTwoTrainer(
         model,
         _arguments(settings, run.checkpoints, base_dtype),
-        Batches(len(trainable), lambda numbers: batcher.for_training(numbers, settings.share_prefix, most)),
-        BatchOrder(
-            trainable,
-            settings.batch_size,
-            settings.seed,
-            batcher.text.image_row if settings.share_prefix else None,
-            rank(),
-            world_size(),
-        ),
+        Batches(len(trainable), lay_out),
+        order,
         micro_batch,
         settings.on_not_finite == "skip",
         callbacks=[_Log(run.metrics)],
