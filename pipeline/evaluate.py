@@ -14,11 +14,11 @@ from pipeline.assemble import load_base, load_tokenizer, open_batcher
 from pipeline.batching import Batcher
 from pipeline.config import EvaluateConfig, load_config
 from pipeline.errors import PipelineError
+from pipeline.examples import VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
 from pipeline.text import PromptTokenizer
-from pipeline.vqa import VQAExample
 from pipeline.vqa_accuracy import vqa_accuracy
 
 

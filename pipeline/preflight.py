@@ -13,9 +13,10 @@ from pathlib import Path
 from cache.writer import Survey
 from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.errors import PipelineError
+from pipeline.examples import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample
 from pipeline.images import PictureError, check_header, image_digest, read_picture
 from pipeline.progress import progress_bar, say
-from pipeline.vqa import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample, read_examples
+from pipeline.vqa import read_examples
 
 LEFT_OUT_NAME = "left-out.jsonl"
 NAMED = 3  # of what is left out, in a message

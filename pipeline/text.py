@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
 
 from cache.text import Ragged, TextTable
 from pipeline.errors import PipelineError
-from pipeline.vqa import VQAExample
+from pipeline.examples import VQAExample
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 TOKENISED_AT_ONCE = 10_000  # questions

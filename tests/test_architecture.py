@@ -23,7 +23,7 @@ def imports_of(module: Path) -> set[str]:
 
 
 def pipeline_modules() -> list[Path]:
-    return sorted((ROOT / "pipeline").glob("*.py"))
+    return sorted((ROOT / "pipeline").rglob("*.py"))
 
 
 @pytest.mark.parametrize("module", sorted((ROOT / "cache").glob("*.py")), ids=lambda path: path.stem)

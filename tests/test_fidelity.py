@@ -21,11 +21,12 @@ from pipeline.assemble import load_base, open_batcher
 from pipeline.batching import pack
 from pipeline.config import Config, load_config
 from pipeline.evaluate import evaluate
+from pipeline.examples import VQAExample
 from pipeline.language_model import add_lora
 from pipeline.precompute import precompute
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
-from pipeline.vqa import VQAExample, read_examples
+from pipeline.vqa import read_examples
 
 IGNORED = -100  # a label that the plain recipe does not train
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.vqa import LeftOut, Split, VQAExample, read_examples
+from pipeline.examples import LeftOut, Split, VQAExample
+from pipeline.vqa import read_examples
 
 LINE = {"image": "a.png", "question": "what color?", "answer": "red"}
 QUESTION = {"question_id": 42, "image_id": 9, "question": "what color is the car?"}

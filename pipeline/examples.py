@@ -1,0 +1,80 @@
+"""What every data set is read into: questions on images, and what had to be left out."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.errors import PipelineError
+from pipeline.records import field, optional_text, question_id_of, texts_of
+
+TWICE = "question_id is there twice"  # the reasons of `LeftOut`s; "no annotation in FILE" is the fourth
+ANNOTATED_TWICE = "question_id is annotated twice"
+NO_ANSWER = "no answer"
+
+_path = lru_cache(maxsize=1 << 17)(Path)  # an image has several questions, and a Path is slow to make
+
+
+@dataclass(frozen=True, slots=True)
+class VQAExample:
+    """One question on one image; `answers` are all that people gave, and none on a test split."""
+
+    question_id: int | str
+    image: Path
+    question: str
+    answers: tuple[str, ...]
+    answer_type: str | None = None
+    question_type: str | None = None
+
+    @property
+    def target(self) -> str:
+        """The most common answer, of equally common ones the first; PipelineError where there is none."""
+        if not self.answers:
+            raise PipelineError(f"question {self.question_id!r} has no answers: nothing to train towards")
+        return Counter(self.answers).most_common(1)[0][0]
+
+    def to_record(self) -> dict[str, object]:
+        """The fields as JSON types, without those that are None."""
+        record: dict[str, object] = {
+            "question_id": self.question_id,
+            "image": str(self.image),
+            "question": self.question,
+            "answers": list(self.answers),
+            "answer_type": self.answer_type,
+            "question_type": self.question_type,
+        }
+        return {name: value for name, value in record.items() if value is not None}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> "VQAExample":
+        """The inverse of `to_record`; PipelineError for a field that is missing or of the wrong type."""
+        return cls(
+            question_id=question_id_of(record),
+            image=_path(field(record, "image", str)),
+            question=field(record, "question", str),
+            answers=texts_of(field(record, "answers", list)),
+            answer_type=optional_text(record, "answer_type"),
+            question_type=optional_text(record, "question_type"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """One question, or one picture, that training will not see."""
+
+    split: str
+    reason: str  # one of the above, or a picture's
+    where: str  # file and position of the record, as in error messages: "train.jsonl: line 7"
+    question_id: int | str | None = None
+    image: str | None = None
+    questions: int = 1
+    """How many are lost by it: all those on a picture; none where an annotation alone is one too many."""
+
+
+class Split(NamedTuple):
+    """The questions of one split that can be used, in the file's order, and those that cannot."""
+
+    examples: list[VQAExample]
+    left_out: list[LeftOut]

@@ -1,0 +1,1 @@
+"""The published forms of data sets, a module each: `read(sources) -> Split`."""

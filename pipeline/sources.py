@@ -1,0 +1,90 @@
+"""Where one split of a data set lies, and how its records become a `Split`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.examples import NO_ANSWER, TWICE, LeftOut, Split, VQAExample
+from pipeline.records import RecordError, each
+
+OnRead = Callable[[Path, bytes], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where one split lies: `data.{split}` of the config."""
+
+    split: str
+    annotations: Path | None = None
+    images: Path | None = None
+    questions: Path | None = None
+    on_read: OnRead = lambda path, data: None
+    """Is told the bytes of each annotation file: those that are parsed, whatever becomes of the file later."""
+
+    @property
+    def may_lack_answers(self) -> bool:
+        return self.split.startswith("test")
+
+    def lacks(self, question_id: int | str) -> str | None:
+        """Why a question without answers is left out, or None where it may lack them."""
+        return None if self.may_lack_answers else NO_ANSWER
+
+    def need(self, key: str) -> Path:
+        path: Path | None = getattr(self, key)
+        if path is None:
+            raise PipelineError(f"data.{self.split}.{key} is not set, and this data.format needs it")
+        return path
+
+    def read_text(self, path: Path) -> str:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RecordError(f"cannot be read: {error.strerror}") from None
+        self.on_read(path, data)
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecordError(f"not UTF-8 at byte {error.start}") from None
+
+
+def collect(
+    sources: Sources,
+    path: Path,
+    place: str,
+    records: Iterable[tuple[int, object]],
+    make: Callable[[int, object], VQAExample],
+    lacks: Callable[[int | str], str | None] | None = None,
+) -> Split:
+    """The split that `make` makes of the file's (position, record)s; `lacks` replaces `Sources.lacks`."""
+    examples: dict[int | str, VQAExample] = {}
+    left_out: list[LeftOut] = []
+    lacks = lacks or sources.lacks
+    for position, example in each(records, place, make):
+        key = example.question_id
+        if key in examples:
+            reason: str | None = TWICE
+        else:
+            reason = None if example.answers else lacks(key)
+        if reason is None:
+            examples[key] = example
+        else:
+            where = f"{path}: {place.format(position)}"
+            left_out.append(LeftOut(sources.split, reason, where, key, str(example.image)))
+    return Split(list(examples.values()), left_out)
+
+
+def pictures(folder: Path) -> Callable[[str], Path]:
+    """Picture name -> its path in `folder`, made once a name; names that lead out of it are refused."""
+
+    @cache
+    def path(name: str) -> Path:
+        relative = Path(name)
+        if relative.anchor:
+            raise RecordError(f"image {name!r} must be relative to the images folder, {folder}")
+        if ".." in relative.parts or not relative.parts or "\0" in name:
+            raise RecordError(f"image {name!r} does not name a file inside {folder}")
+        return folder / relative
+
+    return path
