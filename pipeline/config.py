@@ -152,9 +152,21 @@ class EvaluateConfig(Section):
     batch_size: Positive = 64
     """Questions."""
     num_beams: Positive = 1
+    """1 is greedy."""
     max_new_tokens: Positive = 10
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """Before the end token."""
+    length_penalty: float = 1.0
+    """Of beam search: a summed log-probability is divided by the length to this power; less prefers shorter answers."""
     method: Literal["official", "exact"] = "official"
     """official: VQAv2's, for ten answers a question; exact: the one right answer or not."""
+
+
+PRESETS: dict[str, dict[str, float]] = {
+    "greedy": {"num_beams": 1, "max_new_tokens": 10, "min_new_tokens": 0},
+    "official": {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0},
+}
+"""Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
 
 
 _NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}

@@ -37,8 +37,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def results(self, split: str, with_adapter: bool) -> Path:
-        """The answers to one split, in the official VQA results form."""
-        return self.path / f"results-{split}{'' if with_adapter else '-no-adapter'}.json"
+        """The answers to one split, in the data set's official form."""
+        return self.path / f"results-{_evaluated(split, with_adapter)}.json"
+
+    def evaluation(self, split: str, with_adapter: bool) -> Path:
+        """The summary of the answers to one split, JSON."""
+        return self.path / f"evaluation-{_evaluated(split, with_adapter)}.json"
+
+    def mistakes(self, split: str, with_adapter: bool) -> Path:
+        """Wrong answers to one split, JSON lines."""
+        return self.path / f"mistakes-{_evaluated(split, with_adapter)}.jsonl"
 
     def check_new(self) -> None:
         if self.path.exists():
@@ -81,6 +89,10 @@ class RunFolder:
         if not self.adapter.is_dir():
             go_on = f"pipe train {self.config} --name {self.path.name} --resume"
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{go_on}`")
+
+
+def _evaluated(split: str, with_adapter: bool) -> str:
+    return split if with_adapter else f"{split}-no-adapter"
 
 
 def named_run(output_dir: Path, name: str) -> RunFolder:

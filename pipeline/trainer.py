@@ -91,7 +91,7 @@ class StageTwoTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The next batch, put together while the last was computed, and the number of its labels in all processes."""
+        """The next batch, put together while the last was computed, and its labels' weight in all processes."""
         if self._reading is None or self._reading[0] is not epoch_iterator:
             self._reading = epoch_iterator, self._reader.submit(next, epoch_iterator, None)
         started = time.perf_counter()
@@ -100,8 +100,8 @@ class StageTwoTrainer(Trainer):
         self._reading = epoch_iterator, self._reader.submit(next, epoch_iterator, None)
         if batch is None:
             return [], torch.tensor(0)
-        labels = torch.tensor([sum(len(sequence.tree.labels) for sequence in batch)], device=device)
-        return [batch], self.accelerator.gather(labels).sum()
+        weight = torch.tensor([sum(float(sequence.tree.label_weights.sum()) for sequence in batch)], device=device)
+        return [batch], self.accelerator.gather(weight).sum()
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor) -> Tensor:
         """The loss of the whole batch, and its gradients; where memory is out, once more in smaller micro-batches."""
@@ -121,7 +121,7 @@ class StageTwoTrainer(Trainer):
                 model.zero_grad()
                 gc.collect()
                 torch.cuda.empty_cache()
-        self.questions += sum(sequence.tree.questions for sequence in inputs)
+        self.questions += sum(sequence.questions for sequence in inputs)
         self.nodes += sum(sequence.nodes for sequence in inputs)
         return loss if self._is_finite(model, loss) else torch.zeros_like(loss)
 
@@ -149,7 +149,7 @@ class StageTwoTrainer(Trainer):
         return loss
 
     def _size(self, sequence: ImageSequence) -> int:
-        return sequence.tree.questions if self._by_questions else sequence.nodes
+        return sequence.questions if self._by_questions else sequence.nodes
 
     def _nodes_that_fit(self, batch: Batch) -> int:
         largest = max(sequence.nodes for sequence in batch)

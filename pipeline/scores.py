@@ -1,0 +1,70 @@
+"""How good a split's answers are: their mean accuracy, how sure it is, and what it is made of."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import NormalDist, fmean
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.examples import VQAExample
+from pipeline.vqa_accuracy import vqa_accuracy
+
+CONFIDENCE = 0.95
+
+
+def score(examples: Sequence[VQAExample], answers: Sequence[str], method: str) -> list[float | None]:
+    """The accuracy of each answer, 0 to 100; None where people's answers are not known."""
+    return [
+        vqa_accuracy(answer, example.answers, method) if example.answers else None
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+
+
+def summarise(examples: Sequence[VQAExample], scores: Sequence[float | None]) -> dict[str, Any]:
+    """Mean accuracy of the scored questions with its confidence interval, in all and by type of answer and question."""
+    scored = [(example, value) for example, value in zip(examples, scores, strict=True) if value is not None]
+    values = [value for _, value in scored]
+    return {
+        "questions": len(examples),
+        "scored": len(scored),
+        "accuracy": fmean(values) if values else None,
+        "accuracy_interval": confidence_interval(values, [str(example.image) for example, _ in scored]),
+        "per_answer_type": _by_type([example.answer_type or "all" for example, _ in scored], values),
+        "per_question_type": _by_type([example.question_type for example, _ in scored], values),
+    }
+
+
+def confidence_interval(values: Sequence[float], clusters: Sequence[str]) -> list[float] | None:
+    """[low, high] of the mean, 95 %, within 0 to 100; None of fewer than two clusters.
+
+    The questions on an image are not independent, so that the images count as drawn, not the questions: the
+    cluster-robust standard error of a mean (Liang and Zeger, 1986), and the normal distribution.
+    """
+    if len(set(clusters)) < 2:
+        return None
+    mean = fmean(values)
+    residuals: dict[str, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster] += value - mean
+    count = len(residuals)
+    error = math.sqrt(count / (count - 1) * sum(one * one for one in residuals.values())) / len(values)
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+    return [max(0.0, mean - reach), min(100.0, mean + reach)]
+
+
+def check_method(examples: Sequence[VQAExample], method: str) -> None:
+    """Raises `PipelineError` where the method would give every answer nothing."""
+    if method == "official" and examples and all(len(example.answers) == 1 for example in examples):
+        raise PipelineError(
+            "the official VQA accuracy compares several people's answers, and each question here has one: "
+            "set evaluate.method=exact"
+        )
+
+
+def _by_type(types: Sequence[str | None], values: Sequence[float]) -> dict[str, float]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for kind, value in zip(types, values, strict=True):
+        if kind is not None:
+            groups[kind].append(value)
+    return {kind: fmean(group) for kind, group in sorted(groups.items())}
