@@ -153,8 +153,8 @@ class EvaluateConfig(Section):
     """Questions."""
     num_beams: Positive = 1
     max_new_tokens: Positive = 10
-    method: Literal["official", "exact"] = "official"
-    """official: VQAv2's, for ten answers a question; exact: the one right answer or not."""
+    method: Literal["official", "lavis", "lmms-eval", "a-okvqa", "exact"] = "official"
+    """Whose script to count like, as the README tells; official: VQAv2's, exact: the one right answer or not."""
 
 
 _NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}
