@@ -158,8 +158,8 @@ class EvaluateConfig(Section):
     """Before the end token."""
     length_penalty: float = 1.0
     """Of beam search: a summed log-probability is divided by the length to this power; less prefers shorter answers."""
-    method: Literal["official", "exact"] = "official"
-    """official: VQAv2's, for ten answers a question; exact: the one right answer or not."""
+    method: Literal["official", "lavis", "lmms-eval", "a-okvqa", "exact"] = "official"
+    """Whose script to count like, as the README tells; official: VQAv2's, exact: the one right answer or not."""
 
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -167,7 +167,6 @@ PRESETS: dict[str, dict[str, float]] = {
     "official": {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0},
 }
 """Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
-
 
 _NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}
 TRAINED_BY: Any = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
-from pipeline.vqa_accuracy import vqa_accuracy
+from pipeline.vqa_accuracy import LEAVING_OUT, vqa_accuracy
 
 CONFIDENCE = 0.95
 
@@ -55,9 +55,9 @@ def confidence_interval(values: Sequence[float], clusters: Sequence[str]) -> lis
 
 def check_method(examples: Sequence[VQAExample], method: str) -> None:
     """Raises `PipelineError` where the method would give every answer nothing."""
-    if method == "official" and examples and all(len(example.answers) == 1 for example in examples):
+    if method in LEAVING_OUT and examples and all(len(example.answers) == 1 for example in examples):
         raise PipelineError(
-            "the official VQA accuracy compares several people's answers, and each question here has one: "
+            f"the {method} VQA accuracy compares several people's answers, and each question here has one: "
             "set evaluate.method=exact"
         )
 
