@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from pipeline.batching import Batcher, pack_prompts
@@ -91,7 +91,7 @@ def _generate(
     beams = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
     with torch.inference_mode():
         found = model.generate(
-            **{name: _to(value, device) for name, value in inputs.items()},
+            **send_to_device(inputs, device),
             num_beams=settings.num_beams,
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens,
@@ -102,9 +102,3 @@ def _generate(
         number: Answer(text, log_probability)
         for number, text, log_probability in zip(batch, texts, found.log_probability.tolist(), strict=True)
     }
-
-
-def _to(value: Tensor | list[Tensor] | list[int], device: torch.device) -> object:
-    if isinstance(value, list):
-        return [one.to(device) if isinstance(one, Tensor) else one for one in value]
-    return value.to(device)

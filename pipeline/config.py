@@ -126,6 +126,11 @@ class TrainConfig(Section):
     """Questions an optimizer step."""
     micro_batch: Positive | Literal["auto"] = "auto"
     """Questions a forward pass, the rest is gradient accumulation; auto takes as much as fits into memory."""
+    answers: Literal["auto", "most_common", "drawn", "all"] = "auto"
+    """Of those people gave: the most common one, one drawn anew each epoch in proportion, or all, weighted by it.
+
+    auto is all for captions, else the most common: VQA accuracy rewards what most people say, and it costs least.
+    """
     share_prefix: bool = True
     """What the questions on an image have in common, the image first of all, is computed once for all of them."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
@@ -145,6 +150,21 @@ class TrainConfig(Section):
     """What to do about a step whose loss or gradient is not finite; skipped ones are counted."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output_dir: Path = Path("runs")
+
+
+class ValidationConfig(Section):
+    """Answers to questions of another split while training goes on, counted as `evaluate` says; the best adapter is
+    kept."""
+
+    steps: Positive | None = None
+    """Optimizer steps between two looks, the last step always one; null is never."""
+    split: Literal["train", "val", "test"] = "val"
+    questions: Positive = 1000
+    """At most so many, all those on images chosen at random; the same in every look."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the choice, not of the training: runs are compared on the same questions."""
+    patience: Positive | None = None
+    """Training ends after so many looks without a better accuracy; null goes on to the end."""
 
 
 class EvaluateConfig(Section):
@@ -175,6 +195,7 @@ TRAINED_BY: Any = {
     "quantization": True,
     "lora": True,
     "train": set(TrainConfig.model_fields) - _NOT_TRAINED_BY,
+    "validation": True,
 }
 """The keys that decide what a training on a given cache ends in."""
 
@@ -187,7 +208,15 @@ class Config(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def answers_trained(self) -> Literal["most_common", "drawn", "all"]:
+        """`train.answers`, without auto."""
+        if self.train.answers != "auto":
+            return self.train.answers
+        return "all" if self.data.format == "coco_captions" else "most_common"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -37,7 +37,7 @@ def forecast(config: Config) -> dict[str, Any]:
     batcher = open_batcher(config, "train")
     questions = trainable_questions(batcher, config)
     settings = config.train
-    order, lay_out, micro_batch = training_batches(settings, batcher, questions)
+    order, lay_out, micro_batch = training_batches(config, batcher, questions)
     batches = [lay_out(numbers) for numbers in islice(order, BATCHES_LOOKED_AT)]
     device = pick_device()
     model = _without_storage(config, pick_dtype(config.quantization.compute_dtype, device))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -231,7 +232,19 @@ def add_lora(
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # a gradient scaler takes no float16
+    _keep_trainable(adapted)
     return adapted
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """Has a look at validation questions leave the 4-bit weights as they are.
+
+    On CPUs with bfloat16 instructions bitsandbytes repacks them, with rounded scales, when they first answer: for good,
+    and into a form that does not train.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +25,8 @@ from pipeline.memory import SavedForBackward, free_bytes, is_out_of_memory
 from pipeline.progress import say
 
 Batch = list[ImageSequence]
+Validator = Callable[[nn.Module], np.ndarray]
+"""The model -> sums over this process's questions: their accuracy, number, loss, and weight in the loss."""
 
 SHARE_OF_FREE = 0.6
 """Of the memory that is free at the start, what activations may take."""
@@ -70,12 +73,14 @@ class StageTwoTrainer(Trainer):
         order: BatchOrder,
         micro_batch: int | None,
         skip_not_finite: bool,
+        validator: Validator | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(model, args, train_dataset=batches, callbacks=[*callbacks, _TellEpoch(order)])
         self._order = order
         self._by_questions, self._most = micro_batch is not None, micro_batch or 0
         self._skip_not_finite = skip_not_finite
+        self._validator = validator
         self._reader = ThreadPoolExecutor(1, "batches")
         self._reading: tuple[Iterator[Batch], Future[Batch | None]] | None = None
         self._waited, self._logged_at = 0.0, time.perf_counter()
@@ -134,6 +139,16 @@ class StageTwoTrainer(Trainer):
                 logs["skipped_steps"] = self.skipped_steps
             self._waited, self._logged_at = 0.0, now
         super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and accuracy on the validator's questions; callbacks are told, and so is the log."""
+        assert self._validator is not None
+        sums = torch.from_numpy(self._validator(self.model)).to(self.args.device, torch.float32)
+        accuracy, questions, loss, weight = self.accelerator.gather(sums[None]).sum(0).tolist()
+        metrics = {"eval_accuracy": accuracy / questions, "eval_loss": loss / weight, "eval_questions": questions}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the library takes every weight for one that is trained."""
