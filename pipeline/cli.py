@@ -283,8 +283,9 @@ def evaluate(
     from pipeline.evaluate import evaluate
     from pipeline.run_folder import RunFolder
 
-    given = {**PRESETS.get(preset or "", {}), "split": split, "num_beams": num_beams, "method": method}
-    options = [f"evaluate.{key}={value}" for key, value in given.items() if value is not None]
+    named = {"split": split, "num_beams": num_beams, "method": method}
+    given = PRESETS.get(preset or "", {}) | {key: value for key, value in named.items() if value is not None}
+    options = [f"evaluate.{key}={value}" for key, value in given.items()]
     return evaluate(RunFolder(run), (*options, *overrides), adapter == "trained")
 
 
