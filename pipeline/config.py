@@ -153,8 +153,10 @@ class TrainConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Answers to questions of another split while training goes on, counted as `evaluate` says; the best adapter is
-    kept."""
+    """Greedy answers to questions of another split while training goes on, counted as `evaluate` says.
+
+    The adapter of the best look is kept.
+    """
 
     steps: Positive | None = None
     """Optimizer steps between two looks, the last step always one; null is never."""

@@ -33,7 +33,8 @@ class Validator:
         self, batcher: Batcher, tokenizer: PromptTokenizer, settings: ValidationConfig, answering: EvaluateConfig
     ) -> None:
         """Raises `PipelineError` if the split has no answers, or `answering.method` cannot score them."""
-        self.batcher, self.tokenizer, self.answering = batcher, tokenizer, answering
+        self.batcher, self.tokenizer = batcher, tokenizer
+        self.answering = answering.model_copy(update={"num_beams": 1})
         chosen = choose_questions(batcher.text, settings.questions, settings.seed)
         if len(chosen) == 0:
             raise PipelineError(f"validation.split: no question of {settings.split} has an answer")
