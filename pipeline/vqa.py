@@ -15,6 +15,7 @@ from typing import NamedTuple
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.examples import Split, VQAExample
 from pipeline.formats import aokvqa, coco_captions, easy_vqa, gqa, jsonl, lavis, textvqa, vizwiz, vqav2
+from pipeline.recognition import mistaken
 from pipeline.sources import OnRead, Sources
 
 Results = Callable[[Sequence[VQAExample], Sequence[str]], object]
@@ -68,13 +69,24 @@ def read_examples(
     Raises:
         ConfigError: an unknown format.
         PipelineError: an unknown split, a file that is not set, not there, not UTF-8 or not
-            JSON, a malformed record (file and position are named), or no questions that can be used.
+            JSON, a malformed record (file and position are named), files of another format (it is named), or no
+            questions that can be used.
     """
+    read = _format(format).read
     sources = Sources(split, annotations, images, questions, on_read)
-    with _without_garbage_collection():
-        found = _format(format).read(sources)
-    if not found.examples:
-        raise PipelineError(_nothing(format, sources, found))
+    try:
+        with _without_garbage_collection():
+            found = read(sources)
+        if not found.examples:
+            raise PipelineError(_nothing(format, sources, found))
+    except PipelineError as error:
+        instead = mistaken(format, sources)
+        if instead is None:
+            raise
+        raise PipelineError(f"{instead} ({error})") from error
+    # A test split may lack answers; it may also have them where another format has its own.
+    if not any(example.answers for example in found.examples) and (instead := mistaken(format, sources)):
+        raise PipelineError(instead)
     return found
 
 
