@@ -7,9 +7,13 @@ from typing import Any
 
 import published
 import pytest
+from conftest import write_config
 
+from pipeline.assemble import load_tokenizer, open_batcher
+from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.examples import DIFFICULT, LeftOut, Split, VQAExample
+from pipeline.precompute import precompute
 from pipeline.vqa import FORMATS, official_results, read_examples
 
 FOLDER = Path("pictures")
@@ -214,6 +218,28 @@ def test_the_malformed_question_of_gqa_is_named_by_its_id(
     broken = published.GQA | {question_id: {"imageId": image_id, "question": "what?", "answer": "a"}}
     with pytest.raises(PipelineError, match=rf"annotations\.json: {told}"):
         read(tmp_path, "gqa", {"annotations": broken})
+
+
+def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_set: Path) -> None:
+    pictures = sorted(path.name for path in (data_set / "images").iterdir())[:4]
+    captions = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(pictures)],
+        "annotations": [{"image_id": number, "caption": f"a red ball {number} "} for number in range(4)],
+    }
+    (data_set / "captions.json").write_text(json.dumps(captions))
+    files = {"annotations": f"{data_set}/captions.json", "images": f"{data_set}/images"}
+    path = write_config(data_set, data={"format": "coco_captions", "train": files, "val": None})
+    config = load_config(path)
+    assert precompute(config)["questions"] == {"train": 4}
+    text, tokenizer = open_batcher(config, "train").text, load_tokenizer(config)
+
+    def ids(words: str) -> list[int]:
+        return list(tokenizer.tokenizer(words, add_special_tokens=False)["input_ids"])
+
+    for number in range(4):
+        assert list(text.prompt_ids[number]) == [tokenizer.bos_token_id, *ids("a photo of")]
+        assert list(text.target_ids[number]) == [*ids(f" a red ball {number}"), tokenizer.eos_token_id]
+    assert VQAExample.from_record(text.record(1)).question_id == 1
 
 
 # ---- official results
