@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 
@@ -45,19 +45,32 @@ class SplitFiles(Section):
         return self.model_copy(update={name: path.absolute() for name, path in dict(self).items() if path is not None})
 
 
+def _prompt_of(data: ValidationInfo) -> str:
+    """The prompt that a data format has unless another one is set."""
+    return "a photo of" if data.data.get("format") == "coco_captions" else "Question: {question} Answer:"
+
+
 class DataConfig(Section):
     format: str = "jsonl"
-    """The published form that the files are in: easy_vqa, jsonl, vqav2."""
-    prompt: str = "Question: {question} Answer:"
-    """The same in training and in evaluation; `{question}` is replaced."""
+    """The published form that the files are in; the README has a table of them."""
+    prompt: str = Field(None, validate_default=True)
+    """The same in training and in evaluation; `{question}` is replaced. The default is that of BLIP-2: "Question:
+    {question} Answer:", and for coco_captions, which has no questions, "a photo of"."""
     train: SplitFiles | None = None
     val: SplitFiles | None = None
     test: SplitFiles | None = None
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _of_the_format(cls, prompt: object, others: ValidationInfo) -> object:
+        return _prompt_of(others) if prompt is None else prompt
+
     @field_validator("prompt")
     @classmethod
-    def _names_the_question(cls, prompt: str) -> str:
-        if prompt.count("{question}") != 1 or set("{}") & set(prompt.replace("{question}", "")):
+    def _names_the_question(cls, prompt: str, others: ValidationInfo) -> str:
+        may_lack = "{question}" not in _prompt_of(others)
+        asked = prompt.count("{question}")
+        if asked > 1 or not (asked or may_lack) or set("{}") & set(prompt.replace("{question}", "")):
             raise ValueError("must contain {question} once and no other brace")
         return prompt
 
