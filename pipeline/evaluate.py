@@ -19,6 +19,7 @@ from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
 from pipeline.scores import check_method, score, summarise
+from pipeline.vqa import official_results
 
 NOT_TRAINED_ANEW = ("lora", "train", "validation")
 MISTAKES = 100  # listed
@@ -46,10 +47,11 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         found = answer_questions(model, batcher, np.arange(len(examples)), load_tokenizer(config), settings, bar.update)
     answering_seconds = time.perf_counter() - answering_started
     answers = [found[number] for number in range(len(examples))]
-    scores = score(examples, [answer.text for answer in answers], settings.method)
+    texts = [answer.text for answer in answers]
+    scores = score(examples, texts, settings.method)
     results = run.results(settings.split, with_adapter)
     mistakes = run.mistakes(settings.split, with_adapter)
-    _write(results, json.dumps(_official_form(examples, answers), ensure_ascii=False))
+    _write(results, json.dumps(official_results(config.data.format, examples, texts), ensure_ascii=False))
     _write(mistakes, _surest_mistakes(examples, answers, scores))
     summary = {
         "run": str(run.path),
@@ -75,10 +77,6 @@ def _refuse_training_keys(overrides: Sequence[str]) -> None:
             raise ConfigError(
                 f"{override!r}: the run is trained already, and its evaluation does not look at {section}"
             )
-
-
-def _official_form(examples: Sequence[VQAExample], answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    return [{"question_id": e.question_id, "answer": answer.text} for e, answer in zip(examples, answers, strict=True)]
 
 
 def _surest_mistakes(examples: Sequence[VQAExample], answers: Sequence[Answer], scores: Sequence[float | None]) -> str:

@@ -7,18 +7,22 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.examples import VQAExample
+from pipeline.examples import DIFFICULT, VQAExample
 from pipeline.vqa_accuracy import LEAVING_OUT, vqa_accuracy
 
 CONFIDENCE = 0.95
 
 
 def score(examples: Sequence[VQAExample], answers: Sequence[str], method: str) -> list[float | None]:
-    """The accuracy of each answer, 0 to 100; None where people's answers are not known."""
+    """The accuracy of each answer, 0 to 100; None where people's answers are not known, or the method leaves it out."""
     return [
-        vqa_accuracy(answer, example.answers, method) if example.answers else None
+        vqa_accuracy(answer, example.answers, method) if _counts(example, method) else None
         for example, answer in zip(examples, answers, strict=True)
     ]
+
+
+def _counts(example: VQAExample, method: str) -> bool:
+    return bool(example.answers) and not (method == "a-okvqa" and example.answer_type == DIFFICULT)
 
 
 def summarise(examples: Sequence[VQAExample], scores: Sequence[float | None]) -> dict[str, Any]:

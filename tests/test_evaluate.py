@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import write_config
 from torch import OutOfMemoryError
 
 import pipeline.answering
@@ -14,10 +15,11 @@ from pipeline.answering import answer_questions
 from pipeline.assemble import load_base, load_tokenizer, open_batcher
 from pipeline.batching import pack_prompts
 from pipeline.cli import main
-from pipeline.config import PRESETS, Config
+from pipeline.config import PRESETS, Config, load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluate import evaluate
 from pipeline.language_model import Blip2LanguageHalf
+from pipeline.precompute import precompute
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
 
@@ -159,3 +161,33 @@ def test_a_wrong_option_names_what_is_allowed(run: RunFolder) -> None:
     assert done.exit_code == 2
     assert "evaluate.method" in done.stderr
     assert "'lmms-eval'" in done.stderr
+
+
+def test_captions_are_trained_all_and_handed_in_as_captions(data_set: Path) -> None:
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(24)]
+    captions = [{"id": number, "image_id": number // 2, "caption": f"a shape {number % 2}"} for number in range(48)]
+    for split in "train", "val":
+        (data_set / f"{split}.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    files = {s: {"annotations": f"{data_set}/{s}.json", "images": f"{data_set}/images"} for s in ("train", "val")}
+    config = load_config(write_config(data_set, data={"format": "coco_captions", **files}))
+    precompute(config)
+    assert config.answers_trained == "all"
+    run = RunFolder(data_set / "run")
+    train(config, run)
+    summary = evaluate(run, ("evaluate.max_new_tokens=6",))
+    rows = json.loads(Path(summary["results"]).read_text())
+    assert [row.keys() for row in rows] == [{"image_id", "caption"}] * 24
+
+
+def test_a_split_without_answers_is_answered_and_not_scored(data_set: Path) -> None:
+    row = {"image": "3.png", "question": "what shape is it?", "question_id": "q-3"}
+    (data_set / "test.jsonl").write_text(json.dumps(row))
+    files = {"test": {"annotations": f"{data_set}/test.jsonl", "images": f"{data_set}/images"}}
+    config = load_config(write_config(data_set, data=files))
+    precompute(config)
+    run = RunFolder(data_set / "run")
+    train(config, run)
+    summary = evaluate(run, ("evaluate.split=test", "evaluate.method=official"))
+    assert (summary["questions"], summary["scored"], summary["accuracy"]) == (1, 0, None)
+    assert [row["question_id"] for row in json.loads(Path(summary["results"]).read_text())] == ["q-3"]
+    assert Path(summary["mistakes"]).read_text() == ""

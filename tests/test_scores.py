@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.examples import VQAExample
+from pipeline.examples import DIFFICULT, VQAExample
 from pipeline.scores import check_method, confidence_interval, score, summarise
 
 
@@ -22,6 +22,12 @@ def test_questions_without_answers_are_answered_and_not_scored() -> None:
     assert (summary["questions"], summary["scored"], summary["accuracy"]) == (3, 2, 50)
     nothing = summarise([example(1)], [None])
     assert (nothing["accuracy"], nothing["accuracy_interval"], nothing["per_answer_type"]) == (None, None, {})
+
+
+def test_a_okvqa_leaves_out_the_questions_that_its_script_leaves_out() -> None:
+    examples = [example(0, "red", kind=DIFFICULT), example(1, "red", kind="direct answer")]
+    assert score(examples, ["red", "red"], "a-okvqa") == [None, pytest.approx(100 / 3)]
+    assert score(examples, ["red", "red"], "exact") == [100, 100]
 
 
 def test_accuracy_is_told_by_type_of_answer_and_of_question() -> None:
