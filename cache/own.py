@@ -21,7 +21,7 @@ from cache.spec import CacheError
 
 _PART = re.compile(rf"{PART_NAME.pattern}({re.escape(TEMPORARY)})?")
 _NAMED_LIKE_NO_OTHER = re.compile(
-    rf"{_PART.pattern}|text-.+\.h5{re.escape(TEMPORARY)}|"
+    rf"{_PART.pattern}|(text-.+|thumbnails-\d+)\.h5{re.escape(TEMPORARY)}|"
     + "|".join(map(re.escape, (LOCK_NAME, ATTACHMENT_TEMPORARY, MANIFEST_NAME + TEMPORARY, PLAN_NAME + TEMPORARY)))
 )
 

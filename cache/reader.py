@@ -2,8 +2,9 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -16,6 +17,7 @@ from cache.format import PartLayout, check_head, inspect_part, unreadable
 from cache.manifest import MANIFEST_NAME, Manifest, PartEntry, attachment_file
 from cache.spec import CacheError
 from cache.text import TextTable
+from cache.thumbnails import Thumbnails, thumbnails_name
 
 FILES_AT_ONCE = 256
 """Parts that `pread` keeps open; a process may usually have 1024 files."""
@@ -131,6 +133,21 @@ class FeatureReader:
         if len(table) != entry.questions or (len(table) and table.image_row.max() >= self._total):
             raise CacheError(f"{path}: does not belong to {MANIFEST_NAME} beside it. {_RENEW}")
         return table
+
+    def thumbnails(self, rows: Iterable[int]) -> dict[int, bytes]:
+        """A small picture file (JPEG, PNG, WebP or GIF) of each of `rows` that has one; older caches have none.
+
+        Raises CacheError if a file of thumbnails is not sound.
+        """
+        found: dict[int, bytes] = {}
+        inside = sorted({row for row in rows if 0 <= row < self._total})
+        for index, some in groupby(inside, lambda row: int(np.searchsorted(self._ends, row, side="right"))):
+            part = self.manifest.parts[index]
+            if (name := thumbnails_name(part.file)) in self.manifest.attachments:
+                pictures = Thumbnails.load(self.attachment(name)).pictures
+                start = int(self._ends[index]) - part.rows
+                found |= {row: data for row in some if (data := pictures[row - start].tobytes())}
+        return found
 
     def attachment(self, name: str) -> Path:
         """The file of an attachment. Raises CacheError if there is none of that name, or it is not sound."""

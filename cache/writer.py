@@ -39,6 +39,7 @@ from cache.part import PartWriter
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec, DamagedFileError
 from cache.text import TextTable
+from cache.thumbnails import thumbnails_name
 
 PART_ROWS = 1024
 """Rows of a full part by default: 48 MiB of BLIP-2's features in float16."""
@@ -120,16 +121,22 @@ class FeatureWriter:
             base += part.rows
         return found
 
+    def images(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Digests (rows, 32) of the images of every part, by the name that it has when it is sealed."""
+        return {_sealed_name(part.path): part.digests for part in self._layouts()}
+
     def finish(
         self,
         texts: Mapping[str, TextTable],
         attachments: Mapping[str, bytes] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        thumbnails: Mapping[str, str] | None = None,
     ) -> None:
         """Writes the text of each split and the attachments, then the manifest: the cache is finished in one step.
 
-        `image_row` of the texts are rows as in `rows`. Raises CacheError for a text that names a row which is not
-        stored, for a split whose name is no file name, and if a part is still in work.
+        `image_row` of the texts are rows as in `rows`; `thumbnails` are by part the SHA-256 of those that were saved.
+        Raises CacheError for a text that names a row which is not stored, for a split whose name is no file name, and
+        if a part is still in work.
         """
         with _disk(self.folder):
             layouts = self._layouts()
@@ -142,6 +149,7 @@ class FeatureWriter:
             for split, table in texts.items():
                 if len(table) and not (table.image_row.max() < len(stored) and stored[table.image_row].all()):
                     raise CacheError(f"text of split {split}: image_row names rows that are not in {self.folder}")
+            shown = {part.path.name: (thumbnails or {}).get(part.path.name) for part in layouts}
             hashed = {name: hashlib.sha256(data).hexdigest() for name, data in (attachments or {}).items()}
             for name, sha256 in hashed.items():
                 path = self.folder / attachment_file(name, sha256)
@@ -152,7 +160,7 @@ class FeatureWriter:
                 parts=[part_entry(part) for part in layouts],
                 rows=int(stored.sum()),
                 splits={split: table.save(self.folder, split) for split, table in texts.items()},
-                attachments=hashed,
+                attachments=hashed | {thumbnails_name(part): sha256 for part, sha256 in shown.items() if sha256},
                 provenance=dict(provenance or {}),
             )
             own = own_files(self.folder)  # by the old manifest: what it alone needed goes

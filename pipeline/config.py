@@ -107,6 +107,8 @@ class PrecomputeConfig(Section):
     """Of the encoder; auto is bfloat16 where the device computes in it, else float16 on CUDA and float32 on a CPU."""
     compile: bool = False
     """Compile the encoder with torch.compile, which takes a minute or more. On a CPU it does not pay."""
+    thumbnails: Annotated[int, Field(ge=0, le=1024)] = 128
+    """Pixels of the longer side of a small picture kept beside each one's features, for `pipe report`; 0 keeps none."""
     on_missing: Literal["error", "skip"] = "error"
     """What to do about questions that cannot be used: no picture, no answer, an id that is there twice."""
 

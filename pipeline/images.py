@@ -64,6 +64,9 @@ _BEGINNINGS = {
 }
 
 
+KEPT_BYTES = 4 << 10  # of a picture's file: its thumbnail would hardly be smaller
+_SHOWN = {"JPEG", "PNG", "WEBP", "GIF"}  # by browsers
+
 MOST_BYTES = 1 << 30
 """Of a picture's file: far above any that Pillow would decode."""
 
@@ -114,6 +117,23 @@ def check_header(data: bytes) -> None:
     """
     with _open(data):
         pass
+
+
+def thumbnail(data: bytes, longer_side: int) -> bytes:
+    """A small picture for people to look at: a JPEG of at most so many pixels, in the colours that the encoder sees.
+
+    A file of at most 4 KB that browsers show is kept as it is. Of an animation it is the first frame. Raises
+    PictureError as `Preprocessor` does.
+    """
+    with _open(data) as image:
+        if len(data) <= KEPT_BYTES and image.format in _SHOWN:
+            return data
+        image.draft("RGB", (longer_side, longer_side))  # a JPEG is decoded at a fraction of its size
+        small = image.convert("RGB")
+        small.thumbnail((longer_side, longer_side))
+        file = BytesIO()
+        small.save(file, "JPEG", quality=70)
+        return file.getvalue()
 
 
 class Preprocessor:

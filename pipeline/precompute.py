@@ -18,6 +18,7 @@ from cache.manifest import Manifest
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
 from cache.text import TEXT_HEAD_BYTES, TextTable
+from cache.thumbnails import thumbnails_bytes
 from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, require_plausible
 from pipeline.config import Config, PrecomputeConfig
@@ -25,7 +26,7 @@ from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
 from pipeline.identity import encoder_settings, encoder_spec
-from pipeline.images import Preprocessor
+from pipeline.images import Preprocessor, read_picture
 from pipeline.preflight import (
     LEFT_OUT_NAME,
     Inputs,
@@ -38,6 +39,7 @@ from pipeline.preflight import (
 from pipeline.progress import say
 from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, tokenize
+from pipeline.thumbnails import making_thumbnails, most_bytes
 
 Mend = Callable[[Inputs, CacheSpec], None]
 
@@ -115,8 +117,18 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     prepared = _prepare(config, _report(config), mend)
     inputs, spec = prepared.inputs, prepared.spec
     cache, beside = config.cache, prepared.beside
-    with FeatureWriter(cache.dir, spec, list(inputs.paths), cache.part_rows, beside, cache.io) as writer:
-        share = team.share_out(_shares(writer.parts, spec, inputs.paths, team.size))
+    pictures = inputs.paths
+    with (
+        FeatureWriter(cache.dir, spec, list(pictures), cache.part_rows, beside, cache.io) as writer,
+        making_thumbnails(
+            cache.dir,
+            writer.images(),
+            lambda digest: read_picture(pictures[digest]) if digest in pictures else None,
+            config.precompute.thumbnails,
+            max(1, config.precompute.num_workers),
+        ) as thumbnails,
+    ):
+        share = team.share_out(_shares(writer.parts, spec, pictures, team.size))
         prepared_at = time.perf_counter()
         reports = team.gather(_encode(share, prepared.checkpoint, config.precompute))
         encoded_at = time.perf_counter()
@@ -127,7 +139,8 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
             tell_left_out(inputs, news, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
         _tell_dropped(config.cache.dir, texts)
-        writer.finish(texts, _attachments(inputs), _provenance(config, prepared.checkpoint, inputs))
+        provenance = _provenance(config, prepared.checkpoint, inputs)
+        writer.finish(texts, _attachments(inputs), provenance, thumbnails())
     _report(config).unlink(missing_ok=True)
     if inputs.left_out:
         say(f"all that was left out: {FeatureReader(config.cache.dir).attachment(LEFT_OUT_NAME)}")
@@ -136,6 +149,7 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     return {
         "cache": str(config.cache.dir),
         "cache_bytes": sum(file.stat().st_size for file in config.cache.dir.iterdir()),
+        "thumbnail_bytes": thumbnails_bytes(config.cache.dir, Manifest.load(config.cache.dir)),
         "images": len(inputs.paths),
         "encoded": encoded,
         "reused": len(inputs.paths) - encoded,
@@ -176,9 +190,9 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
         mend(inputs, spec)
     beside = caches_beside(config.cache.dir, spec)
     found = survey(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
-    found = replace(
-        found, bytes_needed=found.bytes_needed + sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
-    )
+    text_bytes = sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
+    shown_bytes = (found.wanted - found.stored) * most_bytes(config.precompute.thumbnails)
+    found = replace(found, bytes_needed=found.bytes_needed + text_bytes + shown_bytes)
     say(first_line(inputs, found, config.cache))
     check_room(found, config.cache)
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)

@@ -6,6 +6,7 @@ from typing import Any
 from cache import audit
 from cache.inventory import CacheFolder, describe, find_caches, remove
 from cache.spec import CacheError
+from cache.thumbnails import thumbnails_bytes
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar, say
@@ -35,6 +36,7 @@ def cache_info(folder: Path) -> dict[str, Any]:
         "state": _state(found),
         "images": manifest.rows,
         "bytes": found.bytes,
+        "thumbnail_bytes": thumbnails_bytes(folder, manifest),
         "parts": len(manifest.parts),
         "questions": {split: text.questions for split, text in manifest.splits.items()},
         "left_out": made.get("left_out", {}),
