@@ -28,8 +28,8 @@ MISTAKES = 100  # listed
 def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool = True) -> dict[str, Any]:
     """Answer the questions of `evaluate.split` with the run's adapter, or without, and return the summary.
 
-    Writes into the run's folder the answers in the data set's official form, the summary, and the mistakes that the
-    model was surest of. Raises `PipelineError` or `CacheError`.
+    Writes into the run's folder the answers in the data set's official form and in one of its own with what each is
+    worth, the summary, and the mistakes that the model was surest of. Raises `PipelineError` or `CacheError`.
     """
     started = time.perf_counter()
     run.check_finished()
@@ -52,6 +52,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     results = run.results(settings.split, with_adapter)
     mistakes = run.mistakes(settings.split, with_adapter)
     _write(results, json.dumps(official_results(config.data.format, examples, texts), ensure_ascii=False))
+    _write(run.answers(settings.split, with_adapter), _answer_lines(examples, answers, scores))
     _write(mistakes, _surest_mistakes(examples, answers, scores))
     summary = {
         "run": str(run.path),
@@ -77,6 +78,20 @@ def _refuse_training_keys(overrides: Sequence[str]) -> None:
             raise ConfigError(
                 f"{override!r}: the run is trained already, and its evaluation does not look at {section}"
             )
+
+
+def _answer_lines(examples: Sequence[VQAExample], answers: Sequence[Answer], scores: Sequence[float | None]) -> str:
+    """JSON lines, in the order of the split; what `pipe report` shows."""
+    lines = []
+    for example, answer, accuracy in zip(examples, answers, scores, strict=True):
+        record = {
+            "question_id": example.question_id,
+            "answer": answer.text,
+            "accuracy": accuracy,
+            "probability": round(exp(answer.log_probability), 4),
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 def _surest_mistakes(examples: Sequence[VQAExample], answers: Sequence[Answer], scores: Sequence[float | None]) -> str:

@@ -35,6 +35,21 @@ class RunFolder:
         return self.path / "validation.jsonl"
 
     @property
+    def watch(self) -> Path:
+        """One JSON object a look at the LoRA weights."""
+        return self.path / "watch.jsonl"
+
+    @property
+    def training(self) -> Path:
+        """The summary of the training and the versions of what it ran on, JSON; there when it has ended."""
+        return self.path / "training.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that `pipe report` makes."""
+        return self.path / "report.html"
+
+    @property
     def adapter(self) -> Path:
         """The adapter in PEFT's form, the best one where training was validated; there when training has ended."""
         return self.path / "adapter"
@@ -56,6 +71,10 @@ class RunFolder:
     def results(self, split: str, with_adapter: bool) -> Path:
         """The answers to one split, in the data set's official form."""
         return self.path / f"results-{_evaluated(split, with_adapter)}.json"
+
+    def answers(self, split: str, with_adapter: bool) -> Path:
+        """The same with each one's accuracy and probability, JSON lines in the order of the split."""
+        return self.path / f"answers-{_evaluated(split, with_adapter)}.jsonl"
 
     def evaluation(self, split: str, with_adapter: bool) -> Path:
         """The summary of the answers to one split, JSON."""
@@ -108,7 +127,7 @@ class RunFolder:
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{go_on}`")
 
 
-def rows_until(step: int, path: Path) -> list[dict[str, Any]]:
+def rows_until(step: float, path: Path) -> list[dict[str, Any]]:
     """The JSON lines up to a step: a killed run wrote beyond its last checkpoint, and its last line perhaps in part."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else []:

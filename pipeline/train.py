@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         return None
     _save(model, run, keep_best)
     questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
-    return {
+    summary = {
         "run": str(run.path),
         "steps": result.global_step,
         "train_loss": result.training_loss,
@@ -85,6 +86,9 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "seconds_training": seconds,
         "seconds": time.perf_counter() - started,
     }
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    run.training.write_text(json.dumps({**summary, "versions": versions}, indent=2))
+    return summary
 
 
 def _validator(config: Config, batcher: Batcher) -> Validator | None:

@@ -39,9 +39,19 @@ def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: RunFolder
         low, high = summary["accuracy_interval"]
         assert low <= summary["accuracy"] <= high
     assert {path.name for path in run.path.iterdir()} >= {
-        "results-val.json", "evaluation-val.json", "mistakes-val.jsonl",
-        "results-val-no-adapter.json", "evaluation-val-no-adapter.json", "mistakes-val-no-adapter.jsonl",
+        "results-val.json", "answers-val.jsonl", "evaluation-val.json", "mistakes-val.jsonl",
+        "results-val-no-adapter.json", "answers-val-no-adapter.jsonl", "evaluation-val-no-adapter.json",
+        "mistakes-val-no-adapter.jsonl",
     }  # fmt: skip
+
+
+def test_each_answer_stands_with_its_accuracy_in_the_order_of_the_split(run: RunFolder) -> None:
+    summary = evaluate(run)
+    answers = [json.loads(line) for line in run.answers("val", True).read_text().splitlines()]
+    results = json.loads(Path(summary["results"]).read_text())
+    assert [{key: one[key] for key in ("question_id", "answer")} for one in answers] == results
+    assert sum(one["accuracy"] for one in answers) / len(answers) == pytest.approx(summary["accuracy"])
+    assert all(0 <= one["probability"] <= 1 for one in answers)
 
 
 def test_mistakes_are_wrong_and_the_surest_stands_first(run: RunFolder) -> None:
