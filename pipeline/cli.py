@@ -290,6 +290,32 @@ def evaluate(
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="The page; default: report.html in RUN, or here.")
+@click.option(
+    "--pictures", type=click.IntRange(min=0), default=200, show_default=True, help="Questions shown, at most."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of their choice.")
+@stage
+def report(runs: tuple[Path, ...], output: Path | None, pictures: int, seed: int) -> dict[str, Any]:
+    """Write a page on a run, or on several side by side: one HTML file that needs no other and no network.
+
+    Of one RUN: what came out, curves, LoRA layer by layer, accuracy by type, and questions with their pictures,
+    people's answers and the model's, before and after LoRA where it was evaluated with --adapter none too. By default
+    200 questions: mistakes, those that LoRA broke or fixed, and others. Of several: what differs in their configs and
+    what came out, in a table, and their curves in one. The pictures are the cache's thumbnails.
+
+    \b
+    Example:  pipe report runs/easy_vqa-1
+              pipe report runs/* --output compared.html
+    """
+    from pipeline.report import report
+    from pipeline.run_folder import RunFolder
+
+    return report([RunFolder(run) for run in runs], output, pictures, seed)
+
+
+@main.command()
 @click.option("--size", type=click.Choice(["tiny", "blip2-opt-2.7b", "blip2-opt-6.7b"]), default="blip2-opt-2.7b",
               show_default=True, help="Of the model, which has random weights.")  # fmt: skip
 @click.option("--questions", type=click.IntRange(1), default=32, show_default=True, help="A step, in one pass.")

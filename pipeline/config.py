@@ -255,7 +255,7 @@ class Config(Section):
 
     def differences(self, other: "Config") -> list[str]:
         """`key: mine, not other's`, for each key in which the two differ and would train differently."""
-        mine, theirs = (dict(_flatten(config.model_dump(mode="json", include=TRAINED_BY))) for config in (self, other))
+        mine, theirs = (dict(flatten(config.model_dump(mode="json", include=TRAINED_BY))) for config in (self, other))
         keys = dict.fromkeys([*mine, *theirs])
         return [
             f"{key}: {mine.get(key)!r}, not {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)
@@ -285,10 +285,11 @@ def _source(key: str, path: Path, overrides: Sequence[str]) -> str:
     return str(path)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.key` and its value, of every key."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

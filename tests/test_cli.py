@@ -31,7 +31,7 @@ def pipe(*words: object) -> Result:
 
 def test_the_commands_are_the_documented_ones() -> None:
     assert COMMANDS == ["benchmark", "cache info", "cache ls", "cache repair", "cache rm", "cache verify", "evaluate",
-                        "precompute", "quickstart", "train"]  # fmt: skip
+                        "precompute", "quickstart", "report", "train"]  # fmt: skip
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for command in COMMANDS:
         assert f"pipe {command}" in readme
@@ -100,6 +100,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["precompute", "CONFIG", "data.format=vqa"], 2, "no data.format 'vqa'; nearest: vqav2"),
         (["precompute", "CONFIG", "cache.dir=/proc/nothing"], 1, "/proc/nothing"),
         (["evaluate", "/no/such/run"], 1, "/no/such/run: not a run folder"),
+        (["report", "/no/such/run"], 1, "/no/such/run: not a run folder"),
     ],
 )
 def test_bad_input_is_told_in_a_line_or_two(
