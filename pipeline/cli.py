@@ -74,7 +74,7 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         if speaks:
             click.echo(
                 "\npipe: interrupted; what is written stays good. The same command goes on; "
-                "a training needs --name RUN --resume with it.",
+                "a training: pipe train RUN --resume.",
                 err=True,
             )
         sys.exit(1)
@@ -211,7 +211,8 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[
 @CONFIG
 @OVERRIDES
 @click.option("--name", help="Of the run folder below train.output_dir; default: the config's name and a number.")
-@click.option("--resume", is_flag=True, help="Go on with the run --name from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint: of the run's folder, given as CONFIG, or "
+              "of the run --name.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say how many steps it takes, and how much memory; begin nothing.")
 @stage
 def train(
@@ -225,16 +226,17 @@ def train(
     \b
     Example:  pipe train configs/easy_vqa.yaml
               pipe train configs/easy_vqa.yaml lora.r=32 --name wide
-              pipe train configs/easy_vqa.yaml lora.r=32 --name wide --resume
+              pipe train runs/wide --resume
     """
-    if resume and not name:
-        raise click.UsageError("--resume needs the --name of the run")
     from pipeline.config import load_config
-    from pipeline.run_folder import named_run, next_run
+    from pipeline.run_folder import RunFolder, named_run, next_run
 
-    loaded = load_config(config, overrides)
+    if resume and not name and not config.is_dir():
+        raise click.UsageError("--resume goes on with a run: give its folder in place of CONFIG, or its --name")
+    going_on = RunFolder(config) if resume and not name else None
+    loaded = load_config(going_on.config if going_on else config, overrides)
     folder = loaded.train.output_dir
-    run = named_run(folder, name) if name else next_run(folder, config.stem)
+    run = going_on or (named_run(folder, name) if name else next_run(folder, config.stem))
     _load_bitsandbytes()
     if dry_run:
         from pipeline.forecast import forecast

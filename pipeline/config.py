@@ -156,7 +156,13 @@ class TrainConfig(Section):
     """The language model's own dropout; null keeps the checkpoint's."""
     save_steps: Positive = 500
     """Optimizer steps between checkpoints that a killed run resumes from."""
+    save_minutes: Annotated[float, Field(gt=0)] | None = 15
+    """The same by the clock, for slow steps; null is by steps alone."""
+    keep_checkpoints: Positive = 2
+    """The newest so many."""
     logging_steps: Positive = 10
+    report_to: tuple[str, ...] = ()
+    """Trackers that transformers' Trainer knows, by name: tensorboard, wandb, mlflow, trackio, ..."""
     gradient_checkpointing: bool = False
     """Computes activations again instead of keeping them: less memory, a third slower."""
     on_not_finite: Literal["stop", "skip"] = "stop"
@@ -203,7 +209,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
 
-_NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}
+_NOT_TRAINED_BY = {"save_steps", "save_minutes", "keep_checkpoints", "logging_steps", "report_to", "output_dir"}
 TRAINED_BY: Any = {
     "model": True,
     "data": {"prompt"},

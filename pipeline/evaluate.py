@@ -18,6 +18,7 @@ from pipeline.examples import VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
+from pipeline.run_record import write_card
 from pipeline.scores import check_method, score, summarise
 from pipeline.vqa import official_results
 
@@ -67,6 +68,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         "seconds": time.perf_counter() - started,
     }
     _write(run.evaluation(settings.split, with_adapter), json.dumps(summary, indent=2, ensure_ascii=False))
+    write_card(run)
     return summary
 
 
