@@ -7,19 +7,21 @@ is for the stage that opens them.
 
 import difflib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.examples import Split
-from pipeline.formats import easy_vqa, jsonl, vqav2
+from pipeline.formats import easy_vqa, hf, jsonl, vqav2
 from pipeline.sources import OnRead, Sources
+from pipeline.tables import TableName
 
 FORMATS: dict[str, Callable[[Sources], Split]] = {
     "easy_vqa": easy_vqa.read,
     "jsonl": jsonl.read,
     "vqav2": vqav2.read,
+    "hf": hf.read,
 }
 
 
@@ -30,6 +32,7 @@ def read_examples(
     images: Path | None = None,
     questions: Path | None = None,
     on_read: OnRead = lambda path, data: None,
+    tables: Mapping[str, TableName] | None = None,
 ) -> Split:
     """All questions of one split, in the file's order, and what is left out.
 
@@ -47,9 +50,10 @@ def read_examples(
         near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0)[0]
         raise ConfigError(f"no data.format {format!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
     with _without_garbage_collection():
-        examples, left_out = FORMATS[format](Sources(split, annotations, images, questions, on_read))
+        examples, left_out = FORMATS[format](Sources(split, annotations, images, questions, on_read, tables or {}))
     if not examples:
-        message = f"data.{split}: no questions in {questions or annotations or format}"
+        dataset = tables["dataset"].dataset if tables else None
+        message = f"data.{split}: no questions in {questions or annotations or dataset or format}"
         if left_out:
             message += f" that can be used: {len(left_out)} left out, the last at {left_out[-1].where}: "
             message += left_out[-1].reason
