@@ -12,29 +12,32 @@ from cache.text import TextTable
 from pipeline.batch_order import BatchOrder
 from pipeline.batching import MOST_QUESTIONS, Batcher, ImageSequence
 from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, has_half, public_name
-from pipeline.config import Config, SplitFiles, TrainConfig
+from pipeline.config import Config, SplitFiles
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
 from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.language_model import Blip2LanguageHalf, load_language_half
 from pipeline.progress import say
 from pipeline.tables import identity
+from pipeline.targets import Targets
 from pipeline.team import rank, world_size
 from pipeline.text import PromptTokenizer, retokenize
 
 
-def open_batcher(config: Config, split: str) -> Batcher:
+def open_batcher(config: Config, split: str, features: FeatureReader | None = None) -> Batcher:
     """One split of the cache, after a check that it holds what `config` would put there.
 
-    A changed prompt or tokenizer is no difference: the tokens are remade from the cached text. Raises
-    `CacheError` if there is no finished cache, `PipelineError` with every difference of its features.
+    A changed prompt or tokenizer is no difference: the tokens are remade from the cached text. `features` is the cache
+    where it is open already. Raises `CacheError` if there is no finished cache, `PipelineError` with every difference
+    of its features.
     """
-    features = FeatureReader(config.cache.dir, config.cache.io)
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
-    _check_features(features, config, folder)
+    if features is None:
+        features = FeatureReader(config.cache.dir, config.cache.io)
+        _check_features(features, config, folder)
+        _tell_left_out(features)
     _check_annotations(features, config, split)
     _tell_other_pictures(features, config, split)
-    _tell_left_out(features)
     text = features.text(split)
     tokenizer = PromptTokenizer(folder, config.data.prompt)
     if (text.prompt, text.tokenizer) != (tokenizer.prompt, tokenizer.identity()):
@@ -53,14 +56,31 @@ def trainable_questions(batcher: Batcher, config: Config) -> np.ndarray:
 
 
 def training_batches(
-    settings: TrainConfig, batcher: Batcher, questions: np.ndarray
+    config: Config, batcher: Batcher, questions: np.ndarray
 ) -> tuple[BatchOrder, Callable[[list[int]], list[ImageSequence]], int | None]:
     """The order of this process's batches, what lays one out, and the questions of a micro-batch (None: what fits)."""
+    settings = config.train
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
     most = min(micro_batch or MOST_QUESTIONS, MOST_QUESTIONS)
     image_row = batcher.text.image_row if settings.share_prefix else None
     order = BatchOrder(questions, settings.batch_size, settings.seed, image_row, rank(), world_size())
-    return order, lambda numbers: batcher.for_training(numbers, settings.share_prefix, most), micro_batch
+    targets = _targets(config, batcher)
+
+    def lay_out(numbers: list[int]) -> list[ImageSequence]:
+        wanted = (lambda number: targets(number, order.epoch)) if targets else None
+        return batcher.for_training(numbers, settings.share_prefix, most, wanted)
+
+    return order, lay_out, micro_batch
+
+
+def _targets(config: Config, batcher: Batcher) -> Targets | None:
+    """What is trained other than the most common answer, whose tokens the cache holds."""
+    if config.answers_trained == "most_common":
+        return None
+    tokenizer = load_tokenizer(config)
+    targets = Targets(batcher.text, tokenizer, config.answers_trained, config.train.seed)
+    _check_lengths(batcher.text, batcher.query_tokens, tokenizer.longest, targets.longest())
+    return targets
 
 
 def _tell_left_out(features: FeatureReader) -> None:
@@ -128,8 +148,10 @@ def load_tokenizer(config: Config) -> PromptTokenizer:
     return PromptTokenizer(folder, config.data.prompt)
 
 
-def _check_lengths(text: TextTable, query_tokens: int, longest: int) -> None:
-    lengths = query_tokens + np.diff(text.prompt_ids.offsets) + np.diff(text.target_ids.offsets)
+def _check_lengths(text: TextTable, query_tokens: int, longest: int, targets: np.ndarray | None = None) -> None:
+    """`targets`: tokens of the longest that each question is trained to say, if not the text's own."""
+    behind = np.diff(text.target_ids.offsets) if targets is None else targets
+    lengths = query_tokens + np.diff(text.prompt_ids.offsets) + behind
     if len(lengths) and lengths.max() > longest:
         record = text.record(int(lengths.argmax()))
         raise PipelineError(

@@ -1,13 +1,12 @@
 """Cache rows + token rows -> the language half's inputs. How questions are laid into sequences is decided here alone.
 
-For training a sequence is one image's Q query tokens and the token tree of its questions. To generate it is, for each
-question, the Q query tokens, then BOS and the prompt. B sequences, S positions in the longest.
+A sequence is one image's Q query tokens and the token tree of some questions about it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from cache.reader import FeatureReader
 from cache.text import TextTable
-from pipeline.token_tree import TokenTree, grow_tree
+from pipeline.token_tree import Text, TokenTree, grow_tree
 
 Questions = Sequence[int] | np.ndarray  # numbers of questions in the split
+TargetsOf = Callable[[int], list[tuple[np.ndarray, float]]]  # question -> what is to be said, as tokens, and its weight
 
-PAD = 0  # any id that the embedding has: padding and image positions are masked or overwritten
 MOST_QUESTIONS = 32
 """In one tree: attention within a tree takes the square of its nodes."""
 BLOCK_NODES = 128
@@ -28,25 +27,17 @@ BLOCK_NODES = 128
 
 @dataclass(frozen=True, eq=False)
 class ImageSequence:
-    """One image and some questions about it, to be trained on."""
+    """One image and some questions about it."""
 
     query_features: Tensor
     """(Q, D)"""
     tree: TokenTree
+    questions: int
 
     @property
     def nodes(self) -> int:
         """Tokens that the language model computes."""
         return len(self.tree.position_ids)
-
-
-class Batch(NamedTuple):
-    """Inputs of `Blip2LanguageHalf.generate`, by its argument names; `_asdict()` spreads them."""
-
-    query_features: Tensor  # (B, Q, D)
-    input_ids: Tensor  # (B, S)
-    image_mask: Tensor  # (B, S) bool
-    attention_mask: Tensor  # (B, S)
 
 
 class Batcher:
@@ -57,14 +48,40 @@ class Batcher:
         self.query_tokens = features.spec.query_tokens
 
     def for_training(
-        self, questions: Questions, share_prefix: bool = True, most: int = MOST_QUESTIONS
+        self,
+        questions: Questions,
+        share_prefix: bool = True,
+        most: int = MOST_QUESTIONS,
+        targets: TargetsOf | None = None,
     ) -> list[ImageSequence]:
         """A sequence an image, with at most `most` questions; or one a question, without `share_prefix`.
 
-        No question gives one sequence without a label: a process must take part in a step that has nothing for it.
+        What is to be said to a question is the text's target, or what `targets` gives. No question gives one sequence
+        without a label: a process must take part in a step that has nothing for it.
         """
         if len(questions) == 0:
             return [unlabelled(sequence) for sequence in self.for_training([0])]
+        prompt_ids, target_ids = self.text.prompt_ids, self.text.target_ids
+
+        def texts(question: int) -> list[Text]:
+            wanted = targets(question) if targets else [(target_ids[question], 1.0)]
+            return [Text(prompt_ids[question], target, weight) for target, weight in wanted]
+
+        return self._lay_out(questions, texts, most if share_prefix else 1)
+
+    def for_generation(self, questions: Questions) -> list[ImageSequence]:
+        """A sequence an image, of its questions' prompts; a prompt's last token is its label.
+
+        The questions stay in order if those on an image stand together.
+        """
+        prompt_ids = self.text.prompt_ids
+
+        def texts(question: int) -> list[Text]:
+            return [Text(prompt_ids[question][:-1], prompt_ids[question][-1:])]
+
+        return self._lay_out(questions, texts, len(questions))
+
+    def _lay_out(self, questions: Questions, texts: Callable[[int], list[Text]], most: int) -> list[ImageSequence]:
         rows = self.text.image_row[np.asarray(questions)].tolist()
         distinct = {row: place for place, row in enumerate(dict.fromkeys(rows))}
         features = self._gather(np.fromiter(distinct, np.int64))
@@ -72,32 +89,10 @@ class Batcher:
         sequences = []
         for row, pairs in groupby(by_image, key=lambda pair: pair[0]):
             numbers = [int(number) for _, number in pairs]
-            for some in _chunks(numbers, most if share_prefix else 1):
-                sequences.append(ImageSequence(features[distinct[row]], self._grow(some)))
+            for some in _chunks(numbers, most):
+                tree = grow_tree(self.query_tokens, [text for number in some for text in texts(number)])
+                sequences.append(ImageSequence(features[distinct[row]], tree, len(some)))
         return sequences
-
-    def for_generation(self, questions: Questions) -> Batch:
-        """Prompts alone, padded on the left."""
-        prompts = [self.text.prompt_ids[i] for i in questions]
-        longest = max(map(len, prompts))
-        input_ids = np.full((len(questions), self.query_tokens + longest), PAD, np.int64)
-        image_mask = np.zeros(input_ids.shape, bool)
-        attention_mask = np.zeros(input_ids.shape, np.int64)
-        for row, prompt in enumerate(prompts):
-            start = longest - len(prompt)
-            image_mask[row, start : start + self.query_tokens] = True
-            input_ids[row, start + self.query_tokens :] = prompt
-            attention_mask[row, start:] = 1
-        return Batch(
-            query_features=self._gather(self.text.image_row[np.asarray(questions)]),
-            input_ids=torch.from_numpy(input_ids),
-            image_mask=torch.from_numpy(image_mask),
-            attention_mask=torch.from_numpy(attention_mask),
-        )
-
-    def _grow(self, questions: list[int]) -> TokenTree:
-        prompts, targets = self.text.prompt_ids, self.text.target_ids
-        return grow_tree(self.query_tokens, [prompts[i] for i in questions], [targets[i] for i in questions])
 
     def _gather(self, rows: np.ndarray) -> Tensor:
         features = torch.from_numpy(self.features.gather(rows))
@@ -107,7 +102,8 @@ class Batcher:
 def unlabelled(sequence: ImageSequence) -> ImageSequence:
     """The same, with a loss of zero."""
     nothing = np.empty(0, np.int64)
-    return replace(sequence, tree=replace(sequence.tree, questions=0, label_nodes=nothing, labels=nothing))
+    tree = replace(sequence.tree, label_nodes=nothing, labels=nothing, label_weights=np.empty(0, np.float32))
+    return replace(sequence, tree=tree, questions=0)
 
 
 def micro_batches(
@@ -140,7 +136,23 @@ def pack(sequences: Sequence[ImageSequence]) -> dict[str, Any]:
         "block_masks": [torch.from_numpy(mask) for mask in _block_masks([tree.mask for tree in trees])],
         "label_nodes": torch.from_numpy(np.concatenate(label_nodes)),
         "labels": torch.from_numpy(np.concatenate([tree.labels for tree in trees])),
+        "label_weights": torch.from_numpy(np.concatenate([tree.label_weights for tree in trees])),
     }
+
+
+def pack_prompts(sequences: Sequence[ImageSequence]) -> dict[str, Any]:
+    """Inputs of `Blip2LanguageHalf.generate`, of sequences laid out for it."""
+    inputs = pack(sequences)
+    paths = []
+    start = 0
+    for sequence in sequences:
+        # Nodes stand behind their parents: what a node sees is, in order, the way to it.
+        paths += [start + np.flatnonzero(sequence.tree.mask[node]) for node in sequence.tree.label_nodes]
+        start += sequence.nodes
+    longest = max(map(len, paths))
+    filled = [np.pad(path, (longest - len(path), 0), constant_values=-1) for path in paths]
+    trees = {name: value for name, value in inputs.items() if not name.startswith("label")}
+    return {**trees, "paths": torch.from_numpy(np.stack(filled)), "last_tokens": inputs["labels"]}
 
 
 def _block_masks(masks: list[np.ndarray]) -> Iterator[np.ndarray]:

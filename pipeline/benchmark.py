@@ -35,7 +35,7 @@ from pipeline.language_model import Blip2LanguageHalf, add_lora, load_language_h
 from pipeline.memory import peak_bytes, reset_peak
 from pipeline.progress import progress_bar, say
 from pipeline.random_checkpoint import config_of, write_random_checkpoint
-from pipeline.token_tree import grow_tree
+from pipeline.token_tree import Text, grow_tree
 
 VQAV2_QUESTIONS = 443_757  # of its train split: an epoch
 R, ALPHA, DROPOUT, TARGETS = 16, 32, 0.05, ("q_proj", "v_proj")
@@ -79,7 +79,8 @@ def sequences_of(questions: list[Question], config: Blip2Config, share: bool) ->
     return [
         ImageSequence(
             torch.randn(shape, generator=generator).half(),
-            grow_tree(shape[0], [one.prompt for one in group], [one.target for one in group]),
+            grow_tree(shape[0], [Text(one.prompt, one.target) for one in group]),
+            len(group),
         )
         for group in groups.values()
     ]
@@ -224,7 +225,8 @@ def _padded_chains(questions: list[Question], config: Blip2Config) -> dict[str, 
     padded = [Question(one.image, one.prompt, [0] * (longest + 1 - len(one.prompt))) for one in questions]
     inputs = pack(sequences_of(padded, config, share=False))
     nodes = len(inputs["position_ids"])
-    return inputs | {"label_nodes": torch.arange(nodes), "labels": torch.zeros(nodes, dtype=torch.long)}
+    everywhere = {"label_nodes": torch.arange(nodes), "labels": torch.zeros(nodes, dtype=torch.long)}
+    return inputs | everywhere | {"label_weights": torch.ones(nodes)}
 
 
 def _take_turns(checkpoint: Path, questions: int, turns: int) -> tuple[dict[str, list[float]], dict[str, int]]:

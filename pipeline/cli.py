@@ -248,24 +248,45 @@ def train(
 @main.command()
 @RUN
 @OVERRIDES
-@click.option("--adapter", type=click.Choice(["trained", "none"]), default="trained", show_default=True,
-              help="none: the model as it was before training.")  # fmt: skip
+@click.option("--split", help="train, val or test; the same as evaluate.split=...")
+@click.option(
+    "--adapter",
+    type=click.Choice(["trained", "none"]),
+    default="trained",
+    show_default=True,
+    help="none: the model as it was before training.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["greedy", "official"]),
+    help="greedy: fast. official: 5 beams, 1 to 10 new tokens, length penalty -1, as the BLIP-2 paper.",
+)
+@click.option("--num-beams", help="The same as evaluate.num_beams=...")
+@click.option("--method", help="How answers are counted; the same as evaluate.method=...")
 @stage
-def evaluate(run: Path, overrides: tuple[str, ...], adapter: str) -> dict[str, Any]:
+def evaluate(
+    run: Path, overrides: tuple[str, ...], split: str | None, adapter: str, preset: str | None, num_beams: str | None,
+    method: str | None,
+) -> dict[str, Any]:  # fmt: skip
     """Answer the questions of a split from the cache, and score the answers.
 
-    By default the split, beams and method that RUN's config names. Writes the answers to
-    RUN/results-SPLIT.json (results-SPLIT-no-adapter.json) in the official VQA results form.
+    By default the split, beams and method that RUN's config names. Writes into RUN, for each split, the answers in the
+    data set's official form (results-SPLIT.json, ready to upload), the summary (evaluation-SPLIT.json) and the surest
+    mistakes (mistakes-SPLIT.jsonl); with --adapter none they are called SPLIT-no-adapter.
 
     \b
     Example:  pipe evaluate runs/easy_vqa-1
-              pipe evaluate runs/easy_vqa-1 evaluate.num_beams=5 --adapter none
+              pipe evaluate runs/easy_vqa-1 --preset official --adapter none
     """
     _load_bitsandbytes()
+    from pipeline.config import PRESETS
     from pipeline.evaluate import evaluate
     from pipeline.run_folder import RunFolder
 
-    return evaluate(RunFolder(run), overrides, adapter == "trained")
+    named = {"split": split, "num_beams": num_beams, "method": method}
+    given = PRESETS.get(preset or "", {}) | {key: value for key, value in named.items() if value is not None}
+    options = [f"evaluate.{key}={value}" for key, value in given.items()]
+    return evaluate(RunFolder(run), (*options, *overrides), adapter == "trained")
 
 
 @main.command()

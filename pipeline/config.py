@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.tables import TableName, is_local
@@ -77,19 +77,32 @@ class SplitFiles(Section):
 _FILES = {"annotations", "questions"}
 
 
+def _prompt_of(data: ValidationInfo) -> str:
+    """The prompt that a data format has unless another one is set."""
+    return "a photo of" if data.data.get("format") == "coco_captions" else "Question: {question} Answer:"
+
+
 class DataConfig(Section):
     format: str = "jsonl"
-    """The published form that the files are in: easy_vqa, hf, jsonl, vqav2."""
-    prompt: str = "Question: {question} Answer:"
-    """The same in training and in evaluation; `{question}` is replaced."""
+    """The published form that the files are in; the README has a table of them."""
+    prompt: str = Field(None, validate_default=True)
+    """The same in training and in evaluation; `{question}` is replaced. The default is that of BLIP-2: "Question:
+    {question} Answer:", and for coco_captions, which has no questions, "a photo of"."""
     train: SplitFiles | None = None
     val: SplitFiles | None = None
     test: SplitFiles | None = None
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _of_the_format(cls, prompt: object, others: ValidationInfo) -> object:
+        return _prompt_of(others) if prompt is None else prompt
+
     @field_validator("prompt")
     @classmethod
-    def _names_the_question(cls, prompt: str) -> str:
-        if prompt.count("{question}") != 1 or set("{}") & set(prompt.replace("{question}", "")):
+    def _names_the_question(cls, prompt: str, others: ValidationInfo) -> str:
+        may_lack = "{question}" not in _prompt_of(others)
+        asked = prompt.count("{question}")
+        if asked > 1 or not (asked or may_lack) or set("{}") & set(prompt.replace("{question}", "")):
             raise ValueError("must contain {question} once and no other brace")
         return prompt
 
@@ -167,6 +180,11 @@ class TrainConfig(Section):
     """Questions an optimizer step."""
     micro_batch: Positive | Literal["auto"] = "auto"
     """Questions a forward pass, the rest is gradient accumulation; auto takes as much as fits into memory."""
+    answers: Literal["auto", "most_common", "drawn", "all"] = "auto"
+    """Of those people gave: the most common one, one drawn anew each epoch in proportion, or all, weighted by it.
+
+    auto is all for captions, else the most common: VQA accuracy rewards what most people say, and it costs least.
+    """
     share_prefix: bool = True
     """What the questions on an image have in common, the image first of all, is computed once for all of them."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
@@ -188,15 +206,43 @@ class TrainConfig(Section):
     output_dir: Path = Path("runs")
 
 
+class ValidationConfig(Section):
+    """Greedy answers to questions of another split while training goes on, counted as `evaluate` says.
+
+    The adapter of the best look is kept.
+    """
+
+    steps: Positive | None = None
+    """Optimizer steps between two looks, the last step always one; null is never."""
+    split: Literal["train", "val", "test"] = "val"
+    questions: Positive = 1000
+    """At most so many, all those on images chosen at random; the same in every look."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the choice, not of the training: runs are compared on the same questions."""
+    patience: Positive | None = None
+    """Training ends after so many looks without a better accuracy; null goes on to the end."""
+
+
 class EvaluateConfig(Section):
     split: Literal["train", "val", "test"] = "val"
     batch_size: Positive = 64
     """Questions."""
     num_beams: Positive = 1
+    """1 is greedy."""
     max_new_tokens: Positive = 10
-    method: Literal["official", "exact"] = "official"
-    """official: VQAv2's, for ten answers a question; exact: the one right answer or not."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """Before the end token."""
+    length_penalty: float = 1.0
+    """Of beam search: a summed log-probability is divided by the length to this power; less prefers shorter answers."""
+    method: Literal["official", "lavis", "lmms-eval", "a-okvqa", "exact"] = "official"
+    """Whose script to count like, as the README tells; official: VQAv2's, exact: the one right answer or not."""
 
+
+PRESETS: dict[str, dict[str, float]] = {
+    "greedy": {"num_beams": 1, "max_new_tokens": 10, "min_new_tokens": 0},
+    "official": {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0},
+}
+"""Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
 
 _NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}
 TRAINED_BY: Any = {
@@ -205,6 +251,7 @@ TRAINED_BY: Any = {
     "quantization": True,
     "lora": True,
     "train": set(TrainConfig.model_fields) - _NOT_TRAINED_BY,
+    "validation": True,
 }
 """The keys that decide what a training on a given cache ends in."""
 
@@ -217,7 +264,15 @@ class Config(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def answers_trained(self) -> Literal["most_common", "drawn", "all"]:
+        """`train.answers`, without auto."""
+        if self.train.answers != "auto":
+            return self.train.answers
+        return "all" if self.data.format == "coco_captions" else "most_common"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

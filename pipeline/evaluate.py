@@ -2,100 +2,103 @@
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Sequence
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
+from pipeline.answering import Answer, answer_questions
 from pipeline.assemble import load_base, load_tokenizer, open_batcher
-from pipeline.batching import Batcher
-from pipeline.config import EvaluateConfig, load_config
-from pipeline.errors import PipelineError
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
 from pipeline.examples import VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
-from pipeline.text import PromptTokenizer
-from pipeline.vqa_accuracy import vqa_accuracy
+from pipeline.scores import check_method, score, summarise
+from pipeline.vqa import official_results
+
+NOT_TRAINED_ANEW = ("lora", "train", "validation")
+MISTAKES = 100  # listed
 
 
 def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool = True) -> dict[str, Any]:
     """Answer the questions of `evaluate.split` with the run's adapter, or without, and return the summary.
 
-    Writes the answers to `run.results(...)` in the official VQA results form:
-    `[{"question_id": ..., "answer": ...}, ...]`. Raises `PipelineError` or `CacheError`.
+    Writes into the run's folder the answers in the data set's official form, the summary, and the mistakes that the
+    model was surest of. Raises `PipelineError` or `CacheError`.
     """
     started = time.perf_counter()
     run.check_finished()
+    _refuse_training_keys(overrides)
     config = load_config(run.config, overrides)
-    batcher = open_batcher(config, config.evaluate.split)
+    settings = config.evaluate
+    batcher = open_batcher(config, settings.split)
     examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
-    _check_method(examples, config.evaluate.method)
+    check_method(examples, settings.method)
     model = load_base(config)
     if with_adapter:
         model = load_adapter(model, run.adapter)
     answering_started = time.perf_counter()
-    answers = generate_answers(model, batcher, load_tokenizer(config), config.evaluate)
+    with progress_bar("answering", len(examples), "questions") as bar:
+        found = answer_questions(model, batcher, np.arange(len(examples)), load_tokenizer(config), settings, bar.update)
     answering_seconds = time.perf_counter() - answering_started
-    results = run.results(config.evaluate.split, with_adapter)
-    _write_results(examples, answers, results)
-    return {
+    answers = [found[number] for number in range(len(examples))]
+    texts = [answer.text for answer in answers]
+    scores = score(examples, texts, settings.method)
+    results = run.results(settings.split, with_adapter)
+    mistakes = run.mistakes(settings.split, with_adapter)
+    _write(results, json.dumps(official_results(config.data.format, examples, texts), ensure_ascii=False))
+    _write(mistakes, _surest_mistakes(examples, answers, scores))
+    summary = {
         "run": str(run.path),
-        "split": config.evaluate.split,
-        **score(examples, answers, config.evaluate.method),
+        "split": settings.split,
+        **summarise(examples, scores, batcher.text.image_row.tolist()),
+        "method": settings.method,
+        "adapter": with_adapter,
+        "num_beams": settings.num_beams,
+        "max_new_tokens": settings.max_new_tokens,
         "results": str(results),
-        "questions_per_second": len(answers) / answering_seconds,
+        "mistakes": str(mistakes),
+        "questions_per_second": len(examples) / answering_seconds,
         "seconds": time.perf_counter() - started,
     }
+    _write(run.evaluation(settings.split, with_adapter), json.dumps(summary, indent=2, ensure_ascii=False))
+    return summary
 
 
-def generate_answers(
-    model: PreTrainedModel, batcher: Batcher, tokenizer: PromptTokenizer, settings: EvaluateConfig
-) -> list[str]:
-    """The model's answer to every question of a split, in the split's order; beam search or greedy."""
-    by_length = np.argsort(np.diff(batcher.text.prompt_ids.offsets), kind="stable")  # little padding
-    answers = [""] * len(by_length)
-    device = next(model.parameters()).device
-    with progress_bar("answering", len(by_length), "questions") as bar, torch.inference_mode():
-        for start in range(0, len(by_length), settings.batch_size):
-            questions = by_length[start : start + settings.batch_size]
-            batch = {name: tensor.to(device) for name, tensor in batcher.for_generation(questions)._asdict().items()}
-            tokens = model.generate(**batch, num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens)
-            for question, row in zip(questions, tokens, strict=True):
-                answers[question] = tokenizer.decode(row)
-            bar.update(len(questions))
-    return answers
+def _refuse_training_keys(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        section = override.partition(".")[0]
+        if section in NOT_TRAINED_ANEW:
+            raise ConfigError(
+                f"{override!r}: the run is trained already, and its evaluation does not look at {section}"
+            )
 
 
-def score(examples: list[VQAExample], answers: list[str], method: str) -> dict[str, Any]:
-    """Mean accuracy (0 to 100) over the questions that have answers, in all and by answer type."""
-    by_type: dict[str, list[float]] = defaultdict(list)
-    for example, answer in zip(examples, answers, strict=True):
-        if example.answers:
-            by_type[example.answer_type or "all"].append(vqa_accuracy(answer, example.answers, method))
-    scores = [accuracy for group in by_type.values() for accuracy in group]
-    return {
-        "questions": len(examples),
-        "scored": len(scores),
-        "accuracy": sum(scores) / len(scores) if scores else None,
-        "per_answer_type": {kind: sum(group) / len(group) for kind, group in sorted(by_type.items())},
-        "method": method,
-    }
+def _surest_mistakes(examples: Sequence[VQAExample], answers: Sequence[Answer], scores: Sequence[float | None]) -> str:
+    """JSON lines: the wholly wrong answers, those first that the model gave the highest probability."""
+    wrong = [place for place, value in enumerate(scores) if value == 0]
+    wrong.sort(key=lambda place: -answers[place].log_probability)
+    lines = []
+    for place in wrong[:MISTAKES]:
+        example, answer = examples[place], answers[place]
+        record = {
+            "question_id": example.question_id,
+            "image": str(example.image),
+            "question": example.question,
+            "answer": answer.text,
+            "probability": exp(answer.log_probability),
+            "right": dict(Counter(example.answers).most_common()),
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
-def _check_method(examples: list[VQAExample], method: str) -> None:
-    if method == "official" and examples and all(len(example.answers) == 1 for example in examples):
-        raise PipelineError(
-            "the official VQA accuracy compares several people's answers, and each question here has one: "
-            "set evaluate.method=exact"
-        )
-
-
-def _write_results(examples: list[VQAExample], answers: list[str], path: Path) -> None:
-    rows = [{"question_id": e.question_id, "answer": answer} for e, answer in zip(examples, answers, strict=True)]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rows, ensure_ascii=False))
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

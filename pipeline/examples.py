@@ -11,9 +11,12 @@ from pipeline.errors import PipelineError
 from pipeline.records import field, optional_text, question_id_of, texts_of
 from pipeline.tables import Picture
 
-TWICE = "question_id is there twice"  # the reasons of `LeftOut`s; "no annotation in FILE" is the fourth
+TWICE = "question_id is there twice"  # the reasons of `LeftOut`s; "no annotation in FILE" is one more
 ANNOTATED_TWICE = "question_id is annotated twice"
 NO_ANSWER = "no answer"
+NO_IMAGE = "caption of an image that is not listed"
+
+DIFFICULT = "difficult direct answer"  # the answer type of questions that A-OKVQA's direct-answer accuracy leaves out
 
 _path = lru_cache(maxsize=1 << 17)(Path)  # an image has several questions, and a Path is slow to make
 

@@ -37,7 +37,7 @@ def forecast(config: Config) -> dict[str, Any]:
     batcher = open_batcher(config, "train")
     questions = trainable_questions(batcher, config)
     settings = config.train
-    order, lay_out, micro_batch = training_batches(settings, batcher, questions)
+    order, lay_out, micro_batch = training_batches(config, batcher, questions)
     batches = [lay_out(numbers) for numbers in islice(order, BATCHES_LOOKED_AT)]
     device = pick_device()
     model = _without_storage(config, pick_dtype(config.quantization.compute_dtype, device))
@@ -58,7 +58,7 @@ def forecast(config: Config) -> dict[str, Any]:
         "questions": len(questions),
         "steps": settings.max_steps or -(-len(questions) // settings.batch_size) * settings.epochs,
         "micro_batches_a_step": len(groups) / len(batches),
-        "questions_a_micro_batch": max(sum(one.tree.questions for one in group) for group in groups),
+        "questions_a_micro_batch": max(sum(one.questions for one in group) for group in groups),
         "memory_bytes": {**needed, "all": sum(needed.values())},
         "free_bytes": free_bytes(device),
     }
@@ -67,7 +67,7 @@ def forecast(config: Config) -> dict[str, Any]:
 def _groups(batches: list[list[ImageSequence]], micro_batch: int | None, nodes: int) -> Iterator[list[ImageSequence]]:
     for batch in batches:
         if micro_batch:
-            yield from micro_batches(batch, lambda one: one.tree.questions, micro_batch)
+            yield from micro_batches(batch, lambda one: one.questions, micro_batch)
         else:
             yield from micro_batches(batch, lambda one: one.nodes, nodes)
 

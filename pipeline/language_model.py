@@ -3,9 +3,10 @@
 import gc
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2PreTrainedModel,
+    DynamicCache,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -23,6 +25,9 @@ from pipeline.checkpoint import LANGUAGE_HALF, only_half
 from pipeline.errors import PipelineError
 from pipeline.memory import give_back_memory, keep_no_freed_memory
 from pipeline.tree_attention import TREE_ATTENTION, additive_masks
+
+TREES = ("query_features", "input_ids", "text_lengths", "position_ids", "block_masks")
+"""What describes token trees, by the names of `Blip2LanguageHalf.forward`."""
 
 
 class Blip2LanguageHalf(Blip2PreTrainedModel):
@@ -47,12 +52,6 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def embed(self, query_features: Tensor, input_ids: Tensor, image_mask: Tensor) -> Tensor:
-        """(images, Q, D), (B, S), (B, S) -> (B, S, H): the projected features, in order, where `image_mask` is set."""
-        text = self.get_input_embeddings()(input_ids)
-        image = self.language_projection(query_features.to(self.language_projection.weight.dtype))
-        return text.masked_scatter(image_mask.unsqueeze(-1), image.to(text.dtype))
-
     def forward(
         self,
         query_features: Tensor,
@@ -62,9 +61,10 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         block_masks: list[Tensor],
         label_nodes: Tensor,
         labels: Tensor,
+        label_weights: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutput:
-        """The summed cross-entropy of the labels over their number; logits are computed at these alone.
+        """The labels' weighted mean cross-entropy; logits are computed at these alone.
 
         The sequences are token trees, one behind the other and without padding, N nodes in all: of each the Q query
         tokens, then its text nodes. See `pipeline.token_tree`.
@@ -77,19 +77,74 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             block_masks: (S, S) bool, of one tree or some neighbours, whether node i sees node j; none sees beyond.
             label_nodes: (L,), of all N, whose output is to be the label.
             labels: (L,) token ids.
-            num_items_in_batch: what the summed loss is divided by; None is L.
+            label_weights: (L,), of each in the sum.
+            num_items_in_batch: what the sum is divided by; None is that of the weights.
         """
+        hidden = self._read(query_features, input_ids, text_lengths, position_ids, block_masks)
+        logits = self.get_output_embeddings()(hidden[0, label_nodes]).float()
+        loss = (functional.cross_entropy(logits, labels, reduction="none") * label_weights).sum()
+        return CausalLMOutput(loss=loss / (label_weights.sum() if num_items_in_batch is None else num_items_in_batch))
+
+    @torch.no_grad()
+    def generate(self, paths: Tensor, last_tokens: Tensor, num_beams: int = 1, **inputs: Any) -> "Generated":
+        """What follows B prompts, the most probable by beam search, or greedily with one beam.
+
+        All but a prompt's last token is read as token trees, so that what prompts have in common is read once; then
+        each prompt goes its own way from the keys and values of the nodes on its path.
+
+        Args:
+            paths: (B, P) nodes, of all N, that a prompt's last token sees, in order; shorter ones begin with -1.
+            last_tokens: (B,) the prompts' last tokens.
+            inputs: those of `forward` that describe the trees, and settings of the library's `generate`.
+        """
+        trees = {name: inputs.pop(name) for name in TREES}
+        cache = DynamicCache()
+        self._read(**trees, cache=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = _along(paths, layer.keys), _along(paths, layer.values)
+        cache.batch_repeat_interleave(num_beams)
+        seen = functional.pad(paths >= 0, (0, 1), value=True)
+        prompts = torch.where(seen, last_tokens[:, None], self.config.text_config.pad_token_id)
+        found = self.language_model.generate(
+            input_ids=prompts,  # of these the last alone is read: the others are in the cache
+            attention_mask=seen.long(),
+            past_key_values=cache,
+            eos_token_id=self.config.text_config.eos_token_id,
+            pad_token_id=self.config.text_config.pad_token_id,
+            do_sample=False,
+            num_beams=num_beams,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **inputs,
+        )
+        tokens = found.sequences[:, prompts.shape[1] :]
+        steps = self.language_model.compute_transition_scores(
+            found.sequences, found.scores, found.get("beam_indices"), normalize_logits=num_beams == 1
+        )
+        ended = (tokens == self.config.text_config.eos_token_id).cumsum(1)
+        ended = functional.pad(ended, (1, 0))[:, :-1]  # the end token itself counts
+        return Generated(tokens, steps.masked_fill(ended > 0, 0.0).sum(1))
+
+    def _read(
+        self,
+        query_features: Tensor,
+        input_ids: Tensor,
+        text_lengths: list[int],
+        position_ids: Tensor,
+        block_masks: list[Tensor],
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """(1, N, H): the language model's last hidden states, behind the last norm."""
         embedded = self._embed_trees(query_features, input_ids, text_lengths)
-        hidden = self.language_model.base_model(
+        hidden: Tensor = self.language_model.base_model(
             inputs_embeds=embedded,
             attention_mask=block_masks[0].new_ones(1, 1, 1, 1),  # four-dimensional: the library leaves masks to us
             position_ids=position_ids[None],
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
             block_biases=additive_masks(block_masks, embedded.dtype),
         ).last_hidden_state
-        logits = self.get_output_embeddings()(hidden[0, label_nodes]).float()
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-        return CausalLMOutput(loss=loss / (len(labels) if num_items_in_batch is None else num_items_in_batch))
+        return hidden
 
     def _embed_trees(self, query_features: Tensor, input_ids: Tensor, text_lengths: list[int]) -> Tensor:
         """(1, N, H): the projected query features of each tree, then the embeddings of its text nodes."""
@@ -98,20 +153,19 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         pairs = zip(images.to(texts.dtype), torch.split(texts, text_lengths), strict=True)
         return torch.cat([piece for pair in pairs for piece in pair])[None]
 
-    @torch.no_grad()
-    def generate(
-        self, query_features: Tensor, input_ids: Tensor, image_mask: Tensor, attention_mask: Tensor, **settings: Any
-    ) -> Tensor:
-        """Token ids (B, new tokens) that follow prompts padded on the left; `settings` are those of `generate`."""
-        tokens: Tensor = self.language_model.generate(
-            inputs_embeds=self.embed(query_features, input_ids, image_mask),
-            attention_mask=attention_mask,
-            eos_token_id=self.config.text_config.eos_token_id,
-            pad_token_id=self.config.text_config.pad_token_id,
-            do_sample=False,
-            **settings,
-        )
-        return tokens
+
+class Generated(NamedTuple):
+    """What was said to B prompts."""
+
+    tokens: Tensor
+    """(B, new tokens) ids; the end token and what fills shorter ones included."""
+    log_probability: Tensor
+    """(B,) of the tokens up to the end token."""
+
+
+def _along(paths: Tensor, states: Tensor) -> Tensor:
+    """(B, P), (1, heads, N, d) -> (B, heads, P, d): of each prompt the keys or values of the nodes on its path."""
+    return states[0].transpose(0, 1)[paths.clamp(min=0)].transpose(1, 2)
 
 
 def load_language_half(
@@ -178,7 +232,19 @@ def add_lora(
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # a gradient scaler takes no float16
+    _keep_trainable(adapted)
     return adapted
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """Has a look at validation questions leave the 4-bit weights as they are.
+
+    On CPUs with bfloat16 instructions bitsandbytes repacks them, with rounded scales, when they first answer: for good,
+    and into a form that does not train.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
+Position = TypeVar("Position", int, str)
 
 _KINDS: dict[type, str] = {
     dict: "an object",
@@ -34,8 +35,8 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def each(
-    records: Iterable[tuple[int, object]], place: str, make: Callable[[int, object], T]
-) -> Iterator[tuple[int, T]]:
+    records: Iterable[tuple[Position, object]], place: str, make: Callable[[Position, object], T]
+) -> Iterator[tuple[Position, T]]:
     """Each position with what `make` makes of its record; errors say the position, as `place` puts it."""
     for position, record in records:
         try:
@@ -45,10 +46,15 @@ def each(
         yield position, value
 
 
-def parse_json(text: str, line: int = 1, hook: Callable[[dict[str, Any]], object] | None = None) -> object:
-    """The JSON value of `text`, which begins on that line of its file; `hook` replaces each object."""
+def parse_json(
+    text: str,
+    line: int = 1,
+    hook: Callable[[dict[str, Any]], object] | None = None,
+    pairs_hook: Callable[[list[tuple[str, Any]]], object] | None = None,
+) -> object:
+    """The JSON value of `text`, which begins on that line of its file; a hook makes something else of each object."""
     try:
-        value: object = json.loads(text, object_hook=hook)
+        value: object = json.loads(text, object_hook=hook, object_pairs_hook=pairs_hook)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
         raise RecordError(f"not JSON at {place}: {error.msg}") from None
@@ -63,19 +69,23 @@ def object_of(value: object) -> Mapping[str, object]:
     return value
 
 
+def list_of(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise RecordError(f"not a list but {_kind(value)}")
+    return value
+
+
 def field(record: Mapping[str, object], name: str, kind: type[T]) -> T:
     value = record.get(name)
     if type(value) is not kind:  # not isinstance: JSON's true is no whole number
         raise RecordError(f"{name!r} is {_kind(value)}, not {_KINDS[kind]}" if name in record else f"no field {name!r}")
-    if kind is str:
-        _check_encodable(name, str(value))
+    if kind is str and not str(value).isascii():
+        check_encodable(name, str(value))
     return value
 
 
-def _check_encodable(name: str, text: str) -> None:
+def check_encodable(name: str, text: str) -> None:
     """JSON may escape half of a surrogate pair, which no tokenizer and no file name takes."""
-    if text.isascii():
-        return
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -87,20 +97,28 @@ def optional_text(record: Mapping[str, object], name: str) -> str | None:
 
 
 def question_id_of(record: Mapping[str, object]) -> int | str:
-    value = record.get("question_id")
-    return value if isinstance(value, str) else field(record, "question_id", int)
+    if isinstance(record.get("question_id"), str):
+        return field(record, "question_id", str)
+    return field(record, "question_id", int)
 
 
 def answers_of(record: Mapping[str, object]) -> tuple[str, ...]:
+    """`answers`, a list, or else `answer`, a text; none if there is neither."""
     if "answers" in record:
-        return texts_of(field(record, "answers", list))
+        return optional_texts(record, "answers")
     return (field(record, "answer", str),) if "answer" in record else ()
 
 
-def texts_of(values: list[Any]) -> tuple[str, ...]:
+def optional_texts(record: Mapping[str, object], name: str) -> tuple[str, ...]:
+    return texts_of(field(record, name, list), name) if name in record else ()
+
+
+def texts_of(values: list[Any], name: str = "answers") -> tuple[str, ...]:
     for position, value in enumerate(values):
         if type(value) is not str:
-            raise RecordError(f"'answers[{position}]' is {_kind(value)}, not a text")
+            raise RecordError(f"'{name}[{position}]' is {_kind(value)}, not a text")
+        if not value.isascii():
+            check_encodable(name, value)
     return tuple(values)
 
 

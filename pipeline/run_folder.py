@@ -1,8 +1,11 @@
 """A run folder: what lies where in it."""
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError
@@ -27,9 +30,23 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def validation(self) -> Path:
+        """One JSON object a look at the validation questions."""
+        return self.path / "validation.jsonl"
+
+    @property
     def adapter(self) -> Path:
-        """The adapter in PEFT's form; there when training has ended."""
+        """The adapter in PEFT's form, the best one where training was validated; there when training has ended."""
         return self.path / "adapter"
+
+    @property
+    def last_adapter(self) -> Path:
+        """That of the last step, where the best one is another."""
+        return self.path / "adapter-last"
+
+    def best(self, step: int) -> Path:
+        """The adapter of a step that was the best so far, while training goes on."""
+        return self.path / "best" / f"step-{step}"
 
     @property
     def checkpoints(self) -> Path:
@@ -37,8 +54,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def results(self, split: str, with_adapter: bool) -> Path:
-        """The answers to one split, in the official VQA results form."""
-        return self.path / f"results-{split}{'' if with_adapter else '-no-adapter'}.json"
+        """The answers to one split, in the data set's official form."""
+        return self.path / f"results-{_evaluated(split, with_adapter)}.json"
+
+    def evaluation(self, split: str, with_adapter: bool) -> Path:
+        """The summary of the answers to one split, JSON."""
+        return self.path / f"evaluation-{_evaluated(split, with_adapter)}.json"
+
+    def mistakes(self, split: str, with_adapter: bool) -> Path:
+        """Wrong answers to one split, JSON lines."""
+        return self.path / f"mistakes-{_evaluated(split, with_adapter)}.jsonl"
 
     def check_new(self) -> None:
         if self.path.exists():
@@ -81,6 +106,30 @@ class RunFolder:
         if not self.adapter.is_dir():
             go_on = f"pipe train {self.config} --name {self.path.name} --resume"
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{go_on}`")
+
+
+def rows_until(step: int, path: Path) -> list[dict[str, Any]]:
+    """The JSON lines up to a step: a killed run wrote beyond its last checkpoint, and its last line perhaps in part."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The rows as JSON lines, in place of what is there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+
+
+def _evaluated(split: str, with_adapter: bool) -> str:
+    return split if with_adapter else f"{split}-no-adapter"
 
 
 def named_run(output_dir: Path, name: str) -> RunFolder:

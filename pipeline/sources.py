@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.examples import NO_ANSWER, TWICE, LeftOut, Split, VQAExample
-from pipeline.records import RecordError, each
+from pipeline.records import Position, RecordError, each, list_of, naming, parse_json
 from pipeline.tables import TableName
 
 OnRead = Callable[[Path, bytes], object]
@@ -64,8 +64,8 @@ def collect(
     sources: Sources,
     path: Path | str,
     place: str,
-    records: Iterable[tuple[int, object]],
-    make: Callable[[int, object], VQAExample],
+    records: Iterable[tuple[Position, object]],
+    make: Callable[[Position, object], VQAExample],
     lacks: Callable[[int | str], str | None] | None = None,
 ) -> Split:
     """The split that `make` makes of the file's (position, record)s; `lacks` replaces `Sources.lacks`."""
@@ -84,6 +84,14 @@ def collect(
             where = f"{path}: {place.format(position)}"
             left_out.append(LeftOut(sources.split, reason, where, key, str(example.image)))
     return Split(list(examples.values()), left_out)
+
+
+def collect_list(sources: Sources, make: Callable[[int, object], VQAExample]) -> Split:
+    """The split that `make` makes of an annotations file that is one JSON list of records."""
+    path = sources.need("annotations")
+    with naming(path):
+        records = list_of(parse_json(sources.read_text(path)))
+        return collect(sources, path, "[{}]", enumerate(records), make)
 
 
 def pictures(folder: Path) -> Callable[[str], Path]:

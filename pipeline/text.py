@@ -51,10 +51,10 @@ class PromptTokenizer:
     def targets(self, answers: Sequence[str]) -> list[list[int]]:
         return [[*ids, self.eos_token_id] for ids in self._encode([f" {answer.strip()}" for answer in answers])]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The answer that generated tokens spell."""
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text.strip()
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The answers that rows of generated tokens spell."""
+        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:

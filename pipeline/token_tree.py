@@ -11,18 +11,26 @@ Q query tokens, T text nodes, S = Q + T nodes in all, L labels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 Tokens = Sequence[int] | np.ndarray
 
 
+class Text(NamedTuple):
+    """A prompt, and what is to be said to it."""
+
+    prompt: Tokens
+    target: Tokens
+    weight: float = 1.0
+    """Of the target's tokens in the loss."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenTree:
     """The texts on one image, laid out for the language model."""
 
-    questions: int
-    """Number of texts."""
     input_ids: np.ndarray
     """(T,) int64: the text nodes, parents before children."""
     position_ids: np.ndarray
@@ -33,15 +41,18 @@ class TokenTree:
     """(L,) int64: the node, of all S, whose output is to be the label."""
     labels: np.ndarray
     """(L,) int64: token ids, the targets' tokens one after the other."""
+    label_weights: np.ndarray
+    """(L,) float32: how much each counts in the loss."""
 
 
-def grow_tree(query_tokens: int, prompts: Sequence[Tokens], targets: Sequence[Tokens]) -> TokenTree:
-    """The tree of prompts and their targets; a target's last token is only a label, since nothing follows it."""
+def grow_tree(query_tokens: int, texts: Sequence[Text]) -> TokenTree:
+    """The tree of some texts; a target's last token is only a label, since nothing follows it."""
     nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node; the texts' common parent is -1
     parents: list[int] = []
     labels: list[int] = []
     label_nodes: list[int] = []
-    for prompt, target in zip(prompts, targets, strict=True):
+    weights: list[float] = []
+    for prompt, target, weight in texts:
         wanted = [int(token) for token in target]
         node = -1
         for place, token in enumerate([*(int(token) for token in prompt), *wanted[:-1]]):
@@ -52,13 +63,14 @@ def grow_tree(query_tokens: int, prompts: Sequence[Tokens], targets: Sequence[To
                 parents.append(parent)
         label_nodes += [node] * bool(wanted)
         labels += wanted
+        weights += [weight] * len(wanted)
     return TokenTree(
-        questions=len(prompts),
         input_ids=np.array([token for _, token in nodes], np.int64),
         position_ids=_positions(query_tokens, parents),
         mask=_mask(query_tokens, parents),
         label_nodes=query_tokens + np.array(label_nodes, np.int64),
         labels=np.array(labels, np.int64),
+        label_weights=np.array(weights, np.float32),
     )
 
 

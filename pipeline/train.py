@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from pipeline.assemble import load_base, open_batcher, trainable_questions, training_batches
+from pipeline.assemble import load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
 from pipeline.batching import Batcher
 from pipeline.config import Config, TrainConfig
 from pipeline.device import pick_device
@@ -27,9 +29,10 @@ from pipeline.errors import PipelineError
 from pipeline.language_model import add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
 from pipeline.progress import progress_bar, say
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import RunFolder, rows_until, write_rows
 from pipeline.team import Team, world_size
 from pipeline.trainer import Batches, StageTwoTrainer
+from pipeline.validation import KeepBest, Validator
 
 
 def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any] | None:
@@ -47,11 +50,13 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
             run.check_resumable(config) if resume else run.check_new()
         batcher = open_batcher(config, "train")
         trainable = trainable_questions(batcher, config)
+        validator = _validator(config, batcher)
         run = RunFolder(team.share_out([run.path] * team.size) if team.rank == 0 else team.receive(Path))
         set_seed(config.train.seed)
         base = load_base(config, config.train.dropout)
         model = add_lora(base, **config.lora.model_dump())
-        trainer = _trainer(config.train, model, batcher, trainable, run, base.dtype)
+        keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if validator else None
+        trainer = _trainer(config, model, batcher, trainable, run, base.dtype, validator, keep_best)
         checkpoint = run.last_checkpoint()
         if team.rank == 0:
             run.start(config)
@@ -64,7 +69,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         computed = team.gather((trainer.questions, trainer.nodes))
     if team.rank > 0:
         return None
-    save_adapter(model, run.adapter)
+    _save(model, run, keep_best)
     questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
     return {
         "run": str(run.path),
@@ -73,12 +78,31 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "questions": len(trainable),
         "without_answer": len(batcher.text) - len(trainable),
         "skipped_steps": trainer.skipped_steps,
-        "questions_per_second": questions / seconds,
+        "validation": keep_best.summary() if keep_best else {},
+        "questions_per_second": questions / (seconds - (keep_best.seconds if keep_best else 0)),
         "tokens_per_question": nodes / max(questions, 1),
         "peak_memory_bytes": peak,
         "seconds_training": seconds,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _validator(config: Config, batcher: Batcher) -> Validator | None:
+    if config.validation.steps is None:
+        return None
+    other = open_batcher(config, config.validation.split, batcher.features)
+    return Validator(other, load_tokenizer(config), config.validation, config.evaluate)
+
+
+def _save(model: PeftModel, run: RunFolder, keep_best: KeepBest | None) -> None:
+    """The best adapter, where it is known which is, else the last."""
+    best = run.best(keep_best.best["step"]) if keep_best and keep_best.best else None
+    if best and keep_best and best != run.best(keep_best.rows[-1]["step"]):
+        save_adapter(model, run.last_adapter)
+        best.rename(run.adapter)
+    else:
+        save_adapter(model, run.adapter)
+    shutil.rmtree(run.best(0).parent, ignore_errors=True)
 
 
 def _refuse_sharding() -> None:
@@ -99,22 +123,25 @@ def _tell_warmup(settings: TrainConfig, questions: int) -> None:
 
 
 def _trainer(
-    settings: TrainConfig,
+    config: Config,
     model: PeftModel,
     batcher: Batcher,
     trainable: np.ndarray,
     run: RunFolder,
     base_dtype: torch.dtype,
+    validator: Validator | None,
+    keep_best: KeepBest | None,
 ) -> StageTwoTrainer:
-    order, lay_out, micro_batch = training_batches(settings, batcher, trainable)
+    order, lay_out, micro_batch = training_batches(config, batcher, trainable)
     trainer = StageTwoTrainer(
         model,
-        _arguments(settings, run.checkpoints, base_dtype),
+        _arguments(config.train, run.checkpoints, base_dtype),
         Batches(len(trainable), lay_out),
         order,
         micro_batch,
-        settings.on_not_finite == "skip",
-        callbacks=[_Log(run.metrics)],
+        config.train.on_not_finite == "skip",
+        validator,
+        callbacks=[_Log(run.metrics), *([keep_best] if keep_best else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -159,10 +186,8 @@ class _Log(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
-        if (
-            state.is_world_process_zero and self.metrics.exists()
-        ):  # a killed run logged further than its last checkpoint
-            _keep_rows_until(state.global_step, self.metrics)
+        if state.is_world_process_zero:
+            write_rows(rows_until(state.global_step, self.metrics), self.metrics)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if world_size() > 1:
@@ -184,17 +209,3 @@ class _Log(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
-
-
-def _keep_rows_until(step: int, metrics: Path) -> None:
-    """Drop what a killed run logged beyond its last checkpoint, and a line that it did not finish."""
-    kept = []
-    for line in metrics.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(metrics)

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +25,8 @@ from pipeline.memory import SavedForBackward, free_bytes, is_out_of_memory
 from pipeline.progress import say
 
 Batch = list[ImageSequence]
+Validator = Callable[[nn.Module], np.ndarray]
+"""The model -> sums over this process's questions: their accuracy, number, loss, and weight in the loss."""
 
 SHARE_OF_FREE = 0.6
 """Of the memory that is free at the start, what activations may take."""
@@ -70,12 +73,14 @@ class StageTwoTrainer(Trainer):
         order: BatchOrder,
         micro_batch: int | None,
         skip_not_finite: bool,
+        validator: Validator | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(model, args, train_dataset=batches, callbacks=[*callbacks, _TellEpoch(order)])
         self._order = order
         self._by_questions, self._most = micro_batch is not None, micro_batch or 0
         self._skip_not_finite = skip_not_finite
+        self._validator = validator
         self._reader = ThreadPoolExecutor(1, "batches")
         self._reading: tuple[Iterator[Batch], Future[Batch | None]] | None = None
         self._waited, self._logged_at = 0.0, time.perf_counter()
@@ -91,7 +96,7 @@ class StageTwoTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The next batch, put together while the last was computed, and the number of its labels in all processes."""
+        """The next batch, put together while the last was computed, and its labels' weight in all processes."""
         if self._reading is None or self._reading[0] is not epoch_iterator:
             self._reading = epoch_iterator, self._reader.submit(next, epoch_iterator, None)
         started = time.perf_counter()
@@ -100,8 +105,8 @@ class StageTwoTrainer(Trainer):
         self._reading = epoch_iterator, self._reader.submit(next, epoch_iterator, None)
         if batch is None:
             return [], torch.tensor(0)
-        labels = torch.tensor([sum(len(sequence.tree.labels) for sequence in batch)], device=device)
-        return [batch], self.accelerator.gather(labels).sum()
+        weight = torch.tensor([sum(float(sequence.tree.label_weights.sum()) for sequence in batch)], device=device)
+        return [batch], self.accelerator.gather(weight).sum()
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor) -> Tensor:
         """The loss of the whole batch, and its gradients; where memory is out, once more in smaller micro-batches."""
@@ -121,7 +126,7 @@ class StageTwoTrainer(Trainer):
                 model.zero_grad()
                 gc.collect()
                 torch.cuda.empty_cache()
-        self.questions += sum(sequence.tree.questions for sequence in inputs)
+        self.questions += sum(sequence.questions for sequence in inputs)
         self.nodes += sum(sequence.nodes for sequence in inputs)
         return loss if self._is_finite(model, loss) else torch.zeros_like(loss)
 
@@ -134,6 +139,16 @@ class StageTwoTrainer(Trainer):
                 logs["skipped_steps"] = self.skipped_steps
             self._waited, self._logged_at = 0.0, now
         super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and accuracy on the validator's questions; callbacks are told, and so is the log."""
+        assert self._validator is not None
+        sums = torch.from_numpy(self._validator(self.model)).to(self.args.device, torch.float32)
+        accuracy, questions, loss, weight = self.accelerator.gather(sums[None]).sum(0).tolist()
+        metrics = {"eval_accuracy": accuracy / questions, "eval_loss": loss / weight, "eval_questions": questions}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the library takes every weight for one that is trained."""
@@ -149,7 +164,7 @@ class StageTwoTrainer(Trainer):
         return loss
 
     def _size(self, sequence: ImageSequence) -> int:
-        return sequence.tree.questions if self._by_questions else sequence.nodes
+        return sequence.questions if self._by_questions else sequence.nodes
 
     def _nodes_that_fit(self, batch: Batch) -> int:
         largest = max(sequence.nodes for sequence in batch)

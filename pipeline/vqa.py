@@ -1,27 +1,55 @@
 """Visual question answering data sets in their published formats -> `VQAExample`s.
 
-A reader a format, listed in `FORMATS`. A reader checks the text that it reads: a malformed record is an error that
-says where it stands, a well-formed one that training cannot use is left out and listed. Whether the pictures are there
-is for the stage that opens them.
+A module a format in `pipeline.formats`, listed in `FORMATS`. A reader checks the text that it reads: a malformed
+record is an error that says where it stands, a well-formed one that training cannot use is left out and listed.
+Whether the pictures are there is for the stage that opens them.
 """
 
 import difflib
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.examples import Split
-from pipeline.formats import easy_vqa, hf, jsonl, vqav2
+from pipeline.examples import Split, VQAExample
+from pipeline.formats import aokvqa, coco_captions, easy_vqa, gqa, hf, jsonl, lavis, textvqa, vizwiz, vqav2
+from pipeline.recognition import mistaken
 from pipeline.sources import OnRead, Sources
 from pipeline.tables import TableName
 
-FORMATS: dict[str, Callable[[Sources], Split]] = {
-    "easy_vqa": easy_vqa.read,
-    "jsonl": jsonl.read,
-    "vqav2": vqav2.read,
-    "hf": hf.read,
+Results = Callable[[Sequence[VQAExample], Sequence[str]], object]
+
+
+def _rows(question: str, answer: str) -> Results:
+    """A list of objects with an id and an answer, under these names."""
+
+    def results(examples: Sequence[VQAExample], answers: Sequence[str]) -> object:
+        pairs = zip(examples, answers, strict=True)
+        return [{question: example.question_id, answer: text} for example, text in pairs]
+
+    return results
+
+
+class Format(NamedTuple):
+    """How a data set's files are read, and how answers are handed in to its evaluation server."""
+
+    read: Callable[[Sources], Split]
+    results: Results = _rows("question_id", "answer")
+
+
+FORMATS = {
+    "easy_vqa": Format(easy_vqa.read),
+    "jsonl": Format(jsonl.read),
+    "vqav2": Format(vqav2.read),
+    "aokvqa": Format(aokvqa.read, aokvqa.results),
+    "vizwiz": Format(vizwiz.read, _rows("image", "answer")),
+    "textvqa": Format(textvqa.read),
+    "gqa": Format(gqa.read, _rows("questionId", "prediction")),
+    "lavis": Format(lavis.read),
+    "coco_captions": Format(coco_captions.read, _rows("image_id", "caption")),
+    "hf": Format(hf.read),
 }
 
 
@@ -36,7 +64,7 @@ def read_examples(
 ) -> Split:
     """All questions of one split, in the file's order, and what is left out.
 
-    Which files a format needs, and what stands in them, is told at its reader below. The paths are
+    Which files a format needs, and what stands in them, is told at its reader in `pipeline.formats`. The paths are
     those of the config's `data.{split}`; `on_read` is told the bytes of each file. Left out are questions
     without an answer, except on splits whose name begins with "test", and of usable questions with the
     same id all but the first.
@@ -44,21 +72,47 @@ def read_examples(
     Raises:
         ConfigError: an unknown format.
         PipelineError: an unknown split, a file that is not set, not there, not UTF-8 or not
-            JSON, a malformed record (file and position are named), or no questions that can be used.
+            JSON, a malformed record (file and position are named), files of another format (it is named), or no
+            questions that can be used.
     """
-    if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0)[0]
-        raise ConfigError(f"no data.format {format!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
-    with _without_garbage_collection():
-        examples, left_out = FORMATS[format](Sources(split, annotations, images, questions, on_read, tables or {}))
-    if not examples:
-        dataset = tables["dataset"].dataset if tables else None
-        message = f"data.{split}: no questions in {questions or annotations or dataset or format}"
-        if left_out:
-            message += f" that can be used: {len(left_out)} left out, the last at {left_out[-1].where}: "
-            message += left_out[-1].reason
-        raise PipelineError(message)
-    return Split(examples, left_out)
+    read = _format(format).read
+    sources = Sources(split, annotations, images, questions, on_read, tables or {})
+    try:
+        with _without_garbage_collection():
+            found = read(sources)
+        if not found.examples:
+            raise PipelineError(_nothing(format, sources, found))
+    except PipelineError as error:
+        instead = mistaken(format, sources)
+        if instead is None:
+            raise
+        raise PipelineError(f"{instead} ({error})") from error
+    # A test split may lack answers; it may also have them where another format has its own.
+    if not any(example.answers for example in found.examples) and (instead := mistaken(format, sources)):
+        raise PipelineError(instead)
+    return found
+
+
+def official_results(format: str, examples: Sequence[VQAExample], answers: Sequence[str]) -> object:
+    """The answers as the data set's evaluation takes them, in JSON types; ConfigError for an unknown format."""
+    return _format(format).results(examples, answers)
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0)[0]
+        raise ConfigError(f"no data.format {name!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _nothing(format: str, sources: Sources, found: Split) -> str:
+    tables = [table.dataset for table in sources.tables.values()]
+    named = next(filter(None, [sources.questions, sources.annotations, *tables]), format)
+    message = f"data.{sources.split}: no questions in {named}"
+    if not found.left_out:
+        return message
+    last = found.left_out[-1]
+    return f"{message} that can be used: {len(found.left_out)} left out, the last at {last.where}: {last.reason}"
 
 
 @contextmanager

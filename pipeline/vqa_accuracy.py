@@ -1,7 +1,6 @@
 """How right an answer is, from 0 to 100, given the answers that people gave.
 
-`official` is the VQA challenge's own count (GT-Vision-Lab/VQA,
-PythonEvaluationTools/vqaEvaluation/vqaEval.py, as of March 2021), quirks and all, so that its numbers can
+`official`, `lavis`, `lmms-eval` and `a-okvqa` count as published scripts do, quirks and all, so that the numbers can
 stand beside published ones. `exact` is for data sets with one right answer a question (easy-VQA, GQA).
 """
 
@@ -53,31 +52,44 @@ _CONTRACTION_PAIRS = """
 CONTRACTIONS = dict(pair.split("=") for pair in _CONTRACTION_PAIRS.split())
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The original also looks behind for a digit, but misspells it as "(?!<=", which always holds.
+_COMMAS_IN_NUMBER = re.compile(r"\d,+\d")  # lmms-eval's
+# The originals also look behind for a digit, but misspell it as "(?!<=", which always holds.
 _PERIOD = re.compile(r"\.(?!\d)")
-# The original passes re.UNICODE where `sub` takes its count: later periods stay.
+# The originals pass re.UNICODE where `sub` takes its count: later periods stay.
 _PERIODS_REMOVED = int(re.UNICODE)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], method: str = "official") -> float:
     """Accuracy of one predicted answer against the people's answers, 0 to 100 and not rounded.
 
+    The first three methods leave each answer out in turn: the prediction scores min(1, matches among the
+    others / 3), and the result is the mean. n answers stand for n records with distinct `answer_id`: leaving
+    one out never takes an equal one with it. Fewer than four answers cannot reach 100, and a single answer
+    always scores 0, as nothing is left when it is left out: use `exact` there.
+
     Methods:
-        official: the VQA challenge's. Line ends, tabs and outer spaces go from both sides; only if the
-            answers then differ among themselves are both sides normalised (punctuation, case, number
-            words, articles, contractions). Each answer is left out in turn and the prediction scores
-            min(1, matches among the others / 3); the result is the mean. The original rounds to two
-            digits in its summary, which is left to the caller. n answers stand for n records with
-            distinct `answer_id`: leaving one out never takes an equal one with it. Fewer than four
-            answers cannot reach 100, and a single answer always scores 0, as nothing is left when it
-            is left out: use `exact` there.
+        official: the VQA challenge's (GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, as
+            of March 2021). Line ends, tabs and outer spaces go from both sides; only if the answers then
+            differ among themselves are both sides normalised (punctuation, case, number words, articles,
+            contractions).
+        lavis: that of BLIP-2's own code (salesforce/LAVIS, lavis/common/vqa_tools/vqa_eval.py, as of November
+            2024). The prediction is always stripped and normalised; the answers lose their punctuation
+            alone, and only if they differ. One that nothing normalised can equal ("two", "the cat", "Yes",
+            "dont", a unanimous "x-ray") is not even matched by itself.
+        lmms-eval: that of its VQAv2 task (EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/vqav2/utils.py and
+            _task_utils/vqa_eval_metric.py, as of January 2026). Both sides are always stripped and
+            normalised, and a number may have several commas in a row ("1,,000").
+        a-okvqa: that of A-OKVQA's direct answers (allenai/aokvqa, evaluation/eval_predictions.py, as of May
+            2024): min(1, matches / 3) over all answers, the texts compared as they stand. It skips questions
+            marked `difficult_direct_answer` and gives 0 where a prediction is missing: both are the caller's.
         exact: 100 if the prediction equals one of the answers, spaces around them and case apart; else 0.
 
-    Agrees with vqaEval.py read as Python 3. Under Python 2 the original takes only 0 to 9 for digits
-    beside a comma or period, and lower-cases a few letters (final sigma, dotted I) otherwise.
+    The first two round in their summaries, which is left to the caller. `official` agrees with vqaEval.py
+    read as Python 3. Under Python 2 the original takes only 0 to 9 for digits beside a comma or period, and
+    lower-cases a few letters (final sigma, dotted I) otherwise.
 
     Raises:
-        PipelineError: an unknown method, or no answers (the original divides by zero).
+        PipelineError: an unknown method, or no answers (the originals fail, a-okvqa's gives 0).
     """
     if method not in METHODS:
         raise PipelineError(f"no accuracy method {method!r}; allowed: {', '.join(METHODS)}")
@@ -90,17 +102,44 @@ def _official(prediction: str, answers: Sequence[str]) -> float:
     prediction, answers = _flatten(prediction), [_flatten(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = _normalise(prediction), [_normalise(answer) for answer in answers]
-    count, matches = len(answers), answers.count(prediction)
-    # Matches among the others: one fewer when the answer left out is itself a match.
-    thirds = matches * min(FULL_AGREEMENT, matches - 1) + (count - matches) * min(FULL_AGREEMENT, matches)
-    return 100 * thirds / (FULL_AGREEMENT * count)
+    return _mean_over_left_out(prediction, answers)
+
+
+def _lavis(prediction: str, answers: Sequence[str]) -> float:
+    if len(set(answers)) > 1:
+        answers = [_without_punctuation(answer) for answer in answers]
+    return _mean_over_left_out(_normalise(_flatten(prediction)), answers)
+
+
+def _lmms_eval(prediction: str, answers: Sequence[str]) -> float:
+    prediction, *answers = (_normalise(_flatten(text), _COMMAS_IN_NUMBER) for text in (prediction, *answers))
+    return _mean_over_left_out(prediction, answers)
+
+
+def _a_okvqa(prediction: str, answers: Sequence[str]) -> float:
+    return 100 * min(FULL_AGREEMENT, answers.count(prediction)) / FULL_AGREEMENT
 
 
 def _exact(prediction: str, answers: Sequence[str]) -> float:
     return 100.0 if prediction.strip().lower() in {answer.strip().lower() for answer in answers} else 0.0
 
 
-METHODS: dict[str, Callable[[str, Sequence[str]], float]] = {"official": _official, "exact": _exact}
+METHODS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "official": _official,
+    "lavis": _lavis,
+    "lmms-eval": _lmms_eval,
+    "a-okvqa": _a_okvqa,
+    "exact": _exact,
+}
+LEAVING_OUT = ("official", "lavis", "lmms-eval")
+"""Give nothing where there is one answer a question."""
+
+
+def _mean_over_left_out(prediction: str, answers: Sequence[str]) -> float:
+    count, matches = len(answers), answers.count(prediction)
+    # Matches among the others: one fewer when the answer left out is itself a match.
+    thirds = matches * min(FULL_AGREEMENT, matches - 1) + (count - matches) * min(FULL_AGREEMENT, matches)
+    return 100 * thirds / (FULL_AGREEMENT * count)
 
 
 def _flatten(text: str) -> str:
@@ -108,17 +147,18 @@ def _flatten(text: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)  # a split repeats a few thousand answers millions of times
-def _normalise(text: str) -> str:
-    words = (NUMBERS.get(word, word) for word in _without_punctuation(text).lower().split())
+def _normalise(text: str, comma: re.Pattern[str] = _COMMA_IN_NUMBER) -> str:
+    words = (NUMBERS.get(word, word) for word in _without_punctuation(text, comma).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def _without_punctuation(text: str) -> str:
+@lru_cache(maxsize=1 << 16)
+def _without_punctuation(text: str, comma: re.Pattern[str] = _COMMA_IN_NUMBER) -> str:
     """A mark with a space on either side anywhere in `text` goes; else it becomes a space.
 
     A comma between digits anywhere makes every mark go.
     """
-    number = _COMMA_IN_NUMBER.search(text)
+    number = comma.search(text)
     gone = [mark for mark in PUNCTUATION if number or f"{mark} " in text or f" {mark}" in text]
     marks = str.maketrans(PUNCTUATION, " " * len(PUNCTUATION)) | dict.fromkeys(map(ord, gone))
     return _PERIOD.sub("", text.translate(marks), count=_PERIODS_REMOVED)

@@ -120,7 +120,7 @@ def test_bad_input_is_told_in_a_line_or_two(
 
 
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.vqa.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.formats.easy_vqa.find_spec", lambda name: None)
     done = pipe("precompute", data_set / "config.yaml", "data={format: easy_vqa, train: {}}")
     assert done.exit_code == 1
     assert "pip install easy-vqa" in done.stderr

@@ -28,6 +28,32 @@ def test_the_config_for_vqav2_is_the_recipe_at_real_size() -> None:
     assert config.train.micro_batch == "auto"
 
 
+@pytest.mark.parametrize(
+    ("data", "prompt"),
+    [
+        ({}, "Question: {question} Answer:"),
+        ({"prompt": None}, "Question: {question} Answer:"),
+        ({"format": "vizwiz", "prompt": "{question}"}, "{question}"),
+        ({"format": "coco_captions"}, "a photo of"),
+        ({"format": "coco_captions", "prompt": ""}, ""),
+        ({"format": "coco_captions", "prompt": "a picture of"}, "a picture of"),
+    ],
+)
+def test_the_prompt_is_that_of_the_format_unless_it_is_set(tmp_path: Path, data: dict[str, str], prompt: str) -> None:
+    config = Config.model_validate({"data": {"train": {}, **data}, "cache": {"dir": "x"}})
+    assert config.data.prompt == prompt
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("format", "prompt"), [("lavis", "a photo of"), ("lavis", ""), ("coco_captions", "{x}"), ("coco_captions", "{")]
+)
+def test_a_prompt_that_does_not_suit_the_format_is_refused(format: str, prompt: str) -> None:
+    with pytest.raises(ConfigError, match=r"must contain \{question\} once and no other brace"):
+        load_config(EASY, [f"data.format={format}", f"data.prompt={prompt!r}"])
+
+
 def test_overrides_lie_over_the_file_and_are_yaml() -> None:
     config = load_config(
         EASY, ["lora.r=8", "lora.target_modules=[q_proj]", "train.learning_rate=1e-4", "data.test=null"]

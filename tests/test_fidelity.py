@@ -19,7 +19,7 @@ from cache.reader import FeatureReader
 from cache.text import TextTable
 from pipeline.assemble import load_base, open_batcher
 from pipeline.batching import pack
-from pipeline.config import Config, load_config
+from pipeline.config import PRESETS, Config, load_config
 from pipeline.evaluate import evaluate
 from pipeline.examples import VQAExample
 from pipeline.language_model import add_lora
@@ -193,9 +193,9 @@ def _train_plainly(
 
 @pytest.fixture(scope="module")
 def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A short training on easy-VQA's own pictures, 200 test questions beside it."""
+    """A short training on easy-VQA's own pictures, 500 test questions beside it."""
     folder = tmp_path_factory.mktemp("easy_vqa")
-    for split, count in (("train", 800), ("test", 200)):
+    for split, count in (("train", 800), ("test", 500)):
         rows = [example.to_record() for example in read_examples("easy_vqa", split).examples[:count]]
         root = Path(str(rows[0]["image"])).parent
         lines = [json.dumps({**row, "image": Path(str(row["image"])).name}) for row in rows]
@@ -217,10 +217,17 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return run
 
 
-def test_plain_transformers_and_peft_answer_200_test_questions_the_same(
-    easy_vqa_run: RunFolder, checkpoint: Path
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("greedy", {"max_new_tokens": 10}),
+        ("official", {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0}),
+    ],
+)
+def test_plain_transformers_and_peft_answer_500_test_questions_the_same(
+    easy_vqa_run: RunFolder, checkpoint: Path, preset: str, settings: dict[str, float]
 ) -> None:
-    summary = evaluate(easy_vqa_run)
+    summary = evaluate(easy_vqa_run, tuple(f"evaluate.{key}={value}" for key, value in PRESETS[preset].items()))
     ours = [row["answer"] for row in json.loads(Path(summary["results"]).read_text())]
 
     model = PeftModel.from_pretrained(load_full(checkpoint, bits=4), easy_vqa_run.adapter).eval()
@@ -235,10 +242,10 @@ def test_plain_transformers_and_peft_answer_200_test_questions_the_same(
             padding=True,
             return_tensors="pt",
         )
-        tokens = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        tokens = model.generate(**inputs, do_sample=False, **settings)
         new = tokens[:, inputs["input_ids"].shape[1] :]  # the full model gives the prompt back too
         plain += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
-    assert len(ours) == 200
+    assert len(ours) == 500
     assert len(set(ours)) > 2
     assert ours == plain

@@ -27,7 +27,7 @@ from pipeline.assemble import open_batcher
 from pipeline.config import Config, SplitFiles, load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluate import evaluate
-from pipeline.examples import Split
+from pipeline.examples import DIFFICULT, Split
 from pipeline.images import PictureError, read_picture
 from pipeline.precompute import precompute
 from pipeline.preflight import read_inputs
@@ -231,6 +231,11 @@ def test_answers_are_taken_from_where_they_are(
             read(tmp_path / "table.parquet")
     else:
         assert [example.answers for example in read(tmp_path / "table.parquet").examples] == [answers]
+
+
+def test_a_okvqa_keeps_its_difficult_questions_apart(tmp_path: Path) -> None:
+    difficult = [{"difficult_direct_answer": value} for value in (True, False)]
+    assert [example.answer_type for example in read(plain(tmp_path, *difficult)).examples] == [DIFFICULT, None]
 
 
 @pytest.mark.parametrize("name", ["question_id", "questionId", "id"])
@@ -573,7 +578,9 @@ def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
     trained = [train(config, RunFolder(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
     assert trained[0]["train_loss"] == trained[1]["train_loss"]
-    assert evaluate(RunFolder(tmp_path / "run-1"))["questions"] == 18
+    scores = [evaluate(RunFolder(tmp_path / f"run-{n}")) for n in range(2)]
+    assert scores[1]["questions"] == 18
+    assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by pictures, not by rows
 
 
 def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> None:

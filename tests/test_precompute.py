@@ -249,8 +249,8 @@ def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> No
     )
     precompute(exact)
     precompute(rounded)
-    wanted = open_batcher(exact, "train").for_generation([0, 5]).query_features
-    found = open_batcher(rounded, "train").for_generation([0, 5]).query_features
+    wanted = open_batcher(exact, "train").for_training([0])[0].query_features
+    found = open_batcher(rounded, "train").for_training([0])[0].query_features
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, wanted.to(torch.bfloat16))
 

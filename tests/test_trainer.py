@@ -80,8 +80,8 @@ def test_micro_batches_keep_to_their_size_and_lose_nothing(cached: Config, most:
 
 def test_an_image_with_many_questions_becomes_several_sequences(cached: Config) -> None:
     batcher = open_batcher(cached, "train")
-    assert [one.tree.questions for one in batcher.for_training([0, 1, 2, 3, 4, 5], most=2)] == [2, 1, 2, 1]
-    assert [one.tree.questions for one in batcher.for_training([0, 3, 1], share_prefix=False)] == [1, 1, 1]
+    assert [one.questions for one in batcher.for_training([0, 1, 2, 3, 4, 5], most=2)] == [2, 1, 2, 1]
+    assert [one.questions for one in batcher.for_training([0, 3, 1], share_prefix=False)] == [1, 1, 1]
 
 
 def test_the_step_is_the_same_however_it_is_split(cached: Config, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.examples import Split, VQAExample
-from pipeline.records import RecordError, field, naming, parse_json
+from pipeline.records import RecordError, field, list_of, naming, parse_json
 from pipeline.sources import Sources, collect, pictures
 
 
@@ -33,7 +33,5 @@ def read(sources: Sources) -> Split:
 
     path = folder / "questions.json"
     with naming(path):
-        records = parse_json(sources.read_text(path))
-        if not isinstance(records, list):
-            raise RecordError("not a list of questions")
+        records = list_of(parse_json(sources.read_text(path)))
         return collect(sources, path, "[{}]", enumerate(records), example)

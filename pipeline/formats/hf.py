@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from sys import intern
 from typing import Any
 
-from pipeline.examples import LeftOut, Split, VQAExample
-from pipeline.records import RecordError, field, naming, question_id_of
+from pipeline.examples import DIFFICULT, LeftOut, Split, VQAExample
+from pipeline.records import RecordError, field, naming, question_id_of, texts_of
 from pipeline.sources import Sources, collect
 from pipeline.tables import Table, TablePicture, open_table
 
@@ -14,6 +14,7 @@ _ANSWERS = ("answers", "direct_answers", "answer", "multiple_choice_answer")  # 
 _IDS = ("question_id", "questionId", "id")
 _IMAGE_IDS = ("imageId", "image_id")
 _TYPES = ("answer_type", "question_type")
+_DIFFICULT = "difficult_direct_answer"  # A-OKVQA's
 
 _Record = dict[str, Any]
 
@@ -35,7 +36,7 @@ def read(sources: Sources) -> Split:
         image_id, picture_of = _pictures(sources, table)
 
         def records() -> Iterator[tuple[int, tuple[TablePicture, _Record]]]:
-            optional = [column for column in (key, image_id, *_TYPES) if column in table.columns]
+            optional = [column for column in (key, image_id, _DIFFICULT, *_TYPES) if column in table.columns]
             for row, record in table.records({question, *answers, *filter(None, optional)}):
                 picture = picture_of(row, record)
                 if picture:
@@ -47,7 +48,9 @@ def read(sources: Sources) -> Split:
 
         def example(row: int, value: Any) -> VQAExample:
             picture, record = value
-            types = (record[name] if isinstance(record.get(name), str) else None for name in _TYPES)
+            types = [record[name] if isinstance(record.get(name), str) else None for name in _TYPES]
+            if record.get(_DIFFICULT) is True:
+                types[0] = DIFFICULT
             return VQAExample(
                 row if key is None else question_id_of({"question_id": record[key]}),
                 picture,
@@ -84,13 +87,10 @@ def _texts(column: str, value: object) -> tuple[str, ...]:
         value = value.get("answer")
     if value is None:
         return ()
-    items = value if isinstance(value, list) else [value]
-    texts: list[Any] = [item.get("answer") if isinstance(item, dict) else item for item in items]
-    for position, text in enumerate(texts):
-        if type(text) is not str:
-            name = f"{column}[{position}]" if value is items else column
-            field({name: text}, name, str)  # says what it is instead
-    return tuple(map(intern, texts))  # answers repeat
+    if not isinstance(value, list):
+        return (field({column: value}, column, str),)
+    texts = [item.get("answer") if isinstance(item, dict) else item for item in value]
+    return tuple(map(intern, texts_of(texts, column)))  # answers repeat
 
 
 def _listed(text: str) -> object:

@@ -4,7 +4,16 @@ from sys import intern
 from typing import Any
 
 from pipeline.examples import ANNOTATED_TWICE, LeftOut, Split, VQAExample
-from pipeline.records import each, field, naming, object_of, optional_text, parse_json, question_id_of
+from pipeline.records import (
+    check_encodable,
+    each,
+    field,
+    naming,
+    object_of,
+    optional_text,
+    parse_json,
+    question_id_of,
+)
 from pipeline.sources import Sources, collect, pictures
 
 _Annotation = tuple[tuple[str, ...], str | None, str | None]  # answers, answer type, question type
@@ -79,4 +88,6 @@ def _answer_alone(record: dict[str, Any]) -> object:
 
 
 def _answers(answers: list[Any]) -> tuple[str, ...]:
-    return tuple([item if type(item) is str else field(object_of(item), "answer", str) for item in answers])
+    texts = tuple([item if type(item) is str else field(object_of(item), "answer", str) for item in answers])
+    check_encodable("answer", "".join(texts))
+    return texts

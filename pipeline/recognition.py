@@ -1,0 +1,110 @@
+"""Which published form a file has, by its first records: for the user who named another one."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.sources import Sources
+
+_HEAD = 1 << 20  # bytes that are looked at
+_DEPTH = 5  # of lists and objects that the head may cut off: file, list, record, answers, answer
+_NEXT_KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:')
+_KEYS = {"vqav2": ("questions", "annotations")}  # the other formats have annotations alone
+_DECODER = json.JSONDecoder()
+
+
+class Form(NamedTuple):
+    """A data format, the config's key for a file of it, and what the file must become before it can stand there."""
+
+    format: str
+    key: str = "annotations"
+    remedy: str = ""
+
+
+_LISTED = Form("jsonl", remedy="write one object a line, without the list around them")
+
+
+def mistaken(format: str, sources: Sources) -> str | None:
+    """What to set instead, if a file of `sources` looks like another format's, or stands at another file's key."""
+    told = []
+    for key in _KEYS.get(format, ("annotations",)):
+        path: Path | None = getattr(sources, key)
+        found = recognise(path) if path else None
+        if found and found != Form(format, key):
+            told.append(f"{path}: {_instead(found, Form(format, key), sources.split)}")
+    return "; ".join(dict.fromkeys(told)) or None
+
+
+def recognise(path: Path) -> Form | None:
+    """The form that a file seems to have; None for a file that is not known or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_HEAD).decode("utf-8-sig", errors="replace")
+    except OSError:
+        return None
+    value, _ = _beginning(text, 0, _DEPTH)
+    return _form_of_an_object(value) if isinstance(value, dict) else _form_of_a_list(_first(value))
+
+
+def _instead(found: Form, given: Form, split: str) -> str:
+    whose = f"{found.format}'s {found.key}" if found.format in _KEYS else found.format
+    if found.remedy:
+        return f"this is one JSON list of what {found.format} has a line each: {found.remedy}"
+    steps = [f"data.format={found.format}"] if found.format != given.format else []
+    if found.key != given.key:
+        steps.append(f"data.{split}.{found.key} to this file")
+    other = given.format if found.format != given.format else f"its {given.key}"
+    return f"this looks like {whose}, not {other}: set {' and '.join(steps)}"
+
+
+def _form_of_a_list(record: Mapping[str, object]) -> Form | None:
+    if not record.keys().isdisjoint(("direct_answers", "difficult_direct_answer", "correct_choice_idx")):
+        return Form("aokvqa")
+    if not {"image", "question"} <= record.keys():
+        return None
+    answers = record.get("answers")
+    if isinstance(answers, list) and answers and isinstance(answers[0], str):
+        return _LISTED
+    return Form("lavis" if "answer" in record or ("answers" not in record and "question_id" in record) else "vizwiz")
+
+
+def _form_of_an_object(whole: Mapping[str, object]) -> Form | None:
+    if {"image", "question"} <= whole.keys():
+        return Form("jsonl")
+    if {"image_id", "question"} <= _first(whole.get("data")).keys():
+        return Form("textvqa")
+    if {"image_id", "question"} <= _first(whole.get("questions")).keys():
+        return Form("vqav2", "questions")
+    annotation = _first(whole.get("annotations"))
+    if "caption" in annotation or {"id", "file_name"} <= _first(whole.get("images")).keys():
+        return Form("coco_captions")
+    if {"question_id", "answers"} <= annotation.keys():
+        return Form("vqav2", "annotations")
+    first = next(iter(whole.values()), None)
+    return Form("gqa") if isinstance(first, dict) and {"imageId", "question"} <= first.keys() else None
+
+
+def _first(records: object) -> Mapping[str, object]:
+    """The first of a list of records; an empty one if there is none."""
+    record = records[0] if isinstance(records, list) and records else None
+    return record if isinstance(record, dict) else {}
+
+
+def _beginning(text: str, at: int, depth: int) -> tuple[object, int]:
+    """The JSON value at a place, and where it ends; of one that is cut off or broken, what stands before that."""
+    while text[at : at + 1].isspace():
+        at += 1
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+        return value, end
+    except (ValueError, RecursionError):
+        opening = text[at : at + 1] if depth else ""
+    if opening == "[":
+        return [_beginning(text, at + 1, depth - 1)[0]], len(text)
+    found: dict[str, object] = {}
+    at += 1
+    while opening == "{" and (key := _NEXT_KEY.match(text, at)):
+        found[key[1]], at = _beginning(text, key.end(), depth - 1)
+    return found if opening == "{" else None, len(text)

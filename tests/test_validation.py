@@ -1,0 +1,136 @@
+"""Accuracy while training goes on: what is looked at, what is kept, when training ends."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache.text import Ragged, TextTable
+from pipeline.assemble import load_base, open_batcher
+from pipeline.batching import Batcher, ImageSequence, pack
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.evaluate import evaluate
+from pipeline.language_model import load_adapter
+from pipeline.run_folder import RunFolder
+from pipeline.train import train
+from pipeline.validation import choose_questions
+
+NAME = "adapter_model.safetensors"
+
+
+def with_validation(config: Config, steps: int = 2, max_steps: int = 6, **settings: object) -> Config:
+    return config.model_copy(
+        update={
+            "validation": config.validation.model_copy(update={"steps": steps, **settings}),
+            "train": config.train.model_copy(update={"max_steps": max_steps}),
+        }
+    )
+
+
+def rows(run: RunFolder) -> list[dict[str, float]]:
+    return [json.loads(line) for line in run.validation.read_text().splitlines()]
+
+
+def accuracies(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """The looks see these, one after the other."""
+    left = iter(values)
+    monkeypatch.setattr("pipeline.validation.Validator.__call__", lambda *_: np.array([next(left), 1, 0.5, 1.0]))
+
+
+@pytest.mark.parametrize(("bits", "rounding"), [(None, 1e-5), (4, 2e-3)], ids=["float32", "nf4"])
+def test_a_look_sees_what_evaluation_sees_and_changes_no_training(
+    cached: Config, tmp_path: Path, bits: int | None, rounding: float
+) -> None:
+    """Some CPUs round the scales of 4-bit weights when they answer, and not when they train."""
+    cached = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})})
+    looked, plain = RunFolder(tmp_path / "looked"), RunFolder(tmp_path / "plain")
+    summary = train(with_validation(cached, max_steps=5), looked)
+    train(with_validation(cached, max_steps=5).model_copy(update={"validation": cached.validation}), plain)
+    assert [row["step"] for row in rows(looked)] == [2, 4, 5]
+    assert rows(looked)[-1]["questions"] == 18
+    last = looked.last_adapter if looked.last_adapter.exists() else looked.adapter
+    assert (last / NAME).read_bytes() == (plain.adapter / NAME).read_bytes()
+    assert rows(looked)[-1]["accuracy"] == pytest.approx(evaluate(plain)["accuracy"], abs=1e-4)
+    batcher = open_batcher(cached, "val")
+    model = load_adapter(load_base(cached), plain.adapter)
+    with torch.no_grad():
+        loss = model(**pack(batcher.for_training(range(18)))).loss
+    assert rows(looked)[-1]["loss"] == pytest.approx(loss.item(), rel=rounding)
+    assert summary["validation"]["looks"] == 3
+    assert summary["validation"]["best_accuracy"] == max(row["accuracy"] for row in rows(looked))
+    assert all("accuracy" not in json.loads(line) for line in looked.metrics.read_text().splitlines())
+
+
+def test_the_best_adapter_is_kept_and_the_last_beside_it(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, short = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "short")
+    accuracies(monkeypatch, [30, 80, 80, 60])
+    summary = train(with_validation(cached, max_steps=8), whole)
+    assert (summary["validation"]["best_step"], summary["validation"]["best_accuracy"]) == (4, 80)
+    kept, last = load_file(whole.adapter / NAME), load_file(whole.last_adapter / NAME)
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+    assert not (whole.path / "best").exists()
+    checkpoint = load_file(whole.checkpoints / "checkpoint-8" / NAME)
+    assert all(torch.equal(checkpoint[name], last[name]) for name in last)
+    accuracies(monkeypatch, [10, 20, 30, 40])
+    train(with_validation(cached, max_steps=8), short)
+    assert not short.last_adapter.exists(), "the last is the best"
+
+
+def test_training_ends_when_it_gets_no_better(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies(monkeypatch, [10, 50, 50, 40, 90])
+    summary = train(with_validation(cached, max_steps=20, patience=2), RunFolder(tmp_path / "run"))
+    assert (summary["steps"], summary["validation"]["best_step"]) == (8, 4)
+
+
+def test_a_killed_training_looks_and_keeps_as_if_never_stopped(cached: Config, tmp_path: Path) -> None:
+    config = with_validation(cached, steps=1, max_steps=8)
+    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    train(config, whole)
+    lay_out, batches = Batcher.for_training, []
+
+    def stop(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
+        batches.append(questions)
+        if len(batches) == 12:  # in the middle: each look lays out questions too
+            raise KeyboardInterrupt
+        return lay_out(self, questions, *how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batcher, "for_training", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, killed)
+    assert 0 < len(rows(killed)) < 8
+    train(config, killed, resume=True)
+    drop_seconds = [[{**row, "seconds": 0} for row in rows(run)] for run in (whole, killed)]
+    assert drop_seconds[0] == drop_seconds[1]
+    assert (whole.adapter / NAME).read_bytes() == (killed.adapter / NAME).read_bytes()
+
+
+def test_the_questions_are_the_same_each_time_and_keep_images_whole() -> None:
+    def ragged(rows: list[list[int]], dtype: type) -> Ragged:
+        return Ragged.from_rows(rows, dtype)
+
+    image_row = np.repeat(np.arange(50), 4)
+    targets = [[1] if number % 4 else [] for number in range(200)]
+    records = Ragged.from_rows([b"{}"] * 200, np.uint8)
+    text = TextTable(records, image_row, ragged([[1]] * 200, np.int32), ragged(targets, np.int32), "", "")
+    chosen = choose_questions(text, 30, seed=0)
+    assert chosen.tolist() == choose_questions(text, 30, seed=0).tolist()
+    assert chosen.tolist() != choose_questions(text, 30, seed=1).tolist()
+    assert len(chosen) == 30
+    assert set(chosen % 4) == {1, 2, 3}, "those without an answer are not asked"
+    assert len(set(image_row[chosen])) == 10
+    assert len(choose_questions(text, 1000, seed=0)) == 150
+
+
+def test_what_cannot_be_scored_is_told_before_training(cached: Config, tmp_path: Path) -> None:
+    config = with_validation(cached)
+    official = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"method": "official"})})
+    with pytest.raises(PipelineError, match=r"set evaluate\.method=exact"):
+        train(official, RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
