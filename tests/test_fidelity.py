@@ -117,8 +117,8 @@ def test_loss_and_lora_gradients_equal_the_plain_recipes(
     wake_lora(ours)
 
     picked = [examples_of(batcher.text)[i] for i in questions]
-    plain_loss = plain(**plain_batch(load_processor(checkpoint, "right"), picked)).loss
-    our_loss = ours(**pack(batcher.for_training(questions, share_prefix))).loss
+    plain_loss = plain.train()(**plain_batch(load_processor(checkpoint, "right"), picked)).loss
+    our_loss = ours.train()(**pack(batcher.for_training(questions, share_prefix))).loss
     plain_loss.backward()
     our_loss.backward()
 
