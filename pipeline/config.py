@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.tables import TableName, is_local
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -39,10 +40,41 @@ class SplitFiles(Section):
     questions: Path | None = None
     images: Path | None = None
     """Folder of the pictures."""
+    dataset: str | None = None
+    """A table with its pictures: a hub id, parquet or arrow files (`*` in a name stands for any part), or a folder."""
+    subset: str | None = None
+    """Of the data set, where it has several (the library's word is config)."""
+    dataset_split: str | None = None
+    """Its name for the split, also `train[:90%]`; null is the config's, or the only one of local files."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is its main branch."""
+    image_dataset: str | None = None
+    """A second table that has the pictures, by id; null is `dataset`."""
+    image_subset: str | None = None
+    """Of that one."""
+
+    @property
+    def tables(self) -> dict[str, TableName]:
+        """The tables that are named, by key."""
+        if self.dataset is None:
+            return {}
+        tables = {"dataset": TableName(self.dataset, self.subset, self.dataset_split, self.revision)}
+        if self.image_dataset or self.image_subset:
+            whole_split = (self.dataset_split or "").partition("[")[0] or None
+            revision = None if self.image_dataset else self.revision
+            name = self.image_dataset or self.dataset
+            tables["image_dataset"] = TableName(name, self.image_subset, whole_split, revision)
+        return tables
 
     def absolute(self) -> "SplitFiles":
         """The same, found from every folder."""
-        return self.model_copy(update={name: path.absolute() for name, path in dict(self).items() if path is not None})
+        paths = {name: path.absolute() for name, path in dict(self).items() if isinstance(path, Path)}
+        tables = {key: getattr(self, key) for key in ("dataset", "image_dataset")}
+        local = {key: str(Path(name).absolute()) for key, name in tables.items() if name and is_local(name)}
+        return self.model_copy(update=paths | local)
+
+
+_FILES = {"annotations", "questions"}
 
 
 def _prompt_of(data: ValidationInfo) -> str:
@@ -78,6 +110,15 @@ class DataConfig(Section):
     def _has_a_split(self) -> "DataConfig":
         if not self.splits:
             raise ValueError(f"needs at least one of {', '.join(SPLITS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> "DataConfig":
+        foreign = _FILES if self.format == "hf" else set(SplitFiles.model_fields) - _FILES - {"images"}
+        for split, files in self.splits.items():
+            given = [key for key, value in files if value is not None and key in foreign]
+            if given:
+                raise ValueError(f"{split}.{given[0]} is no key of the format {self.format}")
         return self
 
     @property

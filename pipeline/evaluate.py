@@ -57,7 +57,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     summary = {
         "run": str(run.path),
         "split": settings.split,
-        **summarise(examples, scores),
+        **summarise(examples, scores, batcher.text.image_row.tolist()),
         "method": settings.method,
         "adapter": with_adapter,
         "num_beams": settings.num_beams,
