@@ -1,6 +1,7 @@
 """The config: YAML -> checked, typed, frozen. The only home of defaults."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -320,6 +321,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         lines = (f"{_source(key, path, overrides)}: {line}" for key, line in _explain(error))
         raise ConfigError("\n".join(lines)) from None
+
+
+def _listed_values(override: str) -> list[str]:
+    """The values that `key.sub=a,b,c` lists, none in brackets taken apart; a single one of a key that takes text."""
+    key, _, text = override.partition("=")
+    types = _types(key.split("."))
+    if str in types or Path in types:
+        return [text]
+    return [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
+def combinations_of(overrides: Sequence[str]) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    """Every combination of the overrides that list several values, and the other overrides."""
+    listed = {override.partition("=")[0]: _listed_values(override) for override in overrides}
+    varied = {key: values for key, values in listed.items() if len(values) > 1}
+    fixed = tuple(override for override in overrides if override.partition("=")[0] not in varied)
+    return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())], fixed
 
 
 def _source(key: str, path: Path, overrides: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """A run folder: what lies where in it."""
 
+import glob
 import json
 import os
 from collections.abc import Sequence
@@ -155,8 +156,9 @@ def named_run(output_dir: Path, name: str) -> RunFolder:
 
 
 def next_run(output_dir: Path, stem: str) -> RunFolder:
-    """`output_dir`/STEM-N, N the first number from 1 that is free."""
+    """`output_dir`/STEM-N, N the first number from 1 that is free, also as the beginning of a grid's names."""
+    taken = [path.name for path in output_dir.glob(f"{glob.escape(stem)}-*")]
     number = 1
-    while (path := output_dir / f"{stem}-{number}").exists():
+    while any(f"{name}-".startswith(f"{stem}-{number}-") for name in taken):
         number += 1
-    return RunFolder(path)
+    return RunFolder(output_dir / f"{stem}-{number}")

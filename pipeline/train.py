@@ -59,7 +59,8 @@ def train(
     """Train a LoRA adapter into the run folder `run`, and return the summary; None in a process that only helps.
 
     The folder must not exist, unless `resume`: then training goes on from its last checkpoint, or from the start if it
-    has none yet. Under `torchrun` each process computes its share of every batch. `load` gives the model to adapt.
+    has none yet. Under `torchrun` each process computes its share of every batch. `load` gives the model to adapt; in
+    the end it is as it was.
 
     Raises:
         PipelineError, CacheError: before anything is written, if the config, the checkpoint and the cache do not fit
@@ -98,6 +99,8 @@ def train(
     if team.rank > 0:
         return None
     _save(model, run, keep_best)
+    model.unload()
+    base.gradient_checkpointing_disable()
     questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
     summary = {
         "run": str(run.path),
