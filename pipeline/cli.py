@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import sys
 import time
 import warnings
@@ -13,6 +15,8 @@ from typing import Any
 
 import click
 
+COLOUR = False if os.environ.get("NO_COLOR") else None
+"""None is by whether it is a terminal."""
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -46,7 +50,7 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
         if summary is None:
             return  # one of several processes, not the first: that one tells
         summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
-        print(json.dumps(summary) if as_json else _table(summary))
+        click.echo(json.dumps(summary) if as_json else _painted(_table(summary)), color=COLOUR)
         if summary.get("damaged") or summary.get("failed_runs"):
             sys.exit(1)
 
@@ -68,15 +72,13 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         if debug:
             raise
         if speaks or not isinstance(error, ConfigError):
-            click.echo(f"pipe: {error}", err=True)
+            _complain(str(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         if speaks:
-            click.echo(
-                "\npipe: interrupted; what is written stays good. The same command goes on; "
-                "a training: pipe train RUN --resume.",
-                err=True,
-            )
+            click.echo(err=True)
+            _complain("interrupted; what is written stays good. The same command goes on; a training: pipe train RUN "
+                      "--resume")  # fmt: skip
         sys.exit(1)
     except click.ClickException:
         raise
@@ -85,8 +87,21 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
             raise
         first_line = (str(error).strip() or "no message").splitlines()[0]
         hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
-        click.echo(f"pipe: {type(error).__name__}: {first_line}{hint}. --debug shows where", err=True)
+        _complain(f"{type(error).__name__}: {first_line}{hint}. --debug shows where")
         sys.exit(1)
+
+
+def _complain(what: str) -> None:
+    click.echo(f"{click.style('pipe:', fg='red', bold=True)} {what}", err=True, color=COLOUR)
+
+
+def _painted(table: str) -> str:
+    """For a terminal: names in colour, headings bold."""
+    lines = (re.fullmatch(r"( *\S.*?)(  +\S.*)", line) for line in table.splitlines())
+    pairs = zip(table.splitlines(), lines, strict=True)
+    return "\n".join(
+        click.style(found[1], fg="cyan") + found[2] if found else click.style(line, bold=True) for line, found in pairs
+    )
 
 
 def _quiet_transformers() -> None:
