@@ -157,6 +157,8 @@ class TrainConfig(Section):
     save_steps: Positive = 500
     """Optimizer steps between checkpoints that a killed run resumes from."""
     logging_steps: Positive = 10
+    watch_steps: Positive | None = 50
+    """Optimizer steps between two looks at the LoRA weights, the last step always one; null is never."""
     gradient_checkpointing: bool = False
     """Computes activations again instead of keeping them: less memory, a third slower."""
     on_not_finite: Literal["stop", "skip"] = "stop"
@@ -203,7 +205,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
 
-_NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}
+_NOT_TRAINED_BY = {"save_steps", "logging_steps", "watch_steps", "output_dir"}
 TRAINED_BY: Any = {
     "model": True,
     "data": {"prompt"},

@@ -28,6 +28,7 @@ from pipeline.device import pick_device
 from pipeline.errors import PipelineError
 from pipeline.language_model import add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
+from pipeline.monitor import Watch
 from pipeline.progress import progress_bar, say
 from pipeline.run_folder import RunFolder, rows_until, write_rows
 from pipeline.team import Team, world_size
@@ -56,7 +57,8 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         base = load_base(config, config.train.dropout)
         model = add_lora(base, **config.lora.model_dump())
         keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if validator else None
-        trainer = _trainer(config, model, batcher, trainable, run, base.dtype, validator, keep_best)
+        watch = Watch(model, run, config.train.watch_steps, config.train.warmup_steps)
+        trainer = _trainer(config, model, batcher, trainable, run, base.dtype, validator, keep_best, watch)
         checkpoint = run.last_checkpoint()
         if team.rank == 0:
             run.start(config)
@@ -79,6 +81,7 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
         "without_answer": len(batcher.text) - len(trainable),
         "skipped_steps": trainer.skipped_steps,
         "validation": keep_best.summary() if keep_best else {},
+        "lora": watch.summary(),
         "questions_per_second": questions / (seconds - (keep_best.seconds if keep_best else 0)),
         "tokens_per_question": nodes / max(questions, 1),
         "peak_memory_bytes": peak,
@@ -131,6 +134,7 @@ def _trainer(
     base_dtype: torch.dtype,
     validator: Validator | None,
     keep_best: KeepBest | None,
+    watch: Watch,
 ) -> StageTwoTrainer:
     order, lay_out, micro_batch = training_batches(config, batcher, trainable)
     trainer = StageTwoTrainer(
@@ -141,7 +145,8 @@ def _trainer(
         micro_batch,
         config.train.on_not_finite == "skip",
         validator,
-        callbacks=[_Log(run.metrics), *([keep_best] if keep_best else [])],
+        # `_Log` marks a checkpoint as whole, after all that `watch` puts into it
+        callbacks=[watch, _Log(run.metrics), *([keep_best] if keep_best else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
