@@ -116,6 +116,20 @@ class Manifest:
         """Bytes of all parts."""
         return sum(part.size(self.spec.row_bytes) for part in self.parts)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what the cache holds, wherever it lies.
+
+        Over the spec, the heads of the parts, in which the digests of the pictures and the checksums of their features
+        stand, and the text.
+        """
+        held = {
+            "spec": self.spec.to_attributes(),
+            "parts": [part.head_sha256 for part in self.parts],
+            "splits": {split: text.sha256 for split, text in sorted(self.splits.items())},
+        }
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Writes or replaces the manifest in one step. Raises OSError."""
         content = {

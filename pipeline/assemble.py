@@ -12,12 +12,13 @@ from cache.text import TextTable
 from pipeline.batch_order import BatchOrder
 from pipeline.batching import MOST_QUESTIONS, Batcher, ImageSequence
 from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, has_half, public_name
-from pipeline.config import Config
+from pipeline.config import Config, SplitFiles
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
 from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.language_model import Blip2LanguageHalf, load_language_half
 from pipeline.progress import say
+from pipeline.tables import identity
 from pipeline.targets import Targets
 from pipeline.team import rank, world_size
 from pipeline.text import PromptTokenizer, retokenize
@@ -95,12 +96,20 @@ def _check_annotations(features: FeatureReader, config: Config, split: str) -> N
     made_of = features.manifest.provenance.get("sources", {}).get(split, {})
     files = config.data.splits.get(split)
     for key, sha256 in made_of.items():
-        path = getattr(files, key, None)
-        if path is not None and path.is_file() and sha256_of(path) != sha256:
+        if files and _identity_now(files, key) not in (sha256, None):
+            named = files.tables[key].dataset if key in files.tables else getattr(files, key)
             raise PipelineError(
-                f"{path} (data.{split}.{key}) is not what {config.cache.dir} was made of. Run `pipe precompute` again: "
-                "it renews the text, and encodes only pictures that are new"
+                f"{named} (data.{split}.{key}) is not what {config.cache.dir} was made of. Run `pipe precompute` "
+                "again: it renews the text, and encodes only pictures that are new"
             )
+
+
+def _identity_now(files: SplitFiles, key: str) -> str | None:
+    """What the manifest would have for these annotations now; None if they are not on this machine."""
+    if key in files.tables:
+        return identity(files.tables[key])
+    path = getattr(files, key, None)
+    return sha256_of(path) if path is not None and path.is_file() else None
 
 
 def _tell_other_pictures(features: FeatureReader, config: Config, split: str) -> None:

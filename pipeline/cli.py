@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import sys
 import time
 import warnings
@@ -13,6 +15,8 @@ from typing import Any
 
 import click
 
+COLOUR = False if os.environ.get("NO_COLOR") else None
+"""None is by whether it is a terminal."""
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -46,8 +50,8 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
         if summary is None:
             return  # one of several processes, not the first: that one tells
         summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
-        print(json.dumps(summary) if as_json else _table(summary))
-        if summary.get("damaged"):
+        click.echo(json.dumps(summary) if as_json else _painted(_table(summary)), color=COLOUR)
+        if summary.get("damaged") or summary.get("failed_runs"):
             sys.exit(1)
 
     return run
@@ -68,15 +72,13 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         if debug:
             raise
         if speaks or not isinstance(error, ConfigError):
-            click.echo(f"pipe: {error}", err=True)
+            _complain(str(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         if speaks:
-            click.echo(
-                "\npipe: interrupted; what is written stays good. The same command goes on; "
-                "a training needs --name RUN --resume with it.",
-                err=True,
-            )
+            click.echo(err=True)
+            _complain("interrupted; what is written stays good. The same command goes on; a training: pipe train RUN "
+                      "--resume")  # fmt: skip
         sys.exit(1)
     except click.ClickException:
         raise
@@ -85,8 +87,21 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
             raise
         first_line = (str(error).strip() or "no message").splitlines()[0]
         hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
-        click.echo(f"pipe: {type(error).__name__}: {first_line}{hint}. --debug shows where", err=True)
+        _complain(f"{type(error).__name__}: {first_line}{hint}. --debug shows where")
         sys.exit(1)
+
+
+def _complain(what: str) -> None:
+    click.echo(f"{click.style('pipe:', fg='red', bold=True)} {what}", err=True, color=COLOUR)
+
+
+def _painted(table: str) -> str:
+    """For a terminal: names in colour, headings bold."""
+    lines = (re.fullmatch(r"( *\S.*?)(  +\S.*)", line) for line in table.splitlines())
+    pairs = zip(table.splitlines(), lines, strict=True)
+    return "\n".join(
+        click.style(found[1], fg="cyan") + found[2] if found else click.style(line, bold=True) for line, found in pairs
+    )
 
 
 def _quiet_transformers() -> None:
@@ -211,7 +226,8 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[
 @CONFIG
 @OVERRIDES
 @click.option("--name", help="Of the run folder below train.output_dir; default: the config's name and a number.")
-@click.option("--resume", is_flag=True, help="Go on with the run --name from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint: of the run's folder, given as CONFIG, or "
+              "of the run --name.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say how many steps it takes, and how much memory; begin nothing.")
 @stage
 def train(
@@ -219,23 +235,35 @@ def train(
 ) -> dict[str, Any] | None:
     """Stage two: train LoRA on the 4-bit language model, from the cache alone, into a run folder.
 
+    Overrides that list several values, lora.r=8,16, train every combination, each into a folder of its own.
+
     By default 3 epochs of 64 questions a step, r=16, alpha=32, learning rate 2e-4 with cosine decay. Several GPUs
     or machines: start it with torchrun or accelerate launch.
 
     \b
     Example:  pipe train configs/easy_vqa.yaml
               pipe train configs/easy_vqa.yaml lora.r=32 --name wide
-              pipe train configs/easy_vqa.yaml lora.r=32 --name wide --resume
+              pipe train configs/easy_vqa.yaml lora.r=8,16 train.learning_rate=1e-3,3e-3 --name grid
+              pipe train runs/wide --resume
     """
-    if resume and not name:
-        raise click.UsageError("--resume needs the --name of the run")
-    from pipeline.config import load_config
-    from pipeline.run_folder import named_run, next_run
+    from pipeline.config import combinations_of, load_config
+    from pipeline.run_folder import RunFolder, named_run, next_run
 
-    loaded = load_config(config, overrides)
+    combinations, fixed = combinations_of(overrides)
+    is_grid = len(combinations) > 1
+    if is_grid and dry_run:
+        raise click.UsageError("--dry-run foretells one training: give each key one value")
+    if resume and not name and (is_grid or not config.is_dir()):
+        raise click.UsageError("--resume goes on with a run: give its folder in place of CONFIG, or its --name")
+    going_on = RunFolder(config) if resume and not name else None
+    loaded = load_config(going_on.config if going_on else config, fixed)
     folder = loaded.train.output_dir
-    run = named_run(folder, name) if name else next_run(folder, config.stem)
+    run = going_on or (named_run(folder, name) if name else next_run(folder, config.stem))
     _load_bitsandbytes()
+    if is_grid:
+        from pipeline.grid import train_grid
+
+        return train_grid(config, combinations, fixed, run, resume)
     if dry_run:
         from pipeline.forecast import forecast
 

@@ -1,6 +1,7 @@
 """The config: YAML -> checked, typed, frozen. The only home of defaults."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.tables import TableName, is_local
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -39,10 +41,41 @@ class SplitFiles(Section):
     questions: Path | None = None
     images: Path | None = None
     """Folder of the pictures."""
+    dataset: str | None = None
+    """A table with its pictures: a hub id, parquet or arrow files (`*` in a name stands for any part), or a folder."""
+    subset: str | None = None
+    """Of the data set, where it has several (the library's word is config)."""
+    dataset_split: str | None = None
+    """Its name for the split, also `train[:90%]`; null is the config's, or the only one of local files."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is its main branch."""
+    image_dataset: str | None = None
+    """A second table that has the pictures, by id; null is `dataset`."""
+    image_subset: str | None = None
+    """Of that one."""
+
+    @property
+    def tables(self) -> dict[str, TableName]:
+        """The tables that are named, by key."""
+        if self.dataset is None:
+            return {}
+        tables = {"dataset": TableName(self.dataset, self.subset, self.dataset_split, self.revision)}
+        if self.image_dataset or self.image_subset:
+            whole_split = (self.dataset_split or "").partition("[")[0] or None
+            revision = None if self.image_dataset else self.revision
+            name = self.image_dataset or self.dataset
+            tables["image_dataset"] = TableName(name, self.image_subset, whole_split, revision)
+        return tables
 
     def absolute(self) -> "SplitFiles":
         """The same, found from every folder."""
-        return self.model_copy(update={name: path.absolute() for name, path in dict(self).items() if path is not None})
+        paths = {name: path.absolute() for name, path in dict(self).items() if isinstance(path, Path)}
+        tables = {key: getattr(self, key) for key in ("dataset", "image_dataset")}
+        local = {key: str(Path(name).absolute()) for key, name in tables.items() if name and is_local(name)}
+        return self.model_copy(update=paths | local)
+
+
+_FILES = {"annotations", "questions"}
 
 
 def _prompt_of(data: ValidationInfo) -> str:
@@ -78,6 +111,15 @@ class DataConfig(Section):
     def _has_a_split(self) -> "DataConfig":
         if not self.splits:
             raise ValueError(f"needs at least one of {', '.join(SPLITS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> "DataConfig":
+        foreign = _FILES if self.format == "hf" else set(SplitFiles.model_fields) - _FILES - {"images"}
+        for split, files in self.splits.items():
+            given = [key for key, value in files if value is not None and key in foreign]
+            if given:
+                raise ValueError(f"{split}.{given[0]} is no key of the format {self.format}")
         return self
 
     @property
@@ -158,7 +200,15 @@ class TrainConfig(Section):
     """The language model's own dropout; null keeps the checkpoint's."""
     save_steps: Positive = 500
     """Optimizer steps between checkpoints that a killed run resumes from."""
+    save_minutes: Annotated[float, Field(gt=0)] | None = 15
+    """The same by the clock, for slow steps; null is by steps alone."""
+    keep_checkpoints: Positive = 2
+    """The newest so many."""
     logging_steps: Positive = 10
+    report_to: tuple[str, ...] = ()
+    """Trackers that transformers' Trainer knows, by name: tensorboard, wandb, mlflow, trackio, ..."""
+    watch_steps: Positive | None = 50
+    """Optimizer steps between two looks at the LoRA weights, the last step always one; null is never."""
     gradient_checkpointing: bool = False
     """Computes activations again instead of keeping them: less memory, a third slower."""
     on_not_finite: Literal["stop", "skip"] = "stop"
@@ -205,7 +255,8 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
 
-_NOT_TRAINED_BY = {"save_steps", "logging_steps", "output_dir"}
+_NOT_TRAINED_BY = {"save_steps", "save_minutes", "keep_checkpoints", "logging_steps", "report_to", "watch_steps",
+                   "output_dir"}  # fmt: skip
 TRAINED_BY: Any = {
     "model": True,
     "data": {"prompt"},
@@ -275,6 +326,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         lines = (f"{_source(key, path, overrides)}: {line}" for key, line in _explain(error))
         raise ConfigError("\n".join(lines)) from None
+
+
+def _listed_values(override: str) -> list[str]:
+    """The values that `key.sub=a,b,c` lists, none in brackets taken apart; a single one of a key that takes text."""
+    key, _, text = override.partition("=")
+    types = _types(key.split("."))
+    if str in types or Path in types:
+        return [text]
+    return [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
+def combinations_of(overrides: Sequence[str]) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    """Every combination of the overrides that list several values, and the other overrides."""
+    listed = {override.partition("=")[0]: _listed_values(override) for override in overrides}
+    varied = {key: values for key, values in listed.items() if len(values) > 1}
+    fixed = tuple(override for override in overrides if override.partition("=")[0] not in varied)
+    return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())], fixed
 
 
 def _source(key: str, path: Path, overrides: Sequence[str]) -> str:

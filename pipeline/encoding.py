@@ -21,6 +21,7 @@ from pipeline.encoder import Blip2Encoder
 from pipeline.errors import PipelineError
 from pipeline.images import PictureError, PictureUnreachableError, Preprocessor, image_digest, read_picture
 from pipeline.progress import progress_bar, say
+from pipeline.tables import Picture
 
 TRIED = 8  # pictures, to tell in a moment how fast it will be
 BATCHES_AHEAD = 2  # decoded while one is encoded: memory is theirs, whatever the number of pictures
@@ -78,8 +79,8 @@ class PictureEncoder:
         self._decoders = ThreadPoolExecutor(max(1, workers), "decode")
         self._disk = ThreadPoolExecutor(1, "write")
 
-    def fill(self, paths: Sequence[Path], pictures: Mapping[bytes, Path]) -> Encoded:
-        """Encodes what is open in the parts at `paths`, and seals them; `pictures`: digest -> file.
+    def fill(self, paths: Sequence[Path], pictures: Mapping[bytes, Picture]) -> Encoded:
+        """Encodes what is open in the parts at `paths`, and seals them; `pictures`: by digest.
 
         Raises CacheError if the disk does not take it; what is written stays.
         """
@@ -95,7 +96,7 @@ class PictureEncoder:
                     clock.tick(rows)
         return self.done
 
-    def pictures_per_second(self, pictures: Sequence[Path]) -> float | None:
+    def pictures_per_second(self, pictures: Sequence[Picture]) -> float | None:
         """How fast the first pictures are read and encoded, a small batch of them, after one to warm up.
 
         None if none of them can be decoded.
@@ -110,9 +111,9 @@ class PictureEncoder:
                 self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
         return len(decoded) / (time.perf_counter() - started)
 
-    def _decode_if_good(self, path: Path) -> np.ndarray | None:
+    def _decode_if_good(self, picture: Picture) -> np.ndarray | None:
         try:
-            return self.preprocess(read_picture(path))
+            return self.preprocess(read_picture(picture))
         except PictureError:  # the run will leave it out, and say so
             return None
 
@@ -135,7 +136,7 @@ class PictureEncoder:
         if written:
             yield self._wait_for_disk(written)
 
-    def _decode_ahead(self, paths: Sequence[Path], pictures: Mapping[bytes, Path]) -> Iterator[_Batch]:
+    def _decode_ahead(self, paths: Sequence[Path], pictures: Mapping[bytes, Picture]) -> Iterator[_Batch]:
         """The batches in order, each with its pictures decoded or being decoded."""
         ahead: deque[_Batch] = deque()
         for path in paths:
@@ -147,7 +148,7 @@ class PictureEncoder:
                     yield ahead.popleft()
         yield from ahead
 
-    def _begin(self, part: PartWriter, rows: range, pictures: Mapping[bytes, Path]) -> _Batch:
+    def _begin(self, part: PartWriter, rows: range, pictures: Mapping[bytes, Picture]) -> _Batch:
         height, width = self.preprocess.size
         pixel_values = torch.zeros(len(rows), 3, height, width, pin_memory=self.device.type == "cuda")
         slots: list[Future[None] | None] = [None] * len(rows)
@@ -158,16 +159,16 @@ class PictureEncoder:
                 slots[slot] = self._decoders.submit(self._decode, pictures[digest], digest, out)
         return _Batch(part, rows, part.crc32[rows.start : rows.stop] == NOT_WRITTEN, pixel_values, slots)
 
-    def _decode(self, path: Path, digest: bytes, out: np.ndarray) -> None:
+    def _decode(self, picture: Picture, digest: bytes, out: np.ndarray) -> None:
         try:
-            data = read_picture(path)
+            data = read_picture(picture)
             if image_digest(data) != digest:
                 raise PictureError("changed since it was first read")
             out[...] = self.preprocess(data)
         except PictureUnreachableError as error:  # its mount may come back: its row must not be given up
             raise PipelineError(
-                f"{path}: {error}, though it could be read before. Nothing is given up: once it can be read again, run "
-                "the same command again, and it goes on from here"
+                f"{picture}: {error}, though it could be read before. Nothing is given up: once it can be read again, "
+                "run the same command again, and it goes on from here"
             ) from error
 
     def _launch(self, batch: _Batch) -> _Launched:

@@ -18,6 +18,7 @@ from pipeline.examples import VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
+from pipeline.run_record import write_card
 from pipeline.scores import check_method, score, summarise
 from pipeline.vqa import official_results
 
@@ -57,7 +58,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     summary = {
         "run": str(run.path),
         "split": settings.split,
-        **summarise(examples, scores),
+        **summarise(examples, scores, batcher.text.image_row.tolist()),
         "method": settings.method,
         "adapter": with_adapter,
         "num_beams": settings.num_beams,
@@ -68,6 +69,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         "seconds": time.perf_counter() - started,
     }
     _write(run.evaluation(settings.split, with_adapter), json.dumps(summary, indent=2, ensure_ascii=False))
+    write_card(run)
     return summary
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pipeline.errors import PipelineError
 from pipeline.records import field, optional_text, question_id_of, texts_of
+from pipeline.tables import Picture
 
 TWICE = "question_id is there twice"  # the reasons of `LeftOut`s; "no annotation in FILE" is one more
 ANNOTATED_TWICE = "question_id is annotated twice"
@@ -25,7 +26,7 @@ class VQAExample:
     """One question on one image; `answers` are all that people gave, and none on a test split."""
 
     question_id: int | str
-    image: Path
+    image: Picture
     question: str
     answers: tuple[str, ...]
     answer_type: str | None = None

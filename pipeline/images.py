@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import BlipImageProcessorPil
 
 from pipeline.errors import PipelineError
+from pipeline.tables import Picture
 
 # Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
 # What Pillow only warns of (odd EXIF, palettes, 89 to 179 million pixels) is decoded, so nobody need act on it;
@@ -79,13 +80,26 @@ class PictureUnreachableError(PictureError):
     """The picture cannot be had now, which says nothing of it: not there, not readable, no memory."""
 
 
-def read_picture(path: Path) -> bytes:
-    """The bytes of a regular file, through links.
+def read_picture(picture: Picture) -> bytes:
+    """The bytes of a picture as they are stored, in a table or in a regular file, through links.
 
     Raises:
         PictureUnreachableError: not there, or not readable.
-        PictureError: not a regular file (pipes and devices are refused, not waited for), or longer than `MOST_BYTES`.
+        PictureError: not a regular file (pipes and devices are refused, not waited for), longer than `MOST_BYTES`,
+            or neither in its row of the table nor in a file that the row names.
     """
+    if isinstance(picture, Path):
+        return _read_file(picture)
+    try:
+        stored = picture.stored()
+    except (OSError, ValueError) as error:
+        raise PictureUnreachableError(f"cannot be read: {_one_line(error)}") from None
+    if stored is None:
+        raise PictureError("no picture in this row")
+    return _read_file(stored) if isinstance(stored, Path) else stored
+
+
+def _read_file(path: Path) -> bytes:
     try:
         # O_NONBLOCK: opening a pipe would otherwise wait for its writer. It changes nothing for regular files.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)

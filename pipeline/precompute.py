@@ -37,6 +37,7 @@ from pipeline.preflight import (
     tell_left_out,
 )
 from pipeline.progress import say
+from pipeline.tables import Picture
 from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, tokenize
 from pipeline.thumbnails import making_thumbnails, most_bytes
@@ -65,8 +66,8 @@ class Share:
 
     spec: CacheSpec
     parts: list[Path]
-    pictures: dict[bytes, Path]
-    """Digest -> file, of what is to be encoded."""
+    pictures: dict[bytes, Picture]
+    """By digest, of what is to be encoded."""
 
 
 def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | None:
@@ -198,7 +199,7 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
 
 
-def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, Path], processes: int) -> list[Share]:
+def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, Picture], processes: int) -> list[Share]:
     """The parts dealt out, and of the pictures only those that each process encodes."""
     shares = []
     for process in range(processes):

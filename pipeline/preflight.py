@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.examples import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample
 from pipeline.images import PictureError, check_header, image_digest, read_picture
 from pipeline.progress import progress_bar, say
+from pipeline.tables import Picture, identity
 from pipeline.vqa import read_examples
 
 LEFT_OUT_NAME = "left-out.jsonl"
@@ -29,21 +30,21 @@ class Inputs:
 
     splits: dict[str, list[VQAExample]]
     left_out: list[LeftOut]
-    digests: dict[Path, bytes]
+    digests: dict[Picture, bytes]
     """SHA-256 of every picture that is there and looks like one."""
     pictures: int
-    """Distinct files that the annotations name."""
+    """Distinct files that the annotations name, or rows of tables."""
     sources: dict[str, dict[str, str]]
-    """SHA-256 of the annotation files as they were parsed, by split and key."""
+    """SHA-256 of the annotation files as they were parsed, or the identity of the tables, by split and key."""
 
     @property
-    def paths(self) -> dict[bytes, Path]:
-        """A file of each distinct picture, in the order of the questions."""
+    def paths(self) -> dict[bytes, Picture]:
+        """Where each distinct picture is found, in the order of the questions."""
         return {self.digests[example.image]: example.image for split in self.splits.values() for example in split}
 
     def without(self, failures: dict[bytes, str]) -> "Inputs":
         """The same without the questions on these pictures, by digest, and the reason noted."""
-        reasons = {path: failures[digest] for path, digest in self.digests.items() if digest in failures}
+        reasons = {picture: failures[digest] for picture, digest in self.digests.items() if digest in failures}
         return _leave_out(self, reasons) if reasons else self
 
 
@@ -57,22 +58,24 @@ def read_inputs(data: DataConfig) -> Inputs:
             raise PipelineError(f"{files.images} (data.{split}.images): no such folder. Is its disk mounted?")
     read, sources = {}, {}
     for split, files in data.splits.items():
-        read[split], sources[split] = _read_split(data.format, split, files)
+        read[split], sources[split] = read_split(data.format, split, files)
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
     digests, reasons = _digest_pictures({example.image for examples in splits.values() for example in examples})
     return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons)
 
 
-def _read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
-    """The split, and the SHA-256 of its annotation files by key."""
+def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
+    """The split, and by key the SHA-256 of its annotation files and the identity of its tables."""
     hashed: dict[Path, str] = {}
+    identities = {key: identity(table) for key, table in files.tables.items()}  # before they are read
 
     def on_read(path: Path, data: bytes) -> None:
         hashed[path] = hashlib.sha256(data).hexdigest()
 
-    found = read_examples(format, split, files.annotations, files.images, files.questions, on_read)
-    return found, {key: hashed[path] for key, path in files if path in hashed}
+    found = read_examples(format, split, files.annotations, files.images, files.questions, on_read, files.tables)
+    hashes = {key: hashed[path] for key, path in files if path in hashed}
+    return found, hashes | {key: known for key, known in identities.items() if known}
 
 
 def first_line(inputs: Inputs, found: Survey, config: CacheConfig) -> str:
@@ -165,41 +168,41 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def _digest_pictures(paths: set[Path]) -> tuple[dict[Path, bytes], dict[Path, str]]:
+def _digest_pictures(pictures: set[Picture]) -> tuple[dict[Picture, bytes], dict[Picture, str]]:
     """Digest of every picture that looks like one, and why the others do not."""
-    ordered = sorted(paths)
-    digests: dict[Path, bytes] = {}
-    reasons: dict[Path, str] = {}
+    ordered = sorted(pictures)
+    digests: dict[Picture, bytes] = {}
+    reasons: dict[Picture, str] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(ordered), "pictures") as bar:
         for start in range(0, len(ordered), AT_ONCE):
             some = ordered[start : start + AT_ONCE]
-            for path, found in zip(some, pool.map(_digest_or_reason, some), strict=True):
+            for picture, found in zip(some, pool.map(_digest_or_reason, some), strict=True):
                 if isinstance(found, bytes):
-                    digests[path] = found
+                    digests[picture] = found
                 else:
-                    reasons[path] = found
+                    reasons[picture] = found
                 bar.update()
     return digests, reasons
 
 
-def _digest_or_reason(path: Path) -> bytes | str:
+def _digest_or_reason(picture: Picture) -> bytes | str:
     try:
-        data = read_picture(path)
+        data = read_picture(picture)
         check_header(data)
         return image_digest(data)
     except PictureError as error:
         return str(error)
 
 
-def _leave_out(inputs: Inputs, reasons: dict[Path, str]) -> Inputs:
+def _leave_out(inputs: Inputs, reasons: dict[Picture, str]) -> Inputs:
     """The inputs without the questions on the pictures in `reasons`."""
     left_out = list(inputs.left_out)
     for split, examples in inputs.splits.items():
         questions = Counter(example.image for example in examples if example.image in reasons)
         left_out += [
-            LeftOut(split, reasons[path], str(path), image=str(path), questions=count)
-            for path, count in questions.items()
+            LeftOut(split, reasons[picture], str(picture), image=str(picture), questions=count)
+            for picture, count in questions.items()
         ]
     kept = {split: [e for e in examples if e.image not in reasons] for split, examples in inputs.splits.items()}
-    digests = {path: digest for path, digest in inputs.digests.items() if path not in reasons}
+    digests = {picture: digest for picture, digest in inputs.digests.items() if picture not in reasons}
     return replace(inputs, splits=kept, left_out=left_out, digests=digests)

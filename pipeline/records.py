@@ -27,7 +27,7 @@ class RecordError(PipelineError):
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     try:
         yield
     except RecordError as error:

@@ -22,8 +22,9 @@ from pipeline.errors import PipelineError
 from pipeline.identity import encoder_spec
 from pipeline.images import PictureError, Preprocessor, image_digest, read_picture
 from pipeline.precompute import precompute
-from pipeline.preflight import NAMED, Inputs
+from pipeline.preflight import NAMED, Inputs, read_split
 from pipeline.progress import progress_bar, say
+from pipeline.tables import Picture
 from pipeline.upkeep import cache_folder, in_words
 
 # How far apart two machines, or two batches, may be, as a share of the largest number of a row: far above what the
@@ -69,8 +70,8 @@ def reencode(folder: Path, count: int) -> dict[str, Any]:
     spec = features.spec
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     _require_same_encoder(folder, encoder_spec(checkpoint, spec.encoder_dtype, spec.dtype))
-    paths = _pictures(features)
-    chosen = random.sample(sorted(paths), min(count, len(paths)))
+    pictures = _pictures(features, config)
+    chosen = random.sample(sorted(pictures), min(count, len(pictures)))
     wanted = set(chosen)
     digests = {row: digest for digest, row in features.stored() if row in wanted}
     preprocess = Preprocessor(checkpoint)
@@ -80,13 +81,13 @@ def reencode(folder: Path, count: int) -> dict[str, Any]:
     beyond = []
     with progress_bar("encoding", len(chosen), "pictures") as bar, torch.inference_mode():
         for row in chosen:
-            pixel_values = _pixel_values(paths[row], digests[row], preprocess)
+            pixel_values = _pixel_values(pictures[row], digests[row], preprocess)
             if pixel_values is not None:
                 again = encoder(torch.from_numpy(pixel_values)[None].to(pick_device()))
                 stored = _as_float(features.gather(np.array([row])), spec)
                 differences_found.append(float((again.cpu().float() - stored).abs().max()))
                 if not differences_found[-1] <= allowed * float(stored.abs().max()):
-                    beyond.append(f"{paths[row]}: comes out {differences_found[-1]:.3g} apart from what is stored")
+                    beyond.append(f"{pictures[row]}: comes out {differences_found[-1]:.3g} apart from what is stored")
             bar.update()
     if beyond:
         say(f"{folder}: features differ by more than {allowed:.2g} of a row's largest number: that is no rounding")
@@ -163,21 +164,32 @@ def _lost_rows(folder: Path, manifest: Manifest, damages: Sequence[audit.Damage]
     return lost
 
 
-def _pictures(features: FeatureReader) -> dict[int, Path]:
-    """Row -> a file of its picture, for every row that a question is about."""
-    tables = [features.text(split) for split in features.splits]
-    return {int(row): Path(table.record(i)["image"]) for table in tables for i, row in enumerate(table.image_row)}
+def _pictures(features: FeatureReader, config: Config) -> dict[int, Picture]:
+    """Row -> where its picture is found, for every row that a question is about."""
+    in_tables = {
+        (split, example.question_id): example.image
+        for split, files in config.data.splits.items()
+        if files.tables
+        for example in read_split(config.data.format, split, files)[0].examples
+    }
+    pictures: dict[int, Picture] = {}
+    for split in features.splits:
+        text = features.text(split)
+        for i, row in enumerate(text.image_row.tolist()):
+            record = text.record(i)
+            pictures[row] = in_tables.get((split, record["question_id"])) or Path(record["image"])
+    return pictures
 
 
-def _pixel_values(path: Path, digest: bytes, preprocess: Preprocessor) -> np.ndarray | None:
+def _pixel_values(picture: Picture, digest: bytes, preprocess: Preprocessor) -> np.ndarray | None:
     """(3, H, W), or None if the picture is not there any more as it was; said in a line."""
     try:
-        data = read_picture(path)
+        data = read_picture(picture)
         if image_digest(data) == digest:
             return preprocess(data)
-        say(f"{path}: has changed since it was encoded; not compared")
+        say(f"{picture}: has changed since it was encoded; not compared")
     except PictureError as error:
-        say(f"{path}: {error}; not compared")
+        say(f"{picture}: {error}; not compared")
     return None
 
 

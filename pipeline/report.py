@@ -15,6 +15,7 @@ from pipeline.config import SPLITS, Config, flatten, load_config
 from pipeline.errors import PipelineError
 from pipeline.gallery import gallery
 from pipeline.run_folder import RunFolder, rows_until
+from pipeline.run_record import read_record
 
 PAGE = ("page.html", "page.css", "parts.js", "charts.js", "page.js")
 POINTS = 1000
@@ -73,7 +74,7 @@ def _run(run: RunFolder) -> dict[str, Any]:
         raise PipelineError(f"{run.path}: not a run folder, it has no {run.config.name}; see `pipe train`")
     config = load_config(run.config)
     split, evaluation = _evaluation(run, config)
-    metrics = rows_until(math.inf, run.metrics)
+    metrics, record = rows_until(math.inf, run.metrics), read_record(run)
     told = {
         "name": run.path.resolve().name,
         "path": str(run.path),
@@ -81,7 +82,8 @@ def _run(run: RunFolder) -> dict[str, Any]:
         "data": config.data.format,
         "last_step": metrics[-1]["step"] if metrics else 0,
         "settings": dict(flatten(config.model_dump(mode="json"))),
-        "training": _json(run.training),
+        "training": record.get("summary", {}),
+        "versions": record.get("versions", {}),
         "metrics": _columns(metrics),
         "validation": _columns(rows_until(math.inf, run.validation)),
         "split": split,
@@ -100,8 +102,7 @@ def _hints(run: RunFolder, told: dict[str, Any]) -> list[dict[str, str]]:
             words = "What it was before LoRA, for comparison:"
             hints.append(_hint("outcome", words, f"pipe evaluate {run.path} --adapter none"))
     else:
-        command = f"pipe train {run.config} --name {run.path.name} --resume"
-        hints.append(_hint("outcome", "Training has not ended. Goes on with it, if it was stopped:", command))
+        hints.append(_hint("outcome", "Training has not ended. Goes on with it, if it was stopped:", run.going_on))
     if not told["validation"]:
         words = "Accuracy and loss on other questions while training goes on:"
         hints.append(_hint("curves", words, f"pipe train {run.config} validation.steps=500"))
@@ -118,7 +119,6 @@ def _add_details(run: RunFolder, told: dict[str, Any], pictures: int, seed: int)
     looks = rows_until(math.inf, run.watch)
     told["config"] = run.config.read_text(encoding="utf-8")
     told["watch"] = heat_maps(looks) if looks else None
-    told["versions"] = told["training"].get("versions", {})
     if not looks:
         words = "How far each LoRA matrix has moved, by layer:"
         told["hints"].append(_hint("watch", words, f"pipe train {run.config} train.watch_steps=50"))

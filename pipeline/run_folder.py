@@ -1,5 +1,6 @@
 """A run folder: what lies where in it."""
 
+import glob
 import json
 import os
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def record(self) -> Path:
+        """What the run was made of and what came out, JSON."""
+        return self.path / "run.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step, with `step` and `loss`."""
         return self.path / "metrics.jsonl"
@@ -38,11 +44,6 @@ class RunFolder:
     def watch(self) -> Path:
         """One JSON object a look at the LoRA weights."""
         return self.path / "watch.jsonl"
-
-    @property
-    def training(self) -> Path:
-        """The summary of the training and the versions of what it ran on, JSON; there when it has ended."""
-        return self.path / "training.json"
 
     @property
     def report(self) -> Path:
@@ -84,9 +85,14 @@ class RunFolder:
         """Wrong answers to one split, JSON lines."""
         return self.path / f"mistakes-{_evaluated(split, with_adapter)}.jsonl"
 
+    @property
+    def going_on(self) -> str:
+        """The command that goes on with the run."""
+        return f"pipe train {self.path} --resume"
+
     def check_new(self) -> None:
         if self.path.exists():
-            go_on = ", or go on with it by --resume" if self.config.is_file() else ""
+            go_on = f", or go on with it by `{self.going_on}`" if self.config.is_file() else ""
             raise PipelineError(f"{self.path}: this run exists already; give another --name{go_on}")
 
     def check_resumable(self, config: Config) -> None:
@@ -123,8 +129,7 @@ class RunFolder:
         if not self.config.is_file():
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
-            go_on = f"pipe train {self.config} --name {self.path.name} --resume"
-            raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{go_on}`")
+            raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.going_on}`")
 
 
 def rows_until(step: float, path: Path) -> list[dict[str, Any]]:
@@ -138,6 +143,12 @@ def rows_until(step: float, path: Path) -> list[dict[str, Any]]:
         if row["step"] <= step:
             rows.append(row)
     return rows
+
+
+def append_row(row: dict[str, Any], path: Path) -> None:
+    """One more JSON line."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -159,8 +170,9 @@ def named_run(output_dir: Path, name: str) -> RunFolder:
 
 
 def next_run(output_dir: Path, stem: str) -> RunFolder:
-    """`output_dir`/STEM-N, N the first number from 1 that is free."""
+    """`output_dir`/STEM-N, N the first number from 1 that is free, also as the beginning of a grid's names."""
+    taken = [path.name for path in output_dir.glob(f"{glob.escape(stem)}-*")]
     number = 1
-    while (path := output_dir / f"{stem}-{number}").exists():
+    while any(f"{name}-".startswith(f"{stem}-{number}-") for name in taken):
         number += 1
-    return RunFolder(path)
+    return RunFolder(output_dir / f"{stem}-{number}")

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -25,21 +25,27 @@ def _counts(example: VQAExample, method: str) -> bool:
     return bool(example.answers) and not (method == "a-okvqa" and example.answer_type == DIFFICULT)
 
 
-def summarise(examples: Sequence[VQAExample], scores: Sequence[float | None]) -> dict[str, Any]:
-    """Mean accuracy of the scored questions with its confidence interval, in all and by type of answer and question."""
-    scored = [(example, value) for example, value in zip(examples, scores, strict=True) if value is not None]
-    values = [value for _, value in scored]
+def summarise(
+    examples: Sequence[VQAExample], scores: Sequence[float | None], images: Sequence[Hashable]
+) -> dict[str, Any]:
+    """Mean accuracy of the scored questions with its confidence interval, in all and by type of answer and question.
+
+    `images` is the same for questions on the same picture, wherever each of them has it from.
+    """
+    places = [place for place, value in enumerate(scores) if value is not None]
+    scored = [examples[place] for place in places]
+    values = [value for value in scores if value is not None]
     return {
         "questions": len(examples),
         "scored": len(scored),
         "accuracy": fmean(values) if values else None,
-        "accuracy_interval": confidence_interval(values, [str(example.image) for example, _ in scored]),
-        "per_answer_type": _by_type([example.answer_type or "all" for example, _ in scored], values),
-        "per_question_type": _by_type([example.question_type for example, _ in scored], values),
+        "accuracy_interval": confidence_interval(values, [images[place] for place in places]),
+        "per_answer_type": _by_type([example.answer_type or "all" for example in scored], values),
+        "per_question_type": _by_type([example.question_type for example in scored], values),
     }
 
 
-def confidence_interval(values: Sequence[float], clusters: Sequence[str]) -> list[float] | None:
+def confidence_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> list[float] | None:
     """[low, high] of the mean, 95 %, within 0 to 100; None of fewer than two clusters.
 
     The questions on an image are not independent, so that the images count as drawn, not the questions: the
@@ -48,7 +54,7 @@ def confidence_interval(values: Sequence[float], clusters: Sequence[str]) -> lis
     if len(set(clusters)) < 2:
         return None
     mean = fmean(values)
-    residuals: dict[str, float] = defaultdict(float)
+    residuals: dict[Hashable, float] = defaultdict(float)
     for value, cluster in zip(values, clusters, strict=True):
         residuals[cluster] += value - mean
     count = len(residuals)

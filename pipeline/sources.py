@@ -1,13 +1,14 @@
 """Where one split of a data set lies, and how its records become a `Split`."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.examples import NO_ANSWER, TWICE, LeftOut, Split, VQAExample
 from pipeline.records import Position, RecordError, each, list_of, naming, parse_json
+from pipeline.tables import TableName
 
 OnRead = Callable[[Path, bytes], object]
 
@@ -22,6 +23,8 @@ class Sources:
     questions: Path | None = None
     on_read: OnRead = lambda path, data: None
     """Is told the bytes of each annotation file: those that are parsed, whatever becomes of the file later."""
+    tables: Mapping[str, TableName] = field(default_factory=dict)
+    """By key: `dataset`, `image_dataset`."""
 
     @property
     def may_lack_answers(self) -> bool:
@@ -34,8 +37,16 @@ class Sources:
     def need(self, key: str) -> Path:
         path: Path | None = getattr(self, key)
         if path is None:
-            raise PipelineError(f"data.{self.split}.{key} is not set, and this data.format needs it")
+            raise self._not_set(key)
         return path
+
+    def need_table(self, key: str) -> TableName:
+        if key not in self.tables:
+            raise self._not_set(key)
+        return self.tables[key]
+
+    def _not_set(self, key: str) -> PipelineError:
+        return PipelineError(f"data.{self.split}.{key} is not set, and this data.format needs it")
 
     def read_text(self, path: Path) -> str:
         try:
@@ -51,7 +62,7 @@ class Sources:
 
 def collect(
     sources: Sources,
-    path: Path,
+    path: Path | str,
     place: str,
     records: Iterable[tuple[Position, object]],
     make: Callable[[Position, object], VQAExample],

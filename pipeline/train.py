@@ -1,47 +1,72 @@
 """Stage two: LoRA on the 4-bit language model, from the cache alone."""
 
-import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from pipeline.assemble import load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
 from pipeline.batching import Batcher
 from pipeline.config import Config, TrainConfig
-from pipeline.device import pick_device
+from pipeline.device import dtype_name, pick_device
 from pipeline.errors import PipelineError
-from pipeline.language_model import add_lora, save_adapter
+from pipeline.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
-from pipeline.progress import progress_bar, say
-from pipeline.run_folder import RunFolder, rows_until, write_rows
-from pipeline.team import Team, world_size
+from pipeline.monitor import Watch
+from pipeline.progress import say
+from pipeline.run_folder import RunFolder
+from pipeline.run_log import RunLog
+from pipeline.run_record import begin_record, end_record
+from pipeline.stopping import SaveAndStop, StopRequest
+from pipeline.team import Team
 from pipeline.trainer import Batches, StageTwoTrainer
 from pipeline.validation import KeepBest, Validator
 
+LoadBase = Callable[[Config], Blip2LanguageHalf]
 
-def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any] | None:
+
+class StoppedError(PipelineError):
+    """Training was told to stop, and has saved."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, and looks at meanwhile."""
+
+    batcher: Batcher
+    trainable: np.ndarray
+    """Numbers of the questions that have an answer."""
+    validator: Validator | None
+
+
+def load_for_training(config: Config) -> Blip2LanguageHalf:
+    """The base model of a training, with the dropout that it asks for."""
+    return load_base(config, config.train.dropout)
+
+
+def train(
+    config: Config, run: RunFolder, resume: bool = False, load: LoadBase = load_for_training
+) -> dict[str, Any] | None:
     """Train a LoRA adapter into the run folder `run`, and return the summary; None in a process that only helps.
 
-    The folder must not exist, unless `resume`: then training goes on from its last checkpoint, or from the
-    start if it has none yet. Under `torchrun` each process computes its share of every batch. Raises `PipelineError`
-    or `CacheError` before anything is written if the config, the checkpoint and the cache do not fit together.
+    The folder must not exist, unless `resume`: then training goes on from its last checkpoint, or from the start if it
+    has none yet. Under `torchrun` each process computes its share of every batch. `load` gives the model to adapt; in
+    the end it is as it was.
+
+    Raises:
+        PipelineError, CacheError: before anything is written, if the config, the checkpoint and the cache do not fit
+            together.
+        StoppedError: on Ctrl-C or SIGTERM, when all is saved.
     """
     started = time.perf_counter()
     _refuse_sharding()
@@ -49,53 +74,64 @@ def train(config: Config, run: RunFolder, resume: bool = False) -> dict[str, Any
     with Team() as team:
         if team.rank == 0:
             run.check_resumable(config) if resume else run.check_new()
-        batcher = open_batcher(config, "train")
-        trainable = trainable_questions(batcher, config)
-        validator = _validator(config, batcher)
+        data = _open_data(config)
         run = RunFolder(team.share_out([run.path] * team.size) if team.rank == 0 else team.receive(Path))
+        base = load(config)
         set_seed(config.train.seed)
-        base = load_base(config, config.train.dropout)
         model = add_lora(base, **config.lora.model_dump())
-        keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if validator else None
-        trainer = _trainer(config, model, batcher, trainable, run, base.dtype, validator, keep_best)
+        stop = StopRequest()
+        keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if data.validator else None
+        watch = Watch(model, run, config.train.watch_steps, config.train.warmup_steps, stop)
+        # `RunLog` marks a checkpoint as whole, after all that `watch` puts into it.
+        callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, RunLog(run)]
+        callbacks += [keep_best] if keep_best else []
+        trainer = _trainer(config, model, data, run, base.dtype, callbacks)
         checkpoint = run.last_checkpoint()
         if team.rank == 0:
             run.start(config)
-        _tell_warmup(config.train, len(trainable))
-        say(f"run {run.path}; if it is stopped: pipe train {run.config} --name {run.path.name} --resume")
+            begin_record(run, config, data.batcher.features, trainer.args.device.type, dtype_name(base.dtype))
+        _tell_warmup(config.train, len(data.trainable))
+        say(f"run {run.path}; if it is stopped: {run.going_on}")
         reset_peak(trainer.args.device)
         ready = time.perf_counter()
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
         computed = team.gather((trainer.questions, trainer.nodes))
+    if stop.made and result.global_step < trainer.state.max_steps:
+        raise StoppedError(f"stopped at step {result.global_step} of {trainer.state.max_steps}, saved. {run.going_on}")
     if team.rank > 0:
         return None
     _save(model, run, keep_best)
+    model.unload()
+    base.gradient_checkpointing_disable()
     questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
     summary = {
         "run": str(run.path),
         "steps": result.global_step,
         "train_loss": result.training_loss,
-        "questions": len(trainable),
-        "without_answer": len(batcher.text) - len(trainable),
+        "questions": len(data.trainable),
+        "without_answer": len(data.batcher.text) - len(data.trainable),
         "skipped_steps": trainer.skipped_steps,
         "validation": keep_best.summary() if keep_best else {},
+        "lora": watch.summary(),
         "questions_per_second": questions / (seconds - (keep_best.seconds if keep_best else 0)),
         "tokens_per_question": nodes / max(questions, 1),
         "peak_memory_bytes": peak,
         "seconds_training": seconds,
         "seconds": time.perf_counter() - started,
     }
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    run.training.write_text(json.dumps({**summary, "versions": versions}, indent=2))
+    end_record(run, summary)
     return summary
 
 
-def _validator(config: Config, batcher: Batcher) -> Validator | None:
-    if config.validation.steps is None:
-        return None
-    other = open_batcher(config, config.validation.split, batcher.features)
-    return Validator(other, load_tokenizer(config), config.validation, config.evaluate)
+def _open_data(config: Config) -> Data:
+    batcher = open_batcher(config, "train")
+    validator = None
+    if config.validation.steps is not None:
+        other = open_batcher(config, config.validation.split, batcher.features)
+        validator = Validator(other, load_tokenizer(config), config.validation, config.evaluate)
+    return Data(batcher, trainable_questions(batcher, config), validator)
 
 
 def _save(model: PeftModel, run: RunFolder, keep_best: KeepBest | None) -> None:
@@ -129,24 +165,28 @@ def _tell_warmup(settings: TrainConfig, questions: int) -> None:
 def _trainer(
     config: Config,
     model: PeftModel,
-    batcher: Batcher,
-    trainable: np.ndarray,
+    data: Data,
     run: RunFolder,
     base_dtype: torch.dtype,
-    validator: Validator | None,
-    keep_best: KeepBest | None,
+    callbacks: list[TrainerCallback],
 ) -> StageTwoTrainer:
-    order, lay_out, micro_batch = training_batches(config, batcher, trainable)
-    trainer = StageTwoTrainer(
-        model,
-        _arguments(config.train, run.checkpoints, base_dtype),
-        Batches(len(trainable), lay_out),
-        order,
-        micro_batch,
-        config.train.on_not_finite == "skip",
-        validator,
-        callbacks=[_Log(run.metrics), *([keep_best] if keep_best else [])],
-    )
+    order, lay_out, micro_batch = training_batches(config, data.batcher, data.trainable)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
+    try:
+        trainer = StageTwoTrainer(
+            model,
+            _arguments(config.train, run.checkpoints, base_dtype),
+            Batches(len(data.trainable), lay_out),
+            order,
+            micro_batch,
+            config.train.on_not_finite == "skip",
+            data.validator,
+            callbacks,
+        )
+    except (RuntimeError, ImportError, ValueError) as error:
+        if not config.train.report_to:
+            raise
+        raise PipelineError(f"train.report_to {list(config.train.report_to)}: {str(error).splitlines()[0]}") from None
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -167,49 +207,17 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         save_steps=settings.save_steps,
-        save_total_limit=2,
+        save_total_limit=settings.keep_checkpoints,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         seed=settings.seed,
         use_cpu=pick_device().type == "cpu",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
-        report_to=[],
+        report_to=list(settings.report_to),
+        run_name=checkpoints.parent.name,
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:  # several GPUs are for torchrun; DataParallel cannot copy 4-bit weights
         arguments._n_gpu = 1
     return arguments
-
-
-class _Log(TrainerCallback):
-    """Progress bar and `metrics.jsonl`."""
-
-    def __init__(self, metrics: Path):
-        self.metrics = metrics
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
-        if state.is_world_process_zero:
-            write_rows(rows_until(state.global_step, self.metrics), self.metrics)
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if world_size() > 1:
-            torch.distributed.barrier()  # each process has written its part
-        if state.is_world_process_zero:
-            RunFolder(self.metrics.parent).mark_whole(state.global_step)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
-        if "loss" not in logs or not state.is_world_process_zero:
-            return  # the summary at the end
-        row = {"step": state.global_step, **logs}
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.close()

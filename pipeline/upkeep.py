@@ -34,6 +34,7 @@ def cache_info(folder: Path) -> dict[str, Any]:
     return {
         "cache": str(folder),
         "state": _state(found),
+        "fingerprint": manifest.fingerprint,
         "images": manifest.rows,
         "bytes": found.bytes,
         "thumbnail_bytes": thumbnails_bytes(folder, manifest),

@@ -7,16 +7,17 @@ Whether the pictures are there is for the stage that opens them.
 
 import difflib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.examples import Split, VQAExample
-from pipeline.formats import aokvqa, coco_captions, easy_vqa, gqa, jsonl, lavis, textvqa, vizwiz, vqav2
+from pipeline.formats import aokvqa, coco_captions, easy_vqa, gqa, hf, jsonl, lavis, textvqa, vizwiz, vqav2
 from pipeline.recognition import mistaken
 from pipeline.sources import OnRead, Sources
+from pipeline.tables import TableName
 
 Results = Callable[[Sequence[VQAExample], Sequence[str]], object]
 
@@ -48,6 +49,7 @@ FORMATS = {
     "gqa": Format(gqa.read, _rows("questionId", "prediction")),
     "lavis": Format(lavis.read),
     "coco_captions": Format(coco_captions.read, _rows("image_id", "caption")),
+    "hf": Format(hf.read),
 }
 
 
@@ -58,6 +60,7 @@ def read_examples(
     images: Path | None = None,
     questions: Path | None = None,
     on_read: OnRead = lambda path, data: None,
+    tables: Mapping[str, TableName] | None = None,
 ) -> Split:
     """All questions of one split, in the file's order, and what is left out.
 
@@ -73,7 +76,7 @@ def read_examples(
             questions that can be used.
     """
     read = _format(format).read
-    sources = Sources(split, annotations, images, questions, on_read)
+    sources = Sources(split, annotations, images, questions, on_read, tables or {})
     try:
         with _without_garbage_collection():
             found = read(sources)
@@ -103,7 +106,9 @@ def _format(name: str) -> Format:
 
 
 def _nothing(format: str, sources: Sources, found: Split) -> str:
-    message = f"data.{sources.split}: no questions in {sources.questions or sources.annotations or format}"
+    tables = [table.dataset for table in sources.tables.values()]
+    named = next(filter(None, [sources.questions, sources.annotations, *tables]), format)
+    message = f"data.{sources.split}: no questions in {named}"
     if not found.left_out:
         return message
     last = found.left_out[-1]

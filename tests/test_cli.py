@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click import Group
+from click import Group, unstyle
 from click.testing import CliRunner, Result
 from conftest import write_config
 
-from pipeline.cli import _load_bitsandbytes, _table, main
+from pipeline.cli import _load_bitsandbytes, _painted, _table, main
 from pipeline.config import Config, load_config
 
 
@@ -77,7 +77,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["precompute", "nowhere.yaml"], 2, "pipe: nowhere.yaml: no such config file"),
         (["train", "CONFIG", "train.epochz=1"], 2, "unknown key train.epochz; did you mean epochs?"),
         (["train", "CONFIG", "train.epochs=[]"], 2, "train.epochs: input should be a valid number"),
-        (["train", "CONFIG", "--resume"], 2, "--resume needs the --name of the run"),
+        (["train", "CONFIG", "--resume"], 2, "--resume goes on with a run: give its folder"),
         (["train", "CONFIG", "--name", "../evil"], 2, "'../evil' is not one plain name"),
         (["train", "CONFIG", "--name", ".."], 2, "'..' is not one plain name"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
@@ -300,3 +300,12 @@ def test_a_dry_run_tells_and_begins_nothing(data_set: Path) -> None:
     pipe("precompute", data_set / "config.yaml")
     told = json.loads(pipe("precompute", data_set / "config.yaml", "--dry-run", "--json").stdout)
     assert (told["to_encode"], told["reused"], told["seconds_encoding"]) == (0, 24, 0)
+
+
+def test_colours_are_for_a_terminal_alone(data_set: Path) -> None:
+    words = [str(data_set / "no.yaml")]
+    assert "\x1b" not in CliRunner().invoke(main, ["train", *words]).stderr
+    assert "\x1b[31m" in CliRunner().invoke(main, ["train", *words], color=True).stderr
+    painted = _painted("encoded                     24\ntime\n  encoding                  0.1 s")
+    assert [line.startswith("\x1b") for line in painted.splitlines()] == [True] * 3
+    assert unstyle(painted).splitlines()[2] == "  encoding                  0.1 s"

@@ -120,7 +120,7 @@ def test_the_page_tells_of_the_run(run: RunFolder) -> None:
     assert told["metrics"]["step"] == [1, 2, 3, 4]
     assert len(told["validation"]["accuracy"]) == 2
     assert told["training"]["steps"] == 4
-    assert set(told["versions"]) == {"torch", "transformers", "peft", "bitsandbytes"}
+    assert {"torch", "transformers", "peft", "bitsandbytes"} <= set(told["versions"])
     found = told["gallery"]
     assert sum(found["counts"].values()) == 18
     for one in found["examples"]:
@@ -144,7 +144,7 @@ def test_fewer_pictures_are_chosen_and_none_are_no_lack(run: RunFolder, tmp_path
         ("answers-val.jsonl", "pipe evaluate RUN"),
         ("validation.jsonl", "pipe train RUN/config.yaml validation.steps=500"),
         ("watch.jsonl", "pipe train RUN/config.yaml train.watch_steps=50"),
-        ("adapter", "pipe train RUN/config.yaml --name copy --resume"),
+        ("adapter", "pipe train RUN --resume"),
     ],
 )
 def test_what_is_missing_is_said_with_the_command_that_makes_it(

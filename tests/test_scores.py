@@ -18,9 +18,9 @@ def test_questions_without_answers_are_answered_and_not_scored() -> None:
     examples = [example(0, "red"), example(1), example(2, "blue")]
     scores = score(examples, ["red", "red", "red"], "exact")
     assert scores == [100, None, 0]
-    summary = summarise(examples, scores)
+    summary = summarise(examples, scores, [one.image for one in examples])
     assert (summary["questions"], summary["scored"], summary["accuracy"]) == (3, 2, 50)
-    nothing = summarise([example(1)], [None])
+    nothing = summarise([example(1)], [None], [0])
     assert (nothing["accuracy"], nothing["accuracy_interval"], nothing["per_answer_type"]) == (None, None, {})
 
 
@@ -32,10 +32,10 @@ def test_a_okvqa_leaves_out_the_questions_that_its_script_leaves_out() -> None:
 
 def test_accuracy_is_told_by_type_of_answer_and_of_question() -> None:
     examples = [example(0, "a", kind="other"), example(1, "a", kind="yes/no"), example(2, "a", kind="other")]
-    summary = summarise(examples, [100, 0, 50])
+    summary = summarise(examples, [100, 0, 50], [0, 1, 2])
     assert summary["per_answer_type"] == {"other": 75, "yes/no": 0}
     assert summary["per_question_type"] == {"what 0": 75, "what 1": 0}
-    assert summarise([example(0, "a")], [30])["per_answer_type"] == {"all": 30}
+    assert summarise([example(0, "a")], [30], [0])["per_answer_type"] == {"all": 30}
 
 
 def test_the_interval_of_one_question_an_image_is_the_textbooks() -> None:

@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,9 +32,6 @@ def test_a_run_folder_holds_config_metrics_and_adapter(cached: Config, tmp_path:
     summary = train(cached, run)
     assert (summary["steps"], summary["questions"], summary["without_answer"]) == (4, 54, 0)
     assert summary["run"] == str(run.path)
-    written = json.loads(run.training.read_text())
-    assert (written["steps"], written["seconds_training"]) == (4, summary["seconds_training"])
-    assert written["versions"]["torch"] == version("torch")
     assert load_config(run.config) == cached
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -1,0 +1,157 @@
+"""A training that is told to stop, or killed, goes on as if it never had been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.batching import Batcher, ImageSequence
+from pipeline.cli import main
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.run_folder import RunFolder
+from pipeline.stopping import SaveAndStop, StopRequest
+from pipeline.train import StoppedError, train
+
+
+def with_train(config: Config, **settings: object) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def rows_of(path: Path) -> list[dict[str, float]]:
+    """Without what the clock decides."""
+    return [{**json.loads(line), "loader_wait": 0} for line in path.read_text().splitlines()]
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, batch: int) -> None:
+    """The process gets the signal when a training lays out its n-th batch."""
+    lay_out, batches = Batcher.for_training, []
+
+    def signal_in_the_middle(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
+        batches.append(questions)
+        if len(batches) == batch:
+            os.kill(os.getpid(), number)
+        return lay_out(self, questions, *how)
+
+    monkeypatch.setattr(Batcher, "for_training", signal_in_the_middle)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_says_how_to_go_on(cached: Config, tmp_path: Path, number: signal.Signals) -> None:
+    config = with_train(cached, max_steps=8, save_steps=100)
+    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
+    train(config, whole)
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, number, batch=5)
+        with pytest.raises(StoppedError, match=rf"stopped at step \d of 8, saved. pipe train {stopped.path} --resume"):
+            train(config, stopped)
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    checkpoint = stopped.last_checkpoint()
+    assert checkpoint is not None
+    assert not stopped.adapter.exists()
+    train(config, stopped, resume=True)
+    assert files_of(stopped.adapter) == files_of(whole.adapter)
+    assert rows_of(stopped.metrics) == rows_of(whole.metrics)
+    assert stopped.watch.read_bytes() == whole.watch.read_bytes()
+
+
+def test_the_second_signal_stops_at_once() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.made
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_in_the_last_step_ends_as_any_training(cached: Config, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, signal.SIGTERM, batch=1)
+        summary = train(with_train(cached, max_steps=1), RunFolder(tmp_path / "run"))
+    assert summary["steps"] == 1
+
+
+def test_checkpoints_by_the_clock_and_only_the_newest(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(with_train(cached, max_steps=6, save_steps=100, save_minutes=1e-9, keep_checkpoints=3), run)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
+    by_steps = RunFolder(tmp_path / "by_steps")
+    train(with_train(cached, max_steps=6, save_steps=4, save_minutes=None), by_steps)
+    assert {path.name for path in by_steps.checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    assert SaveAndStop(StopRequest(), None).seconds == float("inf")
+
+
+def test_resume_takes_the_runs_folder(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(cached, run)
+    shutil.rmtree(run.adapter)
+    done = CliRunner().invoke(main, ["train", str(run.path), "--resume", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(run.path)
+    wrong = CliRunner().invoke(main, ["train", str(run.config), "--resume"])
+    assert wrong.exit_code == 2
+    assert "give its folder in place of CONFIG" in wrong.stderr
+
+
+def test_trackers_are_named_and_a_wrong_one_is_told(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(with_train(cached, report_to=("tensorboard",)), run)
+    assert list((run.path / "tensorboard").glob("events*"))
+    with pytest.raises(PipelineError, match=r"train.report_to \['tensorbord'\]: .*not supported"):
+        train(with_train(cached, report_to=("tensorbord",)), RunFolder(tmp_path / "wrong"))
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_20_moments_and_resumed_each_time_it_ends_in_the_same_adapter(cached: Config, tmp_path: Path) -> None:
+    """kill -9 of the real command, at random moments of a training with validation; then what was left is resumed."""
+    config = with_train(cached, max_steps=40, save_steps=3, output_dir=tmp_path)
+    config = config.model_copy(update={"validation": config.validation.model_copy(update={"steps": 5})})
+    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    train(config, whole)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    pipe = [sys.executable, "-c", "from pipeline.cli import main; main()", "train"]
+    rng, kills, words = random.Random(0), 0, [str(tmp_path / "config.yaml"), "--name", "killed"]
+    while not killed.adapter.exists():
+        running = subprocess.Popen([*pipe, *words], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        if kills < 20:
+            _wait_for_a_checkpoint_or_row(killed, running)
+            time.sleep(rng.uniform(0, 0.4))
+            running.kill()
+            kills += running.wait() == -signal.SIGKILL
+        else:
+            assert running.wait() == 0
+        words = [str(killed.path), "--resume"] if killed.config.exists() else words
+        if killed.adapter.exists() and kills < 20:  # it was faster than the kill: once more from the last checkpoint
+            shutil.rmtree(killed.adapter)
+            for checkpoint in sorted(killed.checkpoints.iterdir())[1:]:
+                shutil.rmtree(checkpoint)
+    print("kills:", kills)
+    assert kills == 20
+    assert files_of(killed.adapter) == files_of(whole.adapter)
+    assert rows_of(killed.metrics) == rows_of(whole.metrics)
+    assert killed.watch.read_bytes() == whole.watch.read_bytes()
+
+
+def _wait_for_a_checkpoint_or_row(run: RunFolder, running: "subprocess.Popen[bytes]") -> None:
+    """Until the process at work has begun to train: something in its folder is new."""
+
+    def state() -> tuple[int, int]:
+        size = run.metrics.stat().st_mtime_ns if run.metrics.exists() else 0
+        return size, len(list(run.checkpoints.glob("*"))) if run.checkpoints.exists() else 0
+
+    before = state()
+    while running.poll() is None and state() == before:
+        time.sleep(0.01)
