@@ -337,6 +337,31 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     return None
 
 
+@main.command()
+@RUN
+@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@OVERRIDES
+@click.option("--merge", is_flag=True, help="The full model in float16, with the adapter folded into its weights.")
+@click.option("--push", metavar="REPO", help="Upload it to this repository of the Hugging Face hub, too; a new one "
+              "is private.")  # fmt: skip
+@stage
+def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool, push: str | None) -> dict[str, Any]:
+    """Write RUN's adapter into the new folder DEST, by default as it is, for plain transformers + PEFT.
+
+    With --merge a full BLIP-2 that plain transformers loads without PEFT or bitsandbytes; the summary says how far its
+    logits are from the run's, and how many answers are equal, on up to 100 questions of evaluate.split.
+
+    \b
+    Example:  pipe export runs/easy_vqa-1 adapters/easy_vqa
+              pipe export runs/easy_vqa-1 models/easy_vqa --merge --push me/blip2-easy-vqa
+    """
+    _load_bitsandbytes()
+    from pipeline.export import export
+    from pipeline.run_folder import RunFolder
+
+    return export(RunFolder(run), destination, overrides, merge, push)
+
+
 def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None, list[str]]:
     """Tells them from overrides, which may be the only words there are."""
     overrides = [word for word in words if re.match(r"\w+\.[\w.]+=", word)]

@@ -245,12 +245,12 @@ def add_lora(
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # a gradient scaler takes no float16
-    _keep_trainable(adapted)
+    keep_trainable(adapted)
     return adapted
 
 
-def _keep_trainable(model: nn.Module) -> None:
-    """Has a look at validation questions leave the 4-bit weights as they are.
+def keep_trainable(model: nn.Module) -> None:
+    """Has answering leave the 4-bit weights as they are.
 
     On CPUs with bfloat16 instructions bitsandbytes repacks them, with rounded scales, when they first answer: for good,
     and into a form that does not train.
