@@ -12,6 +12,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError
 
 WHOLE = "whole"  # a file in a checkpoint that was written to its end
+NOT_TRAINED_ANEW = ("lora", "train", "validation")
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ class RunFolder:
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.going_on}`")
+
+    def trained_config(self, overrides: Sequence[str] = ()) -> Config:
+        """The finished run's config, with overrides of what is not trained already."""
+        self.check_finished()
+        for override in overrides:
+            section = override.partition(".")[0]
+            if section in NOT_TRAINED_ANEW:
+                raise ConfigError(f"{override!r}: the run is trained already, and {section} is not looked at any more")
+        return load_config(self.config, overrides)
 
 
 def rows_until(step: float, path: Path) -> list[dict[str, Any]]:

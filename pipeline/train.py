@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 
 from pipeline.assemble import load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
 from pipeline.batching import Batcher
+from pipeline.card import write_card
 from pipeline.config import Config, TrainConfig
 from pipeline.device import dtype_name, pick_device
 from pipeline.errors import PipelineError
@@ -102,9 +103,6 @@ def train(
         raise StoppedError(f"stopped at step {result.global_step} of {trainer.state.max_steps}, saved. {run.going_on}")
     if team.rank > 0:
         return None
-    _save(model, run, keep_best)
-    model.unload()
-    base.gradient_checkpointing_disable()
     questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
     summary = {
         "run": str(run.path),
@@ -122,6 +120,10 @@ def train(
         "seconds": time.perf_counter() - started,
     }
     end_record(run, summary)
+    _save(model, run, keep_best)
+    write_card(run)
+    model.unload()
+    base.gradient_checkpointing_disable()
     return summary
 
 
@@ -138,6 +140,7 @@ def _save(model: PeftModel, run: RunFolder, keep_best: KeepBest | None) -> None:
     """The best adapter, where it is known which is, else the last."""
     best = run.best(keep_best.best["step"]) if keep_best and keep_best.best else None
     if best and keep_best and best != run.best(keep_best.rows[-1]["step"]):
+        shutil.rmtree(run.last_adapter, ignore_errors=True)  # a kill may have come between this line and the end
         save_adapter(model, run.last_adapter)
         best.rename(run.adapter)
     else:
