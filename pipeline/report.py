@@ -187,7 +187,7 @@ def heat_maps(looks: Rows) -> dict[str, Any]:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
     return {
         "steps": [row["step"] for row in shown],
-        "maps": [_heat_map(kind, names, shown) for kind, names in kinds.items()],
+        "maps": [_heat_map(kind, names, shown) for kind, names in sorted(kinds.items())],
         "told": [{"step": row["step"], "words": words} for row in looks for words in row.get("told", ())],
     }
 
