@@ -1,6 +1,7 @@
 """Accuracy while training goes on: what is looked at, what is kept, when training ends."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +135,21 @@ def test_what_cannot_be_scored_is_told_before_training(cached: Config, tmp_path:
     with pytest.raises(PipelineError, match=r"set evaluate\.method=exact"):
         train(official, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_kept_behind_the_last_checkpoint_is_kept_again(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between a look and the checkpoint behind it, or while the last adapter is being put in its place."""
+    config, run = with_validation(cached, steps=1, max_steps=3), RunFolder(tmp_path / "run")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 100})})
+    accuracies(monkeypatch, [10])
+    with pytest.raises(StopIteration):
+        train(config, run)
+    assert (run.best(1) / NAME).exists()
+    assert run.last_checkpoint() is None
+    shutil.copytree(run.best(1), run.last_adapter)
+    accuracies(monkeypatch, [10, 20, 15])
+    assert train(config, run, resume=True)["validation"]["best_step"] == 2
+    last = load_file(run.checkpoints / "checkpoint-3" / NAME)
+    assert all(torch.equal(value, last[name]) for name, value in load_file(run.last_adapter / NAME).items())
