@@ -91,6 +91,11 @@ class KeepBest(TrainerCallback):
         """The row of the highest accuracy, of equal ones the first."""
         return max(self.rows, key=lambda row: row["accuracy"], default=None)
 
+    @property
+    def _gets_no_better(self) -> bool:
+        best = self.best
+        return bool(self.patience and best and len(self.rows) - self.rows.index(best) > self.patience)
+
     def summary(self) -> dict[str, Any]:
         """The best look, and the time that all took."""
         best = self.best or {}
@@ -99,6 +104,7 @@ class KeepBest(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rows = rows_until(state.global_step, self.run.validation)
+        control.should_training_stop |= self._gets_no_better
         if state.is_world_process_zero:
             write_rows(self.rows, self.run.validation)
 
@@ -126,6 +132,6 @@ class KeepBest(TrainerCallback):
             write_rows(self.rows, self.run.validation)  # after its adapter: a row stands for one that is there
         told = "the best so far" if best is row else f"the best is {best['accuracy']:.2f} of step {best['step']}"
         say(f"step {row['step']}: accuracy {row['accuracy']:.2f}, loss {row['loss']:.3f}; {told}")
-        if self.patience and len(self.rows) - self.rows.index(best) > self.patience:
+        if self._gets_no_better:
             say(f"no better in {self.patience} looks: training ends")
             control.should_training_stop = True

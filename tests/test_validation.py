@@ -153,3 +153,27 @@ def test_an_adapter_kept_behind_the_last_checkpoint_is_kept_again(
     assert train(config, run, resume=True)["validation"]["best_step"] == 2
     last = load_file(run.checkpoints / "checkpoint-3" / NAME)
     assert all(torch.equal(value, last[name]) for name, value in load_file(run.last_adapter / NAME).items())
+
+
+@pytest.mark.parametrize("patience", [2, None])
+def test_a_training_killed_when_all_its_steps_were_done_takes_no_more(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int | None
+) -> None:
+    """Between its last checkpoint and its adapter, at its last step or where it got no better."""
+    config = with_validation(cached, max_steps=20 if patience else 6, patience=patience)
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"lr_scheduler": "constant_with_warmup"})}
+    )
+    run = RunFolder(tmp_path / "run")
+    accuracies(monkeypatch, [50, 40, 30])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.train._save", lambda *_: exit())
+        with pytest.raises(SystemExit):
+            train(config, run)
+    looks = rows(run)
+    accuracies(monkeypatch, [])
+    summary = train(config, run, resume=True)
+    assert (summary["steps"], summary["validation"]["best_step"]) == (6, 2)
+    assert rows(run) == looks
+    last, checkpoint = load_file(run.last_adapter / NAME), load_file(run.checkpoints / "checkpoint-6" / NAME)
+    assert all(torch.equal(checkpoint[name], last[name]) for name in last)
