@@ -34,9 +34,8 @@ def begin_record(run: RunFolder, config: Config, features: FeatureReader, device
 
 
 def end_record(run: RunFolder, summary: dict[str, Any]) -> None:
-    """Adds what came out, and writes the adapter's card."""
+    """Adds what came out."""
     _write_json({**read_record(run), "summary": summary}, run.record)
-    write_card(run)
 
 
 def read_record(run: RunFolder) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pipeline.memory import peak_bytes, reset_peak
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
 from pipeline.run_log import RunLog
-from pipeline.run_record import begin_record, end_record
+from pipeline.run_record import begin_record, end_record, write_card
 from pipeline.stopping import SaveAndStop, StopRequest
 from pipeline.team import Team
 from pipeline.trainer import Batches, StageTwoTrainer
@@ -98,9 +98,6 @@ def train(
         raise StoppedError(f"stopped at step {result.global_step} of {trainer.state.max_steps}, saved. {run.going_on}")
     if team.rank > 0:
         return None
-    _save(model, run, keep_best)
-    model.unload()
-    base.gradient_checkpointing_disable()
     questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
     summary = {
         "run": str(run.path),
@@ -117,6 +114,10 @@ def train(
         "seconds": time.perf_counter() - started,
     }
     end_record(run, summary)
+    _save(model, run, keep_best)  # at last: its folder says that the training is finished
+    write_card(run)
+    model.unload()
+    base.gradient_checkpointing_disable()
     return summary
 
 
