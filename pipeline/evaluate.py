@@ -1,6 +1,7 @@
 """Answers from the cache, and their accuracy."""
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
 
 def _refuse_training_keys(overrides: Sequence[str]) -> None:
     for override in overrides:
-        section = override.partition(".")[0]
+        section = re.split(r"[.=]", override, maxsplit=1)[0]
         if section in NOT_TRAINED_ANEW:
             raise ConfigError(
                 f"{override!r}: the run is trained already, and its evaluation does not look at {section}"

@@ -125,7 +125,7 @@ def test_out_of_memory_halves_the_batch(
         answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
 
 
-@pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5"])
+@pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5", "train={}"])
 def test_what_only_training_looks_at_is_refused(run: RunFolder, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override}.*trained already"):
         evaluate(run, (override,))
