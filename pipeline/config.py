@@ -229,6 +229,12 @@ class ValidationConfig(Section):
     patience: Positive | None = None
     """Training ends after so many looks without a better accuracy; null goes on to the end."""
 
+    @model_validator(mode="after")
+    def _looks_if_it_has_patience(self) -> "ValidationConfig":
+        if self.patience is not None and self.steps is None:
+            raise ValueError("patience counts looks, and there are none without steps")
+        return self
+
 
 class EvaluateConfig(Section):
     split: Literal["train", "val", "test"] = "val"
@@ -261,6 +267,7 @@ TRAINED_BY: Any = {
     "validation": True,
 }
 """The keys that decide what a training on a given cache ends in."""
+_LOOKED_BY = {"method", "max_new_tokens", "min_new_tokens"}  # of `evaluate`, where training is validated
 
 
 class Config(Section):
@@ -301,7 +308,8 @@ class Config(Section):
 
     def differences(self, other: "Config") -> list[str]:
         """`key: mine, not other's`, for each key in which the two differ and would train differently."""
-        mine, theirs = (dict(_flatten(config.model_dump(mode="json", include=TRAINED_BY))) for config in (self, other))
+        keys_by = TRAINED_BY | ({"evaluate": _LOOKED_BY} if self.validation.steps else {})
+        mine, theirs = (dict(_flatten(config.model_dump(mode="json", include=keys_by))) for config in (self, other))
         keys = dict.fromkeys([*mine, *theirs])
         return [
             f"{key}: {mine.get(key)!r}, not {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)

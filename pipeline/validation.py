@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder, rows_until, write_rows
-from pipeline.scores import check_method, score
+from pipeline.scores import check_method, counts, score
 from pipeline.team import rank, world_size
 from pipeline.text import PromptTokenizer
 
@@ -32,13 +32,17 @@ class Validator:
     def __init__(
         self, batcher: Batcher, tokenizer: PromptTokenizer, settings: ValidationConfig, answering: EvaluateConfig
     ) -> None:
-        """Raises `PipelineError` if the split has no answers, or `answering.method` cannot score them."""
+        """Raises `PipelineError` if the split has no answers that `answering.method` can score."""
         self.batcher, self.tokenizer = batcher, tokenizer
         self.answering = answering.model_copy(update={"num_beams": 1})
         chosen = choose_questions(batcher.text, settings.questions, settings.seed)
-        if len(chosen) == 0:
-            raise PipelineError(f"validation.split: no question of {settings.split} has an answer")
-        check_method(self._examples(chosen), answering.method)
+        examples = self._examples(chosen)
+        check_method(examples, answering.method)
+        if not any(counts(example, answering.method) for example in examples):
+            raise PipelineError(
+                f"validation.split: of the questions of {settings.split} that were chosen, none has an answer that "
+                f"evaluate.method={answering.method} counts"
+            )
         self.questions = np.array_split(chosen, world_size())[rank()]
 
     def __call__(self, model: PeftModel) -> np.ndarray:

@@ -15,12 +15,14 @@ from pipeline.batching import Batcher, ImageSequence, pack
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
+from pipeline.examples import DIFFICULT, VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
 from pipeline.validation import choose_questions
 
 NAME = "adapter_model.safetensors"
+DIFFICULT_EXAMPLE = VQAExample("q", Path("1.jpg"), "what?", ("red",) * 10, DIFFICULT)
 
 
 def with_validation(config: Config, steps: int = 2, max_steps: int = 6, **settings: object) -> Config:
@@ -129,12 +131,32 @@ def test_the_questions_are_the_same_each_time_and_keep_images_whole() -> None:
     assert len(choose_questions(text, 1000, seed=0)) == 150
 
 
-def test_what_cannot_be_scored_is_told_before_training(cached: Config, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_told_before_training(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = with_validation(cached)
     official = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"method": "official"})})
     with pytest.raises(PipelineError, match=r"set evaluate\.method=exact"):
         train(official, RunFolder(tmp_path / "run"))
+    difficult = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"method": "a-okvqa"})})
+    monkeypatch.setattr("pipeline.validation.VQAExample.from_record", lambda _: DIFFICULT_EXAMPLE)
+    with pytest.raises(PipelineError, match=r"none has an answer .*=a-okvqa counts"):
+        train(difficult, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_is_not_gone_on_with_by_another_count_of_its_looks(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config = RunFolder(tmp_path / "run"), with_validation(cached)
+    accuracies(monkeypatch, [10])
+    with pytest.raises(StopIteration):
+        train(config, run)
+    other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 3})})
+    with pytest.raises(PipelineError, match=r"other settings:\n  evaluate.max_new_tokens: 3, not 10$"):
+        train(other, run, resume=True)
+    unlooked = [one.model_copy(update={"validation": cached.validation}) for one in (config, other)]
+    assert unlooked[0].differences(unlooked[1]) == []
 
 
 def test_an_adapter_kept_behind_the_last_checkpoint_is_kept_again(
