@@ -250,6 +250,12 @@ class EvaluateConfig(Section):
     method: Literal["official", "lavis", "lmms-eval", "a-okvqa", "exact"] = "official"
     """Whose script to count like, as the README tells; official: VQAv2's, exact: the one right answer or not."""
 
+    @model_validator(mode="after")
+    def _ends_after_it_may(self) -> "EvaluateConfig":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
+        return self
+
 
 PRESETS: dict[str, dict[str, float]] = {
     "greedy": {"num_beams": 1, "max_new_tokens": 10, "min_new_tokens": 0},
