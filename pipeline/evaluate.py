@@ -21,7 +21,7 @@ from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
 from pipeline.run_record import write_card
 from pipeline.scores import check_method, score, summarise
-from pipeline.vqa import official_results
+from pipeline.vqa import official_form
 
 NOT_TRAINED_ANEW = ("lora", "train", "validation")
 MISTAKES = 100  # listed
@@ -37,7 +37,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     run.check_finished()
     _refuse_training_keys(overrides)
     config = load_config(run.config, overrides)
-    settings = config.evaluate
+    settings, official = config.evaluate, official_form(config.data.format)
     batcher = open_batcher(config, settings.split)
     examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
     check_method(examples, settings.method)
@@ -53,7 +53,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     scores = score(examples, texts, settings.method)
     results = run.results(settings.split, with_adapter)
     mistakes = run.mistakes(settings.split, with_adapter)
-    _write(results, json.dumps(official_results(config.data.format, examples, texts), ensure_ascii=False))
+    _write(results, json.dumps(official(examples, texts), ensure_ascii=False))
     _write(mistakes, _surest_mistakes(examples, answers, scores))
     summary = {
         "run": str(run.path),

@@ -131,6 +131,12 @@ def test_what_only_training_looks_at_is_refused(run: RunFolder, override: str) -
         evaluate(run, (override,))
 
 
+def test_an_unknown_format_is_told_before_anything_is_answered(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.evaluate.answer_questions", lambda *_: pytest.fail("answered"))
+    with pytest.raises(ConfigError, match=r"no data\.format 'vqa2'; nearest: vqav2"):
+        evaluate(run, ("data.format=vqa2",))
+
+
 def test_options_are_the_configs_keys_and_overrides_win(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
