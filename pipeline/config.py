@@ -205,6 +205,8 @@ class TrainConfig(Section):
     logging_steps: Positive = 10
     report_to: tuple[str, ...] = ()
     """Trackers that transformers' Trainer knows, by name: tensorboard, wandb, mlflow, trackio, ..."""
+    watch_steps: Positive | None = 50
+    """Optimizer steps between two looks at the LoRA weights, the last step always one; null is never."""
     gradient_checkpointing: bool = False
     """Computes activations again instead of keeping them: less memory, a third slower."""
     on_not_finite: Literal["stop", "skip"] = "stop"
@@ -263,7 +265,8 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
 
-_NOT_TRAINED_BY = {"save_steps", "save_minutes", "keep_checkpoints", "logging_steps", "report_to", "output_dir"}
+_NOT_TRAINED_BY = {"save_steps", "save_minutes", "keep_checkpoints", "logging_steps", "report_to", "watch_steps",
+                   "output_dir"}  # fmt: skip
 TRAINED_BY: Any = {
     "model": True,
     "data": {"prompt"},

@@ -41,9 +41,9 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         "run": str(run.path),
         "adapter": str(run.adapter),
         "next": [
-            f"pipe evaluate {run.path} evaluate.num_beams=5",
+            f"pipe evaluate {run.path} --preset official",
             f"pipe train {run.config} lora.r=8 --name rank-8",
-            "README.md, 'Your own pictures'",
+            "README.md, 'Your own data'",
         ],
     }
 

@@ -41,6 +41,11 @@ class RunFolder:
         return self.path / "validation.jsonl"
 
     @property
+    def watch(self) -> Path:
+        """One JSON object a look at the LoRA weights."""
+        return self.path / "watch.jsonl"
+
+    @property
     def adapter(self) -> Path:
         """The adapter in PEFT's form, the best one where training was validated; there when training has ended."""
         return self.path / "adapter"

@@ -53,6 +53,7 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         due = time.monotonic() - self.saved_at >= self.seconds
         stops, saves = _any_process(self.request.made, due, args.device)
+        self.request.made |= stops
         control.should_save |= stops or saves
         control.should_training_stop |= stops
 

@@ -22,6 +22,7 @@ from pipeline.device import dtype_name, pick_device
 from pipeline.errors import PipelineError
 from pipeline.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
+from pipeline.monitor import Watch
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
 from pipeline.run_log import RunLog
@@ -80,7 +81,10 @@ def train(
         model = add_lora(base, **config.lora.model_dump())
         stop = StopRequest()
         keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if data.validator else None
-        callbacks = [RunLog(run), SaveAndStop(stop, config.train.save_minutes), *([keep_best] if keep_best else [])]
+        watch = Watch(model, run, config.train.watch_steps, config.train.warmup_steps, stop)
+        # `RunLog` marks a checkpoint as whole, after all that `watch` puts into it.
+        callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, RunLog(run)]
+        callbacks += [keep_best] if keep_best else []
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
         checkpoint = run.last_checkpoint()
         if team.rank == 0:
@@ -107,6 +111,7 @@ def train(
         "without_answer": len(data.batcher.text) - len(data.trainable),
         "skipped_steps": trainer.skipped_steps,
         "validation": keep_best.summary() if keep_best else {},
+        "lora": watch.summary(),
         "questions_per_second": questions / (seconds - (keep_best.seconds if keep_best else 0)),
         "tokens_per_question": nodes / max(questions, 1),
         "peak_memory_bytes": peak,

@@ -65,6 +65,7 @@ def test_a_signal_saves_first_and_says_how_to_go_on(cached: Config, tmp_path: Pa
     train(config, stopped, resume=True)
     assert files_of(stopped.adapter) == files_of(whole.adapter)
     assert rows_of(stopped.metrics) == rows_of(whole.metrics)
+    assert stopped.watch.read_bytes() == whole.watch.read_bytes()
 
 
 def test_the_second_signal_stops_at_once() -> None:
@@ -141,6 +142,7 @@ def test_killed_at_20_moments_and_resumed_each_time_it_ends_in_the_same_adapter(
     assert kills == 20
     assert files_of(killed.adapter) == files_of(whole.adapter)
     assert rows_of(killed.metrics) == rows_of(whole.metrics)
+    assert killed.watch.read_bytes() == whole.watch.read_bytes()
 
 
 def _wait_for_a_checkpoint_or_row(run: RunFolder, running: "subprocess.Popen[bytes]") -> None:

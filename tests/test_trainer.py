@@ -200,3 +200,4 @@ def test_two_processes_give_the_adapter_of_one(cached: Config, tmp_path: Path) -
         assert not ended[-1].out or size == 1
     assert difference(adapter_of(both), adapter_of(alone)) < 1e-4
     assert len(both.metrics.read_text().splitlines()) == 4
+    assert len(both.watch.read_text().splitlines()) == 2, "process 0 alone looks"

@@ -87,8 +87,10 @@ def test_the_best_adapter_is_kept_and_the_last_beside_it(
 
 def test_training_ends_when_it_gets_no_better(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies(monkeypatch, [10, 50, 50, 40, 90])
-    summary = train(with_validation(cached, max_steps=20, patience=2), RunFolder(tmp_path / "run"))
+    run = RunFolder(tmp_path / "run")
+    summary = train(with_validation(cached, max_steps=20, patience=2), run)
     assert (summary["steps"], summary["validation"]["best_step"]) == (8, 4)
+    assert [json.loads(line)["step"] for line in run.watch.read_text().splitlines()] == [0, 8]
 
 
 def test_a_killed_training_looks_and_keeps_as_if_never_stopped(cached: Config, tmp_path: Path) -> None:
