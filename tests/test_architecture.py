@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"precompute", "train", "evaluate"}
-RUNNERS = {"cli", "quickstart", "repair"}
+RUNNERS = {"cli", "quickstart", "repair", "grid"}
 
 
 def imports_of(module: Path) -> set[str]:
