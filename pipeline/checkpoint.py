@@ -83,6 +83,11 @@ def has_half(folder: Path, half: tuple[str, ...]) -> bool:
     return all((folder / shard).exists() for shard in set(_weight_map(folder, half).values()))
 
 
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Name of every tensor of both halves -> the file that holds it."""
+    return {name: folder / shard for name, shard in _weight_map(folder, (*ENCODER_HALF, *LANGUAGE_HALF)).items()}
+
+
 def fingerprint(folder: Path, half: tuple[str, ...]) -> str:
     """SHA-256 (hex) over name, dtype, shape and bytes of every tensor of `half`, in the order of their names.
 

@@ -45,10 +45,11 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
     @wraps(command)
     def run(as_json: bool, debug: bool, **arguments: Any) -> None:
         started = time.perf_counter()
+        click.get_current_context().obj = sys.stdout  # where a conversation's answers go
         with redirect_stdout(sys.stderr):  # stdout carries the summary alone
             summary = _guarded(lambda: command(**arguments), debug)
         if summary is None:
-            return  # one of several processes, not the first: that one tells
+            return  # all is told: by the first of several processes, or in a conversation
         summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
         click.echo(json.dumps(summary) if as_json else _painted(_table(summary)), color=COLOUR)
         if summary.get("damaged") or summary.get("failed_runs"):
@@ -273,22 +274,26 @@ def train(
     return train(loaded, run, resume)
 
 
-@main.command()
-@RUN
-@OVERRIDES
-@click.option("--split", help="train, val or test; the same as evaluate.split=...")
-@click.option(
+ADAPTER = click.option(
     "--adapter",
     type=click.Choice(["trained", "none"]),
     default="trained",
     show_default=True,
     help="none: the model as it was before training.",
 )
-@click.option(
+PRESET = click.option(
     "--preset",
     type=click.Choice(["greedy", "official"]),
     help="greedy: fast. official: 5 beams, 1 to 10 new tokens, length penalty -1, as the BLIP-2 paper.",
 )
+
+
+@main.command()
+@RUN
+@OVERRIDES
+@click.option("--split", help="train, val or test; the same as evaluate.split=...")
+@ADAPTER
+@PRESET
 @click.option("--num-beams", help="The same as evaluate.num_beams=...")
 @click.option("--method", help="How answers are counted; the same as evaluate.method=...")
 @stage
@@ -315,6 +320,91 @@ def evaluate(
     given = PRESETS.get(preset or "", {}) | {key: value for key, value in named.items() if value is not None}
     options = [f"evaluate.{key}={value}" for key, value in given.items()]
     return evaluate(RunFolder(run), (*options, *overrides), adapter == "trained")
+
+
+@main.command()
+@RUN
+@click.argument("words", nargs=-1, metavar="[IMAGE [QUESTION]] [KEY=VALUE]...")
+@ADAPTER
+@PRESET
+@stage
+def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> dict[str, Any] | None:
+    """Answer a question on any picture file with RUN's adapter: encodes it as stage one would.
+
+    Without QUESTION, or without IMAGE, it asks for them, line by line, until an empty line or Ctrl-D; a line that is
+    the path of a picture changes the picture. Answers go to stdout, a line each (with --json an object each), all else
+    to stderr. By default greedy, as the config says.
+
+    \b
+    Example:  pipe ask runs/easy_vqa-1 picture.png "what shape is in the image?"
+              pipe ask runs/easy_vqa-1
+              pipe ask runs/easy_vqa-1 picture.png < questions.txt > answers.txt
+    """
+    image, question, overrides = _image_and_question(words)
+    _load_bitsandbytes()
+    from pipeline import ask as asking
+    from pipeline.config import PRESETS
+    from pipeline.run_folder import RunFolder
+
+    options = [f"evaluate.{key}={value}" for key, value in PRESETS.get(preset or "", {}).items()]
+    how = (*options, *overrides), adapter == "trained"
+    if image and question is not None:
+        return asking.ask(RunFolder(run), Path(image), question, *how)
+    context = click.get_current_context()
+
+    def tell(answer: dict[str, Any]) -> None:
+        line = json.dumps(answer) if context.params["as_json"] else answer["answer"]
+        print(line, file=context.obj, flush=True)
+
+    conversation = asking.Conversation(RunFolder(run), *how, tell)
+    line = image or _typed(conversation.awaits)
+    while line:
+        conversation.hear(line)
+        line = _typed(conversation.awaits)
+    return None
+
+
+@main.command()
+@RUN
+@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@OVERRIDES
+@click.option("--merge", is_flag=True, help="The full model in float16, with the adapter folded into its weights.")
+@click.option("--push", metavar="REPO", help="Upload it to this repository of the Hugging Face hub, too; a new one "
+              "is private.")  # fmt: skip
+@stage
+def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool, push: str | None) -> dict[str, Any]:
+    """Write RUN's adapter into the new folder DEST, by default as it is, for plain transformers + PEFT.
+
+    With --merge a full BLIP-2 that plain transformers loads without PEFT or bitsandbytes; the summary says how far its
+    logits are from the run's, and how many answers are equal, on up to 100 questions of evaluate.split.
+
+    \b
+    Example:  pipe export runs/easy_vqa-1 adapters/easy_vqa
+              pipe export runs/easy_vqa-1 models/easy_vqa --merge --push me/blip2-easy-vqa
+    """
+    _load_bitsandbytes()
+    from pipeline.export import export
+    from pipeline.run_folder import RunFolder
+
+    return export(RunFolder(run), destination, overrides, merge, push)
+
+
+def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None, list[str]]:
+    """Tells them from overrides, which may be the only words there are."""
+    overrides = [word for word in words if re.match(r"\w+\.[\w.]+=", word)]
+    others = [word for word in words if word not in overrides]
+    if len(others) > 2:
+        raise click.UsageError(f"more than IMAGE and QUESTION: {others[2]!r}; a question is one word, in quotes")
+    image, question = (*others, None, None)[:2]
+    return image, question, overrides
+
+
+def _typed(prompt: str) -> str:
+    """The next line of stdin, "" at its end; the prompt, where a terminal is read, goes to stderr as stdout does."""
+    try:
+        return input(f"{prompt}: " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
 
 
 @main.command()

@@ -1,7 +1,6 @@
 """Answers from the cache, and their accuracy."""
 
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,17 +12,14 @@ import numpy as np
 
 from pipeline.answering import Answer, answer_questions
 from pipeline.assemble import load_base, load_tokenizer, open_batcher
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
+from pipeline.card import write_card
 from pipeline.examples import VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
-from pipeline.run_record import write_card
 from pipeline.scores import check_method, score, summarise
 from pipeline.vqa import official_form
 
-NOT_TRAINED_ANEW = ("lora", "train", "validation")
 MISTAKES = 100  # listed
 
 
@@ -34,9 +30,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     model was surest of. Raises `PipelineError` or `CacheError`.
     """
     started = time.perf_counter()
-    run.check_finished()
-    _refuse_training_keys(overrides)
-    config = load_config(run.config, overrides)
+    config = run.trained_config(overrides)
     settings, official = config.evaluate, official_form(config.data.format)
     batcher = open_batcher(config, settings.split)
     examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
@@ -71,15 +65,6 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     _write(run.evaluation(settings.split, with_adapter), json.dumps(summary, indent=2, ensure_ascii=False))
     write_card(run)
     return summary
-
-
-def _refuse_training_keys(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        section = re.split(r"[.=]", override, maxsplit=1)[0]
-        if section in NOT_TRAINED_ANEW:
-            raise ConfigError(
-                f"{override!r}: the run is trained already, and its evaluation does not look at {section}"
-            )
 
 
 def _surest_mistakes(examples: Sequence[VQAExample], answers: Sequence[Answer], scores: Sequence[float | None]) -> str:

@@ -56,7 +56,7 @@ def _train_one(config: Config, run: RunFolder, resume: bool, load: "_LoadOnce") 
     started = time.perf_counter()
     try:
         if resume and run.adapter.is_dir():
-            summary = read_record(run)["summary"]
+            summary = read_record(run).get("summary", {})
         else:
             summary = train(config, run, resume and run.path.exists(), load) or {}
     except StoppedError:
@@ -66,7 +66,7 @@ def _train_one(config: Config, run: RunFolder, resume: bool, load: "_LoadOnce") 
         reason = str(error).splitlines()[0]
         say(f"{run.path} failed: {reason}")
         return {"failed": reason, "seconds": time.perf_counter() - started}
-    known = {**summary, **summary.get("validation", {}), "seconds": summary["seconds"]}
+    known = {**summary, **summary.get("validation", {}), "seconds": summary.get("seconds", 0.0)}
     return {key: known[key] for key in TOLD if key in known}
 
 

@@ -81,10 +81,23 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             label_weights: (L,), of each in the sum.
             num_items_in_batch: what the sum is divided by; None is that of the weights.
         """
-        hidden = self._read(query_features, input_ids, text_lengths, position_ids, block_masks)
-        logits = self.get_output_embeddings()(hidden[0, label_nodes]).float()
+        logits = self.logits(query_features, input_ids, text_lengths, position_ids, block_masks, label_nodes)
         loss = (functional.cross_entropy(logits, labels, reduction="none") * label_weights).sum()
         return CausalLMOutput(loss=loss / (label_weights.sum() if num_items_in_batch is None else num_items_in_batch))
+
+    def logits(
+        self,
+        query_features: Tensor,
+        input_ids: Tensor,
+        text_lengths: list[int],
+        position_ids: Tensor,
+        block_masks: list[Tensor],
+        label_nodes: Tensor,
+    ) -> Tensor:
+        """(L, vocabulary) float32: what the model expects behind the nodes at `label_nodes`, all as in `forward`."""
+        hidden = self._read(query_features, input_ids, text_lengths, position_ids, block_masks)
+        logits: Tensor = self.get_output_embeddings()(hidden[0, label_nodes]).float()
+        return logits
 
     @torch.no_grad()
     def generate(self, paths: Tensor, last_tokens: Tensor, num_beams: int = 1, **inputs: Any) -> "Generated":
@@ -233,12 +246,12 @@ def add_lora(
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # a gradient scaler takes no float16
-    _keep_trainable(adapted)
+    keep_trainable(adapted)
     return adapted
 
 
-def _keep_trainable(model: nn.Module) -> None:
-    """Has a look at validation questions leave the 4-bit weights as they are.
+def keep_trainable(model: nn.Module) -> None:
+    """Has answering leave the 4-bit weights as they are.
 
     On CPUs with bfloat16 instructions bitsandbytes repacks them, with rounded scales, when they first answer: for good,
     and into a form that does not train.

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError
 
 WHOLE = "whole"  # a file in a checkpoint that was written to its end
+NOT_TRAINED_ANEW = ("lora", "train", "validation")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,15 @@ class RunFolder:
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.going_on}`")
+
+    def trained_config(self, overrides: Sequence[str] = ()) -> Config:
+        """The finished run's config, with overrides of what is not trained already."""
+        self.check_finished()
+        for override in overrides:
+            section = re.split(r"[.=]", override, maxsplit=1)[0]
+            if section in NOT_TRAINED_ANEW:
+                raise ConfigError(f"{override!r}: the run is trained already, and {section} is not looked at any more")
+        return load_config(self.config, overrides)
 
 
 def rows_until(step: int, path: Path) -> list[dict[str, Any]]:

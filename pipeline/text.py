@@ -24,7 +24,8 @@ class PromptTokenizer:
     """
 
     def __init__(self, checkpoint_folder: Path, prompt: str):
-        text_config = Blip2Config.from_pretrained(checkpoint_folder).text_config
+        config = Blip2Config.from_pretrained(checkpoint_folder)
+        text_config = config.text_config
         if not any((checkpoint_folder / name).exists() for name in VOCABULARIES):
             raise PipelineError(f"{checkpoint_folder}: the checkpoint has no tokenizer ({' or '.join(VOCABULARIES)})")
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint_folder)
@@ -36,6 +37,7 @@ class PromptTokenizer:
         self.prompt = prompt
         self.bos_token_id: int = text_config.bos_token_id
         self.eos_token_id: int = text_config.eos_token_id
+        self.query_tokens: int = config.num_query_tokens
         self.longest: int = text_config.max_position_embeddings
         """Positions that the language model has, for the image and the text."""
 

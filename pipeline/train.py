@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 
 from pipeline.assemble import load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
 from pipeline.batching import Batcher
+from pipeline.card import write_card
 from pipeline.config import Config, TrainConfig
 from pipeline.device import dtype_name, pick_device
 from pipeline.errors import PipelineError
@@ -26,7 +27,7 @@ from pipeline.monitor import Watch
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
 from pipeline.run_log import RunLog
-from pipeline.run_record import begin_record, end_record, write_card
+from pipeline.run_record import begin_record, end_record
 from pipeline.stopping import SaveAndStop, StopRequest
 from pipeline.team import Team
 from pipeline.trainer import Batches, StageTwoTrainer

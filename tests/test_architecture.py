@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {"precompute", "train", "evaluate"}
+STAGES = {"precompute", "train", "evaluate", "ask", "export"}
 RUNNERS = {"cli", "quickstart", "repair", "grid"}
 
 

@@ -30,8 +30,8 @@ def pipe(*words: object) -> Result:
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    assert COMMANDS == ["benchmark", "cache info", "cache ls", "cache repair", "cache rm", "cache verify", "evaluate",
-                        "precompute", "quickstart", "train"]  # fmt: skip
+    assert COMMANDS == ["ask", "benchmark", "cache info", "cache ls", "cache repair", "cache rm", "cache verify",
+                        "evaluate", "export", "precompute", "quickstart", "train"]  # fmt: skip
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for command in COMMANDS:
         assert f"pipe {command}" in readme

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -114,6 +115,31 @@ def test_trackers_are_named_and_a_wrong_one_is_told(cached: Config, tmp_path: Pa
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_kill_while_the_adapters_are_put_in_place_is_made_good(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = cached.validation.model_copy(update={"steps": 1})
+    config = with_train(cached, max_steps=4, save_steps=1).model_copy(update={"validation": validation})
+    run, whole = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "whole")
+    monkeypatch.setattr("pipeline.validation.Validator.__call__", lambda *_: np.array([50.0, 1, 0.5, 1]))
+    train(config, whole)
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda self, to: _fail() if to == run.adapter else rename(self, to))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run)
+    assert run.last_adapter.exists()
+    assert not run.adapter.exists()
+    train(config, run, resume=True)
+    name = "adapter_model.safetensors"
+    for one, other in ((run.adapter, whole.adapter), (run.last_adapter, whole.last_adapter)):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def _fail() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 def test_killed_at_20_moments_and_resumed_each_time_it_ends_in_the_same_adapter(cached: Config, tmp_path: Path) -> None:
     """kill -9 of the real command, at random moments of a training with validation; then what was left is resumed."""
@@ -134,10 +160,9 @@ def test_killed_at_20_moments_and_resumed_each_time_it_ends_in_the_same_adapter(
         else:
             assert running.wait() == 0
         words = [str(killed.path), "--resume"] if killed.config.exists() else words
-        if killed.adapter.exists() and kills < 20:  # it was faster than the kill: once more from the last checkpoint
-            shutil.rmtree(killed.adapter)
-            for checkpoint in sorted(killed.checkpoints.iterdir())[1:]:
-                shutil.rmtree(checkpoint)
+        if killed.adapter.exists() and kills < 20:  # it was faster than the kill: all over again
+            shutil.rmtree(killed.path)
+            words = [str(tmp_path / "config.yaml"), "--name", "killed"]
     print("kills:", kills)
     assert kills == 20
     assert files_of(killed.adapter) == files_of(whole.adapter)

@@ -1,0 +1,206 @@
+"""Answers on pictures that no cache holds are those that an evaluation gives from the cache."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import write_config
+from test_checkpoint import shards_of
+from transformers import Blip2ForConditionalGeneration
+
+from cache.reader import FeatureReader
+from pipeline.ask import Answerer, Conversation, PictureReader, ask
+from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF
+from pipeline.cli import main
+from pipeline.config import Config
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.evaluate import evaluate
+from pipeline.run_folder import RunFolder
+from pipeline.train import train
+
+QUESTION = "what shape is it?"
+
+
+@pytest.fixture(scope="module")
+def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "first")
+    train(cached, folder)
+    return folder
+
+
+@pytest.fixture
+def picture(cached: Config) -> Path:
+    return Path(FeatureReader(cached.cache.dir).text("val").record(0)["image"])
+
+
+def pipe(*words: object, typed: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], input=typed)
+
+
+@pytest.mark.parametrize("with_adapter", [True, False], ids=["trained", "untrained"])
+@pytest.mark.parametrize("bits", ["4", "null"])
+def test_answers_equal_those_of_evaluate_from_the_cache(
+    run: RunFolder, cached: Config, bits: str, with_adapter: bool
+) -> None:
+    override = (f"quantization.bits={bits}",)
+    summary = evaluate(run, override, with_adapter)
+    expected = {row["question_id"]: row["answer"] for row in json.loads(Path(summary["results"]).read_text())}
+    told: list[dict[str, Any]] = []
+    conversation = Conversation(run, override, with_adapter, told.append)
+    text = FeatureReader(cached.cache.dir).text("val")
+    for number in range(len(text)):
+        conversation.hear(text.record(number)["image"])
+        conversation.hear(text.record(number)["question"])
+    assert [answer["answer"] for answer in told] == [expected[text.record(n)["question_id"]] for n in range(len(text))]
+    assert len(set(expected.values())) > 2
+    assert all(0 < answer["probability"] <= 1 for answer in told)
+    one = ask(run, Path(told[0]["image"]), told[0]["question"], override, with_adapter)
+    assert {**one, "seconds": 0} == {**told[0], "seconds": 0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_features_are_those_of_the_cache_in_its_dtype(cached: Config, picture: Path, dtype: str) -> None:
+    features = FeatureReader(cached.cache.dir)
+    stored = features.gather(features.text("val").image_row[:1])[0]
+    config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dtype": dtype})})
+    found = PictureReader(config)(picture)
+    assert str(found.dtype) == f"torch.{dtype}"
+    rounding = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    assert abs(found.float().numpy() - stored).max() <= rounding * abs(stored).max()
+
+
+def test_the_encoder_computes_in_the_caches_dtype_unless_the_config_names_one(cached: Config) -> None:
+    def dtype(name: str, **elsewhere: object) -> str:
+        precompute = cached.precompute.model_copy(update={"dtype": name})
+        cache = cached.cache.model_copy(update=elsewhere)
+        return str(PictureReader(cached.model_copy(update={"precompute": precompute, "cache": cache})).encoder_dtype)
+
+    assert dtype("auto") == "torch.float32"  # as the cache says, whatever auto is here
+    assert dtype("bfloat16") == "torch.bfloat16"
+    assert dtype("float16", dir=Path("/no/such/cache")) == "torch.float16"
+
+
+def test_one_question_gives_a_summary(run: RunFolder, picture: Path) -> None:
+    done = pipe("ask", run.path, picture, QUESTION, "--json", "evaluate.max_new_tokens=3")
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary.keys() == {"run", "image", "question", "answer", "probability", "seconds"}
+    assert (summary["run"], summary["image"], summary["question"]) == (str(run.path), str(picture), QUESTION)
+    table = pipe("ask", run.path, picture, QUESTION, "--preset", "official", "--adapter", "none").stdout
+    assert [line.split("  ")[0] for line in table.splitlines()] == list(summary)
+
+
+def test_a_conversation_from_a_pipe_answers_on_stdout_and_goes_on_after_errors(
+    run: RunFolder, cached: Config, tmp_path: Path
+) -> None:
+    text = FeatureReader(cached.cache.dir).text("val")
+    first, second = (text.record(number)["image"] for number in (0, 3))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "notes").write_text("no picture either")
+    lines = [
+        "nowhere", first, QUESTION, "x" * 2000, "~no-such-user what is it?", f"{tmp_path}/notes", QUESTION,
+        f"{tmp_path}/broken.png", second, QUESTION, "other.png", second, "what color is it?", "", "not read",
+    ]  # fmt: skip
+    done = pipe("ask", run.path, typed="\n".join(lines))
+    assert done.exit_code == 0, done.output
+    assert len(done.stdout.splitlines()) == 4
+    assert done.stdout.splitlines()[2] == ask(run, Path(second), QUESTION, (), True)["answer"]
+    told = done.stderr.splitlines()
+    assert told[0] == "A question is answered, the path of a picture changes the picture, an empty line or Ctrl-D ends."
+    assert told[1:3] == ["nowhere: not there; name a picture", told[2]]
+    assert told[2].startswith("the question is too long: ")
+    assert [line.split(": ")[0] for line in told[3:]] == [
+        f"{tmp_path}/notes", QUESTION, f"{tmp_path}/broken.png", "other.png"]  # fmt: skip
+
+
+def test_a_conversation_may_begin_with_a_picture_and_speak_json(run: RunFolder, picture: Path) -> None:
+    done = pipe("ask", run.path, picture, "evaluate.num_beams=2", "--json", typed=f"{QUESTION}\nwhere is it?\n")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["question"] for row in rows] == [QUESTION, "where is it?"]
+    assert {row["image"] for row in rows} == {str(picture)}
+
+
+def test_on_a_terminal_prompts_go_to_stderr(
+    run: RunFolder, picture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal(f"{picture}\n{QUESTION}\n"))
+    main(["ask", str(run.path)], standalone_mode=False)
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 1
+    assert "picture: " in err
+    assert "question: " in err
+
+
+def test_what_cannot_be_asked_is_told_in_a_line(run: RunFolder, picture: Path, tmp_path: Path) -> None:
+    for words, message in (
+        ((run.path, picture, " "), "the question is empty"),
+        ((run.path, picture, "why " * 300), "the question is too long: "),
+        ((run.path, "nowhere.png", QUESTION), "nowhere.png: not there"),
+        ((run.path, tmp_path, QUESTION), f"{tmp_path}: a folder, not a file"),
+        ((run.path, run.config, QUESTION), f"{run.config}: not a picture"),
+        ((tmp_path, picture, QUESTION), f"{tmp_path}: not a run folder"),
+    ):
+        done = pipe("ask", *words)
+        assert done.exit_code == 1
+        assert done.stderr.splitlines()[-1].startswith(f"pipe: {message}")
+        assert done.stdout == ""
+    for words, message in (
+        ((picture, "what", "shape"), "a question is one word, in quotes"),
+        ((picture, QUESTION, "evaluate.beams=3"), "unknown key evaluate.beams"),
+        ((picture, QUESTION, "lora.r=3"), "lora is not looked at any more"),
+    ):
+        done = pipe("ask", run.path, *words)
+        assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
+
+
+def test_a_run_without_an_adapter_is_told(cached: Config, picture: Path, tmp_path: Path) -> None:
+    unfinished = RunFolder(tmp_path / "unfinished")
+    unfinished.start(cached)
+    with pytest.raises(PipelineError, match="no adapter yet"):
+        ask(unfinished, picture, QUESTION, (), True)
+
+
+def test_a_checkpoint_without_its_encoder_is_told(
+    run: RunFolder, checkpoint: Path, picture: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    Blip2ForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(folder, max_shard_size="200KB")
+    for path in checkpoint.glob("*.json"):
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder)
+    for shard in shards_of(folder, ENCODER_HALF) - shards_of(folder, LANGUAGE_HALF):
+        (folder / shard).unlink()
+    with pytest.raises(PipelineError, match="the checkpoint is not whole, it lacks model-"):
+        ask(run, picture, QUESTION, (f"model.checkpoint={folder}",), True)
+
+
+def test_features_beyond_the_storage_dtype_are_told(
+    cached: Config, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dtype": "float16"})})
+    look = PictureReader(config)
+    monkeypatch.setattr(type(look.encoder), "forward", lambda self, pixels: pixels.new_full((1, 16, 128), 1e6))
+    with pytest.raises(PipelineError, match="its features are not finite in float16"):
+        look(picture)
+
+
+def test_a_run_of_captions_needs_no_question(run: RunFolder, cached: Config, picture: Path, tmp_path: Path) -> None:
+    captions = RunFolder(tmp_path / "captions")
+    shutil.copytree(run.path, captions.path)
+    write_config(captions.path, data={"format": "coco_captions"}, cache={"dir": str(cached.cache.dir)})
+    told: list[dict[str, Any]] = []
+    conversation = Conversation(captions, (), True, told.append)
+    conversation.hear(str(picture))
+    assert conversation.awaits == "picture"
+    assert [answer["question"] for answer in told] == [""]
+    with pytest.raises(ConfigError):
+        Conversation(run, ("lora.r=2",), True, told.append)
+    assert not Answerer(captions, captions.trained_config(), True).asks
