@@ -233,6 +233,12 @@ class ValidationConfig(Section):
     patience: Positive | None = None
     """Training ends after so many looks without a better accuracy; null goes on to the end."""
 
+    @model_validator(mode="after")
+    def _looks_if_it_has_patience(self) -> "ValidationConfig":
+        if self.patience is not None and self.steps is None:
+            raise ValueError("patience counts looks, and there are none without steps")
+        return self
+
 
 class EvaluateConfig(Section):
     split: Literal["train", "val", "test"] = "val"
@@ -247,6 +253,12 @@ class EvaluateConfig(Section):
     """Of beam search: a summed log-probability is divided by the length to this power; less prefers shorter answers."""
     method: Literal["official", "lavis", "lmms-eval", "a-okvqa", "exact"] = "official"
     """Whose script to count like, as the README tells; official: VQAv2's, exact: the one right answer or not."""
+
+    @model_validator(mode="after")
+    def _ends_after_it_may(self) -> "EvaluateConfig":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
+        return self
 
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -266,6 +278,7 @@ TRAINED_BY: Any = {
     "validation": True,
 }
 """The keys that decide what a training on a given cache ends in."""
+_LOOKED_BY = {"method", "max_new_tokens", "min_new_tokens"}  # of `evaluate`, where training is validated
 
 
 class Config(Section):
@@ -306,7 +319,8 @@ class Config(Section):
 
     def differences(self, other: "Config") -> list[str]:
         """`key: mine, not other's`, for each key in which the two differ and would train differently."""
-        mine, theirs = (dict(flatten(config.model_dump(mode="json", include=TRAINED_BY))) for config in (self, other))
+        keys_by = TRAINED_BY | ({"evaluate": _LOOKED_BY} if self.validation.steps else {})
+        mine, theirs = (dict(flatten(config.model_dump(mode="json", include=keys_by))) for config in (self, other))
         keys = dict.fromkeys([*mine, *theirs])
         return [
             f"{key}: {mine.get(key)!r}, not {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)

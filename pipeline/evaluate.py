@@ -13,12 +13,14 @@ import numpy as np
 from pipeline.answering import Answer, answer_questions
 from pipeline.assemble import load_base, load_tokenizer, open_batcher
 from pipeline.card import write_card
+from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
 from pipeline.scores import check_method, score, summarise
-from pipeline.vqa import official_results
+from pipeline.team import world_size
+from pipeline.vqa import official_form
 
 MISTAKES = 100  # listed
 
@@ -30,8 +32,10 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     worth, the summary, and the mistakes that the model was surest of. Raises `PipelineError` or `CacheError`.
     """
     started = time.perf_counter()
+    if world_size() > 1:
+        raise PipelineError("evaluation runs in one process: start it without torchrun")
     config = run.trained_config(overrides)
-    settings = config.evaluate
+    settings, official = config.evaluate, official_form(config.data.format)
     batcher = open_batcher(config, settings.split)
     examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
     check_method(examples, settings.method)
@@ -47,7 +51,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     scores = score(examples, texts, settings.method)
     results = run.results(settings.split, with_adapter)
     mistakes = run.mistakes(settings.split, with_adapter)
-    _write(results, json.dumps(official_results(config.data.format, examples, texts), ensure_ascii=False))
+    _write(results, json.dumps(official(examples, texts), ensure_ascii=False))
     _write(run.answers(settings.split, with_adapter), _answer_lines(examples, answers, scores))
     _write(mistakes, _surest_mistakes(examples, answers, scores))
     summary = {

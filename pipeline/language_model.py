@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,7 +262,7 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT's form, for the full model; `folder` appears when it is whole.
+    """Write the adapter in PEFT's form, for the full model; `folder` appears, or is replaced, when it is whole.
 
     The same adapter gives the same bytes: PEFT would write the set of target modules in any order.
     """
@@ -275,6 +276,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         "parent_library": Blip2ForConditionalGeneration.__module__,
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
+    shutil.rmtree(folder, ignore_errors=True)  # of a training that was killed behind its last checkpoint
     partial.rename(folder)
 
 

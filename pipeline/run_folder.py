@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ class RunFolder:
         """The finished run's config, with overrides of what is not trained already."""
         self.check_finished()
         for override in overrides:
-            section = override.partition(".")[0]
+            section = re.split(r"[.=]", override, maxsplit=1)[0]
             if section in NOT_TRAINED_ANEW:
                 raise ConfigError(f"{override!r}: the run is trained already, and {section} is not looked at any more")
         return load_config(self.config, overrides)

@@ -16,12 +16,13 @@ CONFIDENCE = 0.95
 def score(examples: Sequence[VQAExample], answers: Sequence[str], method: str) -> list[float | None]:
     """The accuracy of each answer, 0 to 100; None where people's answers are not known, or the method leaves it out."""
     return [
-        vqa_accuracy(answer, example.answers, method) if _counts(example, method) else None
+        vqa_accuracy(answer, example.answers, method) if counts(example, method) else None
         for example, answer in zip(examples, answers, strict=True)
     ]
 
 
-def _counts(example: VQAExample, method: str) -> bool:
+def counts(example: VQAExample, method: str) -> bool:
+    """Whether an answer to it has an accuracy: people's answers are known, and the method does not leave it out."""
     return bool(example.answers) and not (method == "a-okvqa" and example.answer_type == DIFFICULT)
 
 
@@ -65,7 +66,8 @@ def confidence_interval(values: Sequence[float], clusters: Sequence[Hashable]) -
 
 def check_method(examples: Sequence[VQAExample], method: str) -> None:
     """Raises `PipelineError` where the method would give every answer nothing."""
-    if method in LEAVING_OUT and examples and all(len(example.answers) == 1 for example in examples):
+    known = {len(example.answers) for example in examples} - {0}
+    if method in LEAVING_OUT and known == {1}:
         raise PipelineError(
             f"the {method} VQA accuracy compares several people's answers, and each question here has one: "
             "set evaluate.method=exact"

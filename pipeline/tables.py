@@ -69,7 +69,8 @@ class Cells:
         data, path = cell.get("bytes"), cell.get("path")
         if data is not None or not path:
             return data
-        return self.folder / path if self.folder and ".." not in Path(path).parts else None
+        leads_out = Path(path).anchor or ".." in Path(path).parts
+        return self.folder / path if self.folder and not leads_out else None
 
     @cached_property
     def all(self) -> Any:

@@ -120,7 +120,7 @@ def train(
         "seconds": time.perf_counter() - started,
     }
     end_record(run, summary)
-    _save(model, run, keep_best)
+    _save(model, run, keep_best)  # at last: its folder says that the training is finished
     write_card(run)
     model.unload()
     base.gradient_checkpointing_disable()
@@ -140,7 +140,6 @@ def _save(model: PeftModel, run: RunFolder, keep_best: KeepBest | None) -> None:
     """The best adapter, where it is known which is, else the last."""
     best = run.best(keep_best.best["step"]) if keep_best and keep_best.best else None
     if best and keep_best and best != run.best(keep_best.rows[-1]["step"]):
-        shutil.rmtree(run.last_adapter, ignore_errors=True)  # a kill may have come between this line and the end
         save_adapter(model, run.last_adapter)
         best.rename(run.adapter)
     else:

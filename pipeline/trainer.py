@@ -96,7 +96,12 @@ class StageTwoTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The next batch, put together while the last was computed, and its labels' weight in all processes."""
+        """The next batch, put together while the last was computed, and its labels' weight in all processes.
+
+        None where training had ended already when its last checkpoint was written: the library would go on by a step.
+        """
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            return [], torch.tensor(0)
         if self._reading is None or self._reading[0] is not epoch_iterator:
             self._reading = epoch_iterator, self._reader.submit(next, epoch_iterator, None)
         started = time.perf_counter()

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder, rows_until, write_rows
-from pipeline.scores import check_method, score
+from pipeline.scores import check_method, counts, score
 from pipeline.team import rank, world_size
 from pipeline.text import PromptTokenizer
 
@@ -32,13 +32,17 @@ class Validator:
     def __init__(
         self, batcher: Batcher, tokenizer: PromptTokenizer, settings: ValidationConfig, answering: EvaluateConfig
     ) -> None:
-        """Raises `PipelineError` if the split has no answers, or `answering.method` cannot score them."""
+        """Raises `PipelineError` if the split has no answers that `answering.method` can score."""
         self.batcher, self.tokenizer = batcher, tokenizer
         self.answering = answering.model_copy(update={"num_beams": 1})
         chosen = choose_questions(batcher.text, settings.questions, settings.seed)
-        if len(chosen) == 0:
-            raise PipelineError(f"validation.split: no question of {settings.split} has an answer")
-        check_method(self._examples(chosen), answering.method)
+        examples = self._examples(chosen)
+        check_method(examples, answering.method)
+        if not any(counts(example, answering.method) for example in examples):
+            raise PipelineError(
+                f"validation.split: of the questions of {settings.split} that were chosen, none has an answer that "
+                f"evaluate.method={answering.method} counts"
+            )
         self.questions = np.array_split(chosen, world_size())[rank()]
 
     def __call__(self, model: PeftModel) -> np.ndarray:
@@ -91,6 +95,11 @@ class KeepBest(TrainerCallback):
         """The row of the highest accuracy, of equal ones the first."""
         return max(self.rows, key=lambda row: row["accuracy"], default=None)
 
+    @property
+    def _gets_no_better(self) -> bool:
+        best = self.best
+        return bool(self.patience and best and len(self.rows) - self.rows.index(best) > self.patience)
+
     def summary(self) -> dict[str, Any]:
         """The best look, and the time that all took."""
         best = self.best or {}
@@ -99,6 +108,7 @@ class KeepBest(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rows = rows_until(state.global_step, self.run.validation)
+        control.should_training_stop |= self._gets_no_better
         if state.is_world_process_zero:
             write_rows(self.rows, self.run.validation)
 
@@ -126,6 +136,6 @@ class KeepBest(TrainerCallback):
             write_rows(self.rows, self.run.validation)  # after its adapter: a row stands for one that is there
         told = "the best so far" if best is row else f"the best is {best['accuracy']:.2f} of step {best['step']}"
         say(f"step {row['step']}: accuracy {row['accuracy']:.2f}, loss {row['loss']:.3f}; {told}")
-        if self.patience and len(self.rows) - self.rows.index(best) > self.patience:
+        if self._gets_no_better:
             say(f"no better in {self.patience} looks: training ends")
             control.should_training_stop = True

@@ -93,9 +93,9 @@ def read_examples(
     return found
 
 
-def official_results(format: str, examples: Sequence[VQAExample], answers: Sequence[str]) -> object:
-    """The answers as the data set's evaluation takes them, in JSON types; ConfigError for an unknown format."""
-    return _format(format).results(examples, answers)
+def official_form(format: str) -> Results:
+    """Puts answers as the data set's evaluation takes them, in JSON types. ConfigError for an unknown format."""
+    return _format(format).results
 
 
 def _format(name: str) -> Format:

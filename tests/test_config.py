@@ -109,6 +109,8 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("evaluate.min_new_tokens=20", "evaluate: min_new_tokens 20 is more than max_new_tokens 10"),
+        ("validation.patience=3", "patience counts looks, and there are none without steps"),
         ("train.epochz=1", "unknown key train.epochz; did you mean epochs?"),
         ("trian.epochs=1", "unknown key trian; did you mean train?"),
         ("data.train.imagess=x", "unknown key data.train.imagess; did you mean images?"),

@@ -135,10 +135,16 @@ def test_out_of_memory_halves_the_batch(
         answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
 
 
-@pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5"])
+@pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5", "train={}"])
 def test_what_only_training_looks_at_is_refused(run: RunFolder, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override}.*trained already"):
         evaluate(run, (override,))
+
+
+def test_an_unknown_format_is_told_before_anything_is_answered(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.evaluate.answer_questions", lambda *_: pytest.fail("answered"))
+    with pytest.raises(ConfigError, match=r"no data\.format 'vqa2'; nearest: vqav2"):
+        evaluate(run, ("data.format=vqa2",))
 
 
 def test_options_are_the_configs_keys_and_overrides_win(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,3 +207,9 @@ def test_a_split_without_answers_is_answered_and_not_scored(data_set: Path) -> N
     assert (summary["questions"], summary["scored"], summary["accuracy"]) == (1, 0, None)
     assert [row["question_id"] for row in json.loads(Path(summary["results"]).read_text())] == ["q-3"]
     assert Path(summary["mistakes"]).read_text() == ""
+
+
+def test_several_processes_are_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="start it without torchrun"):
+        evaluate(run)

@@ -14,7 +14,7 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.examples import DIFFICULT, LeftOut, Split, VQAExample
 from pipeline.precompute import precompute
-from pipeline.vqa import FORMATS, official_results, read_examples
+from pipeline.vqa import FORMATS, official_form, read_examples
 
 FOLDER = Path("pictures")
 CAPTIONS = [
@@ -260,16 +260,16 @@ def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_se
     ],
 )
 def test_answers_are_written_as_the_evaluation_takes_them(data_set: str, expected: object) -> None:
-    found = official_results(data_set, EXPECTED[data_set], ["a", "b"])
+    found = official_form(data_set)(EXPECTED[data_set], ["a", "b"])
     assert json.loads(json.dumps(found)) == expected
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_results_need_an_answer_for_each_question(format: str) -> None:
     with pytest.raises(ValueError, match="zip"):
-        official_results(format, EXPECTED["vqav2"], ["a"])
+        official_form(format)(EXPECTED["vqav2"], ["a"])
 
 
 def test_results_of_an_unknown_format_are_refused() -> None:
     with pytest.raises(ConfigError, match="nearest: gqa"):
-        official_results("qga", [], [])
+        official_form("qga")

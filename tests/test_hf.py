@@ -264,6 +264,7 @@ def test_a_part_of_a_split_has_the_pictures_of_its_rows(tmp_path: Path) -> None:
         ({"bytes": None, "path": "a.png"}, png(9)),
         ({"bytes": None, "path": "gone.png"}, "not there"),
         ({"bytes": None, "path": "../a.png"}, "no picture in this row"),
+        ({"bytes": None, "path": __file__}, "no picture in this row"),
         ({"bytes": b"", "path": "a.png"}, b""),
         ({"bytes": None, "path": ""}, "no picture in this row"),
         (None, "no picture in this row"),

@@ -78,3 +78,6 @@ def test_a_method_for_several_answers_is_refused_where_each_question_has_one(met
         check_method([example(0, "red"), example(1, "blue")], method)
     check_method([example(0, "red"), example(1, "blue", "red")], method)
     check_method([example(0, "red")], "exact")
+    with pytest.raises(PipelineError, match="exact"):
+        check_method([example(0, "red"), example(1)], method)
+    check_method([example(0)], method)

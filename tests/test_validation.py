@@ -1,6 +1,7 @@
 """Accuracy while training goes on: what is looked at, what is kept, when training ends."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from pipeline.batching import Batcher, ImageSequence, pack
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
+from pipeline.examples import DIFFICULT, VQAExample
 from pipeline.language_model import load_adapter
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
 from pipeline.validation import choose_questions
 
 NAME = "adapter_model.safetensors"
+DIFFICULT_EXAMPLE = VQAExample("q", Path("1.jpg"), "what?", ("red",) * 10, DIFFICULT)
 
 
 def with_validation(config: Config, steps: int = 2, max_steps: int = 6, **settings: object) -> Config:
@@ -130,9 +133,71 @@ def test_the_questions_are_the_same_each_time_and_keep_images_whole() -> None:
     assert len(choose_questions(text, 1000, seed=0)) == 150
 
 
-def test_what_cannot_be_scored_is_told_before_training(cached: Config, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_told_before_training(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = with_validation(cached)
     official = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"method": "official"})})
     with pytest.raises(PipelineError, match=r"set evaluate\.method=exact"):
         train(official, RunFolder(tmp_path / "run"))
+    difficult = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"method": "a-okvqa"})})
+    monkeypatch.setattr("pipeline.validation.VQAExample.from_record", lambda _: DIFFICULT_EXAMPLE)
+    with pytest.raises(PipelineError, match=r"none has an answer .*=a-okvqa counts"):
+        train(difficult, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_is_not_gone_on_with_by_another_count_of_its_looks(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config = RunFolder(tmp_path / "run"), with_validation(cached)
+    accuracies(monkeypatch, [10])
+    with pytest.raises(StopIteration):
+        train(config, run)
+    other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 3})})
+    with pytest.raises(PipelineError, match=r"other settings:\n  evaluate.max_new_tokens: 3, not 10$"):
+        train(other, run, resume=True)
+    unlooked = [one.model_copy(update={"validation": cached.validation}) for one in (config, other)]
+    assert unlooked[0].differences(unlooked[1]) == []
+
+
+def test_an_adapter_kept_behind_the_last_checkpoint_is_kept_again(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between a look and the checkpoint behind it, or while the last adapter is being put in its place."""
+    config, run = with_validation(cached, steps=1, max_steps=3), RunFolder(tmp_path / "run")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 100})})
+    accuracies(monkeypatch, [10])
+    with pytest.raises(StopIteration):
+        train(config, run)
+    assert (run.best(1) / NAME).exists()
+    assert run.last_checkpoint() is None
+    shutil.copytree(run.best(1), run.last_adapter)
+    accuracies(monkeypatch, [10, 20, 15])
+    assert train(config, run, resume=True)["validation"]["best_step"] == 2
+    last = load_file(run.checkpoints / "checkpoint-3" / NAME)
+    assert all(torch.equal(value, last[name]) for name, value in load_file(run.last_adapter / NAME).items())
+
+
+@pytest.mark.parametrize("patience", [2, None])
+def test_a_training_killed_when_all_its_steps_were_done_takes_no_more(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int | None
+) -> None:
+    """Between its last checkpoint and its adapter, at its last step or where it got no better."""
+    config = with_validation(cached, max_steps=20 if patience else 6, patience=patience)
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"lr_scheduler": "constant_with_warmup"})}
+    )
+    run = RunFolder(tmp_path / "run")
+    accuracies(monkeypatch, [50, 40, 30])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.train._save", lambda *_: exit())
+        with pytest.raises(SystemExit):
+            train(config, run)
+    looks = rows(run)
+    accuracies(monkeypatch, [])
+    summary = train(config, run, resume=True)
+    assert (summary["steps"], summary["validation"]["best_step"]) == (6, 2)
+    assert rows(run) == looks
+    last, checkpoint = load_file(run.last_adapter / NAME), load_file(run.checkpoints / "checkpoint-6" / NAME)
+    assert all(torch.equal(checkpoint[name], last[name]) for name in last)
