@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -15,8 +14,8 @@ from typing import Any
 
 import click
 
-COLOUR = False if os.environ.get("NO_COLOR") else None
-"""None is by whether it is a terminal."""
+from pipeline.terminal import complain, show
+
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -51,7 +50,7 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
         if summary is None:
             return  # all is told: by the first of several processes, or in a conversation
         summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
-        click.echo(json.dumps(summary) if as_json else _painted(_table(summary)), color=COLOUR)
+        click.echo(json.dumps(summary)) if as_json else show(summary)
         if summary.get("damaged") or summary.get("failed_runs"):
             sys.exit(1)
 
@@ -73,12 +72,12 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         if debug:
             raise
         if speaks or not isinstance(error, ConfigError):
-            _complain(str(error))
+            complain(str(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         if speaks:
             click.echo(err=True)
-            _complain("interrupted; what is written stays good. The same command goes on; a training: pipe train RUN "
+            complain("interrupted; what is written stays good. The same command goes on; a training: pipe train RUN "
                       "--resume")  # fmt: skip
         sys.exit(1)
     except click.ClickException:
@@ -88,21 +87,8 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
             raise
         first_line = (str(error).strip() or "no message").splitlines()[0]
         hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
-        _complain(f"{type(error).__name__}: {first_line}{hint}. --debug shows where")
+        complain(f"{type(error).__name__}: {first_line}{hint}. --debug shows where")
         sys.exit(1)
-
-
-def _complain(what: str) -> None:
-    click.echo(f"{click.style('pipe:', fg='red', bold=True)} {what}", err=True, color=COLOUR)
-
-
-def _painted(table: str) -> str:
-    """For a terminal: names in colour, headings bold."""
-    lines = (re.fullmatch(r"( *\S.*?)(  +\S.*)", line) for line in table.splitlines())
-    pairs = zip(table.splitlines(), lines, strict=True)
-    return "\n".join(
-        click.style(found[1], fg="cyan") + found[2] if found else click.style(line, bold=True) for line, found in pairs
-    )
 
 
 def _quiet_transformers() -> None:
@@ -129,53 +115,6 @@ def _load_bitsandbytes() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """Not that an optional kernel for the CPU is missing: without it the weights are dequantised, as they should be."""
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
-
-
-def _table(summary: dict[str, Any], section: str = "") -> str:
-    """A line each, those of a section indented; what is empty is 0 in a list and no section."""
-    lines = []
-    for key, value in summary.items():
-        name = ("  " if section else "") + _name(key)
-        if isinstance(value, dict):
-            lines += [name, _table(value, key)] if value else []
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += _columns(value)
-        elif isinstance(value, list):
-            lines += [_line(name if number == 0 else "", one) for number, one in enumerate(value or [0])]
-        elif value is not None:
-            lines.append(_line(name, _number(key, value, section)))
-    return "\n".join(lines)
-
-
-def _line(name: str, value: Any) -> str:
-    return f"{name:<26}  {value}"
-
-
-def _name(key: str) -> str:
-    """A key in words; a reason in a user's or a file's words stays as it is."""
-    return key.replace("_", " ") if key.isidentifier() else key
-
-
-def _columns(records: list[dict[str, Any]]) -> list[str]:
-    """A line each under a line of names, in columns."""
-    names = list(dict.fromkeys(name for record in records for name in record))
-    rows = [[_name(name) for name in names]]
-    rows += [[_number(name, record[name]) if name in record else "" for name in names] for record in records]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _number(key: str, value: Any, section: str = "") -> str:
-    words = key.split("_")
-    if "bytes" in [*words, *section.split("_")]:
-        return f"{value / 2**20:,.1f} MiB"
-    if "seconds" in words or section == "time":
-        return f"{value:,.1f} s"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.2f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
-    return str(value)
 
 
 @main.command()

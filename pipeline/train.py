@@ -100,7 +100,8 @@ def train(
         seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
         computed = team.gather((trainer.questions, trainer.nodes))
     if stop.made and result.global_step < trainer.state.max_steps:
-        raise StoppedError(f"stopped at step {result.global_step} of {trainer.state.max_steps}, saved. {run.going_on}")
+        done = f"step {result.global_step} of {trainer.state.max_steps}"
+        raise StoppedError(f"stopped at {done}, saved; it goes on with: {run.going_on}")
     if team.rank > 0:
         return None
     questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))

@@ -11,8 +11,9 @@ from click import Group, unstyle
 from click.testing import CliRunner, Result
 from conftest import write_config
 
-from pipeline.cli import _load_bitsandbytes, _painted, _table, main
+from pipeline.cli import _load_bitsandbytes, main
 from pipeline.config import Config, load_config
+from pipeline.terminal import painted, table
 
 
 def commands() -> list[str]:
@@ -172,7 +173,7 @@ def test_the_table_keeps_names_apart_and_gives_units() -> None:
         "questions": 38575,
         "train_loss": 0.00123,
     }
-    assert _table(summary).splitlines() == [
+    assert table(summary).splitlines() == [
         "left out",
         "  question_id is there twice  2",
         "  no annotation in my_file.json  1",
@@ -306,6 +307,6 @@ def test_colours_are_for_a_terminal_alone(data_set: Path) -> None:
     words = [str(data_set / "no.yaml")]
     assert "\x1b" not in CliRunner().invoke(main, ["train", *words]).stderr
     assert "\x1b[31m" in CliRunner().invoke(main, ["train", *words], color=True).stderr
-    painted = _painted("encoded                     24\ntime\n  encoding                  0.1 s")
-    assert [line.startswith("\x1b") for line in painted.splitlines()] == [True] * 3
-    assert unstyle(painted).splitlines()[2] == "  encoding                  0.1 s"
+    lines = painted("encoded                     24\ntime\n  encoding                  0.1 s")
+    assert [line.startswith("\x1b") for line in lines.splitlines()] == [True] * 3
+    assert unstyle(lines).splitlines()[2] == "  encoding                  0.1 s"

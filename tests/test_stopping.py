@@ -57,7 +57,9 @@ def test_a_signal_saves_first_and_says_how_to_go_on(cached: Config, tmp_path: Pa
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch:
         signalled(patch, number, batch=5)
-        with pytest.raises(StoppedError, match=rf"stopped at step \d of 8, saved. pipe train {stopped.path} --resume"):
+        with pytest.raises(
+            StoppedError, match=rf"stopped at step \d of 8, saved; it goes on with: pipe train {stopped.path} --resume"
+        ):
             train(config, stopped)
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     checkpoint = stopped.last_checkpoint()
