@@ -1,5 +1,6 @@
 """Any picture, any question: the encoder and the language half one behind the other, without a cache."""
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -143,14 +144,15 @@ class Conversation:
         self.look, self.answer, self.tell = PictureReader(config), Answerer(run, config, with_adapter), tell
         self.image = Path()
         self.features: Tensor | None = None
-        say(HELP)
+        if sys.stdin.isatty():
+            say(HELP)
 
     @property
     def awaits(self) -> str:
         return "picture" if self.features is None else "question"
 
-    def hear(self, line: str) -> None:
-        """Answers, or changes the picture; what is wrong with either is told in a line."""
+    def hear(self, line: str) -> bool:
+        """Answers, or changes the picture; what is wrong with either is told in a line, and False returned."""
         try:
             if self.features is None or _names_picture(line):
                 self._show(_path(line))
@@ -158,8 +160,11 @@ class Conversation:
                 self.tell(self.answer(self.image, self.features, line))
         except PictureError as error:
             say(f"{line}: {error}; name a picture")
+            return False
         except PipelineError as error:
             say(str(error))
+            return False
+        return True
 
     def _show(self, image: Path) -> None:
         self.features = None  # if this one fails, no question is answered from the one before

@@ -19,11 +19,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor, BitsAndBytesConfig, Blip2ForConditionalGeneration
 
+checkpoint = {checkpoint}
 {quantization}model = Blip2ForConditionalGeneration.from_pretrained(
-    "{checkpoint}", dtype=torch.bfloat16, device_map="auto"{quantized}
+    checkpoint, dtype=torch.bfloat16, device_map="auto"{quantized}
 )
 model = PeftModel.from_pretrained(model, FOLDER)
-processor = AutoProcessor.from_pretrained("{checkpoint}")"""
+processor = AutoProcessor.from_pretrained(checkpoint)"""
+
+_EMBEDDED = 'str(__import__("pipeline.embedded").embedded.embedded_checkpoint())  # of blip2-vqa-pipeline'
 
 _QUANTIZATION = """\
 quantization = BitsAndBytesConfig(
@@ -55,7 +58,8 @@ def model_card(run: RunFolder, config: Config, merged: bool) -> str:
         "",
         f"# BLIP-2 for visual question answering, {what}",
         "",
-        f"From `{config.model.checkpoint}`. In `{{question}}`'s place stands a question, FOLDER is this folder's name:",
+        f"From `{config.model.checkpoint}`. In `{{question}}`'s place stands a question; FOLDER is this folder's name, "
+        "`image` a picture opened by Pillow:",
         "",
         "```python",
         _loading(config, merged),
@@ -130,7 +134,7 @@ def _loading(config: Config, merged: bool) -> str:
         return _MERGED
     in_4_bits = config.quantization.bits is not None
     return _ADAPTER.format(
-        checkpoint=config.model.checkpoint,
+        checkpoint=_EMBEDDED if config.model.checkpoint == "embedded" else repr(config.model.checkpoint),
         quantization=_QUANTIZATION.format(**config.quantization.model_dump()) if in_4_bits else "",
         quantized=", quantization_config=quantization" if in_4_bits else "",
     )

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.terminal import complain, show
+
+if TYPE_CHECKING:
+    from pipeline.ask import Conversation
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -322,6 +325,9 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
         print(line, file=context.obj, flush=True)
 
     conversation = asking.Conversation(RunFolder(run), *how, tell)
+    if not sys.stdin.isatty():
+        _hear_lines(conversation, image)
+        return None
     line = image or _typed(conversation.awaits)
     while line:
         conversation.hear(line)
@@ -362,6 +368,20 @@ def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None,
         raise click.UsageError(f"more than IMAGE and QUESTION: {others[2]!r}; a question is one word, in quotes")
     image, question = (*others, None, None)[:2]
     return image, question, overrides
+
+
+def _hear_lines(conversation: "Conversation", image: str | None) -> None:
+    """All lines of a pipe; what is empty or wrong gives an empty answer, so that the others keep their place."""
+    from pipeline.errors import PipelineError
+
+    context, unanswered = click.get_current_context(), 0
+    for line in [*([image] if image else []), *(line.strip() for line in sys.stdin)]:
+        understood = bool(line) and conversation.hear(line)
+        unanswered += bool(line) and not understood
+        if not understood and not context.params["as_json"]:
+            print(file=context.obj, flush=True)
+    if unanswered:
+        raise PipelineError(f"{unanswered} lines were not answered; what was wrong with each is told above")
 
 
 def _typed(prompt: str) -> str:

@@ -62,6 +62,8 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         "adapter": with_adapter,
         "num_beams": settings.num_beams,
         "max_new_tokens": settings.max_new_tokens,
+        "min_new_tokens": settings.min_new_tokens,
+        "length_penalty": settings.length_penalty,
         "results": str(results),
         "mistakes": str(mistakes),
         "questions_per_second": len(examples) / answering_seconds,

@@ -26,7 +26,7 @@ from pipeline.config import Config, ModelConfig
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
 from pipeline.hub import check_repo_name, push
-from pipeline.language_model import TREES, keep_trainable, load_adapter
+from pipeline.language_model import TREES, keep_trainable, load_adapter, readable_as
 from pipeline.memory import free_bytes, give_back_memory
 from pipeline.merge import merged_bytes, write_merged
 from pipeline.preflight import free_bytes as free_on_disk
@@ -61,6 +61,7 @@ def export(
         else:
             shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
         (folder / "README.md").write_text(model_card(run, config, merge), encoding="utf-8")
+        readable_as(folder / "README.md", folder)
     summary["bytes"] = sum(path.stat().st_size for path in destination.iterdir())
     if merge:
         summary["differences"] = differences(run, config, destination)

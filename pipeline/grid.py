@@ -59,8 +59,9 @@ def _train_one(config: Config, run: RunFolder, resume: bool, load: "_LoadOnce") 
             summary = read_record(run).get("summary", {})
         else:
             summary = train(config, run, resume and run.path.exists(), load) or {}
-    except StoppedError:
-        raise
+    except StoppedError as error:
+        stopped = str(error).partition(";")[0]
+        raise StoppedError(f"{run.path}: {stopped}. The same command with --resume goes on with all runs") from None
     except (PipelineError, CacheError, OSError, RuntimeError) as error:
         load.forget()
         reason = str(error).splitlines()[0]

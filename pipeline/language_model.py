@@ -261,6 +261,12 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def readable_as(path: Path, folder: Path) -> None:
+    """Gives the files in `folder` the permissions of one written the usual way: safetensors makes them its owner's."""
+    for file in folder.iterdir():
+        file.chmod(path.stat().st_mode)
+
+
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter in PEFT's form, for the full model; `folder` appears, or is replaced, when it is whole.
 
@@ -276,6 +282,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         "parent_library": Blip2ForConditionalGeneration.__module__,
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
+    readable_as(path, partial)
     shutil.rmtree(folder, ignore_errors=True)  # of a training that was killed behind its last checkpoint
     partial.rename(folder)
 

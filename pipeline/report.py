@@ -103,7 +103,7 @@ def _hints(run: RunFolder, told: dict[str, Any]) -> list[dict[str, str]]:
             hints.append(_hint("outcome", words, f"pipe evaluate {run.path} --adapter none"))
     else:
         hints.append(_hint("outcome", "Training has not ended. Goes on with it, if it was stopped:", run.going_on))
-    if not told["validation"]:
+    if not told["validation"] and "val" in read_record(run).get("cache", {}).get("questions", {}):
         words = "Accuracy and loss on other questions while training goes on:"
         hints.append(_hint("curves", words, f"pipe train {run.config} validation.steps=500"))
     return hints

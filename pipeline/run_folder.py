@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.lock import FolderLock, holder, require_free
+from cache.spec import CacheError
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError
 
@@ -106,6 +108,16 @@ class RunFolder:
         if changed:
             raise PipelineError(f"{self.path}: the run was started with other settings:\n  " + "\n  ".join(changed))
 
+    def hold(self) -> FolderLock:
+        """Keeps other processes from training into the folder. Raises `PipelineError` that says which one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            return FolderLock(self.path)
+        except CacheError:
+            raise PipelineError(
+                f"{self.path}: {holder(self.path)} is training this run; wait for it, or give another --name"
+            ) from None
+
     def start(self, config: Config) -> None:
         """Make the folder, with its config; of a run that is gone on with, keep what was there."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -127,10 +139,21 @@ class RunFolder:
         whole = [marker.parent for marker in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
         return max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a process is training into the folder."""
+        try:
+            require_free(self.path)
+        except CacheError:
+            return True
+        return False
+
     def check_finished(self) -> None:
         if not self.config.is_file():
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
+            if self.is_held:
+                raise PipelineError(f"{self.path}: {holder(self.path)} is still training this run")
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.going_on}`")
 
     def trained_config(self, overrides: Sequence[str] = ()) -> Config:

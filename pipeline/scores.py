@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.examples import DIFFICULT, VQAExample
-from pipeline.vqa_accuracy import LEAVING_OUT, vqa_accuracy
+from pipeline.vqa_accuracy import FOR_SEVERAL, vqa_accuracy
 
 CONFIDENCE = 0.95
 
@@ -67,7 +67,7 @@ def confidence_interval(values: Sequence[float], clusters: Sequence[Hashable]) -
 def check_method(examples: Sequence[VQAExample], method: str) -> None:
     """Raises `PipelineError` where the method would give every answer nothing."""
     known = {len(example.answers) for example in examples} - {0}
-    if method in LEAVING_OUT and known == {1}:
+    if method in FOR_SEVERAL and known == {1}:
         raise PipelineError(
             f"the {method} VQA accuracy compares several people's answers, and each question here has one: "
             "set evaluate.method=exact"

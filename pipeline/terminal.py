@@ -38,6 +38,8 @@ def table(summary: dict[str, Any], section: str = "") -> str:
             lines += [name, table(value, key)] if value else []
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             lines += _columns(value)
+        elif key.endswith("_interval") and value:
+            lines.append(_line(name, " to ".join(_number(key, one) for one in value)))
         elif isinstance(value, list):
             lines += [_line(name if number == 0 else "", one) for number, one in enumerate(value or [0])]
         elif value is not None:
@@ -64,6 +66,8 @@ def _columns(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _number(key: str, value: Any, section: str = "") -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     words = key.split("_")
     if "bytes" in [*words, *section.split("_")]:
         return f"{value / 2**20:,.1f} MiB"

@@ -3,11 +3,14 @@
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from pipeline.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
 from pipeline.monitor import Watch
 from pipeline.progress import say
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import RunFolder, rows_until
 from pipeline.run_log import RunLog
 from pipeline.run_record import begin_record, end_record
 from pipeline.stopping import SaveAndStop, StopRequest
@@ -72,7 +75,7 @@ def train(
     started = time.perf_counter()
     _refuse_sharding()
     config = config.with_absolute_paths()
-    with Team() as team:
+    with ExitStack() as holding, Team() as team:
         if team.rank == 0:
             run.check_resumable(config) if resume else run.check_new()
         data = _open_data(config)
@@ -87,10 +90,11 @@ def train(
         callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, RunLog(run)]
         callbacks += [keep_best] if keep_best else []
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
-        checkpoint = run.last_checkpoint()
         if team.rank == 0:
+            holding.callback(run.hold().release)
             run.start(config)
             begin_record(run, config, data.batcher.features, trainer.args.device.type, dtype_name(base.dtype))
+        checkpoint = run.last_checkpoint()
         _tell_warmup(config.train, len(data.trainable))
         say(f"run {run.path}; if it is stopped: {run.going_on}")
         reset_peak(trainer.args.device)
@@ -108,7 +112,7 @@ def train(
     summary = {
         "run": str(run.path),
         "steps": result.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": _mean_loss(run) if checkpoint else result.training_loss,  # the library's forgets what was before
         "questions": len(data.trainable),
         "without_answer": len(data.batcher.text) - len(data.trainable),
         "skipped_steps": trainer.skipped_steps,
@@ -126,6 +130,12 @@ def train(
     model.unload()
     base.gradient_checkpointing_disable()
     return summary
+
+
+def _mean_loss(run: RunFolder) -> float | None:
+    """Of all steps that were logged; None if there is none."""
+    losses = [row["loss"] for row in rows_until(sys.maxsize, run.metrics) if row["loss"] is not None]
+    return fmean(losses) if losses else None
 
 
 def _open_data(config: Config) -> Data:

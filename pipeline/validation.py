@@ -92,8 +92,8 @@ class KeepBest(TrainerCallback):
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the highest accuracy, of equal ones the first."""
-        return max(self.rows, key=lambda row: row["accuracy"], default=None)
+        """The row of the highest accuracy, of equal ones that of the lowest loss."""
+        return max(self.rows, key=lambda row: (row["accuracy"], -row["loss"]), default=None)
 
     @property
     def _gets_no_better(self) -> bool:

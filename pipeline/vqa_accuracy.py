@@ -131,8 +131,8 @@ METHODS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "a-okvqa": _a_okvqa,
     "exact": _exact,
 }
-LEAVING_OUT = ("official", "lavis", "lmms-eval")
-"""Give nothing where there is one answer a question."""
+FOR_SEVERAL = ("official", "lavis", "lmms-eval", "a-okvqa")
+"""Cannot give a single answer 100: nothing, or a third."""
 
 
 def _mean_over_left_out(prediction: str, answers: Sequence[str]) -> float:

@@ -103,18 +103,20 @@ def test_a_conversation_from_a_pipe_answers_on_stdout_and_goes_on_after_errors(
     (tmp_path / "notes").write_text("no picture either")
     lines = [
         "nowhere", first, QUESTION, "x" * 2000, "~no-such-user what is it?", f"{tmp_path}/notes", QUESTION,
-        f"{tmp_path}/broken.png", second, QUESTION, "other.png", second, "what color is it?", "", "not read",
+        f"{tmp_path}/broken.png", second, QUESTION, "other.png", second, "what color is it?", "", QUESTION,
     ]  # fmt: skip
     done = pipe("ask", run.path, typed="\n".join(lines))
-    assert done.exit_code == 0, done.output
-    assert len(done.stdout.splitlines()) == 4
-    assert done.stdout.splitlines()[2] == ask(run, Path(second), QUESTION, (), True)["answer"]
+    assert done.exit_code == 1, "some lines were not answered"
+    answered = [bool(line) for line in done.stdout.splitlines()]
+    #        nowhere QUESTION too long ~no    notes  QUESTION broken QUESTION other what   empty  last
+    assert answered == [False, True, False, True, False, False, False, True, False, True, False, True]
+    assert done.stdout.splitlines()[7] == ask(run, Path(second), QUESTION, (), True)["answer"]
     told = done.stderr.splitlines()
-    assert told[0] == "A question is answered, the path of a picture changes the picture, an empty line or Ctrl-D ends."
-    assert told[1:3] == ["nowhere: not there; name a picture", told[2]]
-    assert told[2].startswith("the question is too long: ")
-    assert [line.split(": ")[0] for line in told[3:]] == [
-        f"{tmp_path}/notes", QUESTION, f"{tmp_path}/broken.png", "other.png"]  # fmt: skip
+    assert told[0] == "nowhere: not there; name a picture"
+    assert told[1].startswith("the question is too long: ")
+    assert [line.split(": ")[0] for line in told[2:]] == [
+        f"{tmp_path}/notes", QUESTION, f"{tmp_path}/broken.png", "other.png", "pipe"]  # fmt: skip
+    assert told[-1] == "pipe: 6 lines were not answered; what was wrong with each is told above"
 
 
 def test_a_conversation_may_begin_with_a_picture_and_speak_json(run: RunFolder, picture: Path) -> None:

@@ -222,10 +222,11 @@ def test_the_card_loads_what_it_describes(run: RunFolder, tmp_path: Path) -> Non
         assert "| val, with the adapter | " in card
         assert read_record(run)["cache"]["fingerprint"] in card
         code = card.split("```python\n")[1].split("```")[0]
-        code = code.replace('"embedded"', repr(str(load_base(load_config(run.config)).name_or_path)))
         names: dict[str, Any] = {"FOLDER": str(tmp_path / str(merge)), "image": Image.open(example.image)}
         exec(code.replace("{question}", example.question), names)
         assert names["answer"] == answers_of(run)[0]
+        modes = {path.stat().st_mode for path in (tmp_path / str(merge)).iterdir()}
+        assert len(modes) == 1, "no file is its owner's alone"
     other = RunFolder(tmp_path / "hub")
     shutil.copytree(run.path, other.path)
     named = load_config(run.config, ("model.checkpoint=Salesforce/blip2-opt-2.7b",))

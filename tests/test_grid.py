@@ -99,7 +99,7 @@ def test_a_grid_that_was_stopped_goes_on(config_path: Path, monkeypatch: pytest.
         patch.setattr(pipeline.grid, "train", stop_the_second)
         status, _, stderr = pipe_train(config_path, *words)
     assert status == 1
-    assert "stopped at step 1 of 3" in stderr
+    assert "grid-r=8: stopped at step 1 of 3, saved. The same command with --resume goes on with all runs" in stderr
     status, summary, _ = pipe_train(config_path, *words, "--resume")
     assert (status, [row["steps"] for row in summary["runs"]]) == (0, [3, 3, 3])
     assert pipe_train(config_path, *words)[0] == 1, "the runs exist"

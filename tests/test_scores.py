@@ -72,7 +72,7 @@ def test_one_image_has_no_interval_and_none_leaves_0_to_100() -> None:
     assert (low > 0, high) == (True, 100)
 
 
-@pytest.mark.parametrize("method", ["official", "lavis", "lmms-eval"])
+@pytest.mark.parametrize("method", ["official", "lavis", "lmms-eval", "a-okvqa"])
 def test_a_method_for_several_answers_is_refused_where_each_question_has_one(method: str) -> None:
     with pytest.raises(PipelineError, match=rf"the {method} VQA accuracy .* set evaluate\.method=exact"):
         check_method([example(0, "red"), example(1, "blue")], method)

@@ -71,6 +71,36 @@ def test_a_signal_saves_first_and_says_how_to_go_on(cached: Config, tmp_path: Pa
     assert stopped.watch.read_bytes() == whole.watch.read_bytes()
 
 
+def test_a_run_that_is_being_trained_is_left_alone(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    run = RunFolder(tmp_path / "run")
+    train(with_train(cached, max_steps=4), run)
+    logged = run.metrics.read_bytes()
+    shutil.rmtree(run.adapter)
+    held = run.hold()
+    with pytest.raises(PipelineError, match=rf"{run.path}: process {os.getpid()} .* is training this run"):
+        train(with_train(cached, max_steps=4), run, resume=True)
+    with pytest.raises(PipelineError, match="is still training this run"):
+        run.check_finished()
+    assert run.metrics.read_bytes() == logged
+    held.release()
+    with pytest.raises(PipelineError, match="go on with it by"):
+        run.check_finished()
+
+
+def test_the_loss_of_a_resumed_training_is_that_of_all_its_steps(cached: Config, tmp_path: Path) -> None:
+    config = with_train(cached, max_steps=8, save_steps=100)
+    whole = train(config, RunFolder(tmp_path / "whole"))
+    stopped = RunFolder(tmp_path / "stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, signal.SIGTERM, batch=5)
+        with pytest.raises(StoppedError):
+            train(config, stopped)
+    assert train(config, stopped, resume=True)["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-4)
+
+
 def test_the_second_signal_stops_at_once() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)

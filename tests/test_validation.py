@@ -85,6 +85,17 @@ def test_the_best_adapter_is_kept_and_the_last_beside_it(
     assert not short.last_adapter.exists(), "the last is the best"
 
 
+def test_of_equal_accuracies_the_lower_loss_is_the_better(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter([(50, 0.9), (50, 0.4), (50, 0.6)])
+    monkeypatch.setattr(
+        "pipeline.validation.Validator.__call__", lambda *_: np.array([(one := next(left))[0], 1, one[1], 1])
+    )
+    summary = train(with_validation(cached, max_steps=6), RunFolder(tmp_path / "run"))
+    assert (summary["validation"]["best_step"], summary["validation"]["best_loss"]) == (4, pytest.approx(0.4))
+
+
 def test_training_ends_when_it_gets_no_better(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies(monkeypatch, [10, 50, 50, 40, 90])
     run = RunFolder(tmp_path / "run")

@@ -210,7 +210,7 @@ function heatMap(steps, map, measure) {
     const tall = Math.max(7, Math.min(22, 260 / rows.length)),
       bottom = tall * rows.length;
     const colour = (value) =>
-      `color-mix(in oklab, var(--accent) ${(100 * (value - low)) / (high - low)}%, var(--fill))`;
+      `color-mix(in oklab, var(--accent) ${Math.min(100, (100 * (value - low)) / (high - low))}%, var(--fill))`;
     const cell = (value, row, column) =>
       svg("rect", {
         x: left + column * wide,
