@@ -19,14 +19,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor, BitsAndBytesConfig, Blip2ForConditionalGeneration
 
-checkpoint = {checkpoint}
-{quantization}model = Blip2ForConditionalGeneration.from_pretrained(
+{named}{quantization}model = Blip2ForConditionalGeneration.from_pretrained(
     checkpoint, dtype=torch.bfloat16, device_map="auto"{quantized}
 )
 model = PeftModel.from_pretrained(model, FOLDER)
 processor = AutoProcessor.from_pretrained(checkpoint)"""
 
-_EMBEDDED = 'str(__import__("pipeline.embedded").embedded.embedded_checkpoint())  # of blip2-vqa-pipeline'
+_EMBEDDED = """\
+from pipeline.embedded import embedded_checkpoint  # blip2-vqa-pipeline's
+
+checkpoint = str(embedded_checkpoint())
+"""
 
 _QUANTIZATION = """\
 quantization = BitsAndBytesConfig(
@@ -134,7 +137,7 @@ def _loading(config: Config, merged: bool) -> str:
         return _MERGED
     in_4_bits = config.quantization.bits is not None
     return _ADAPTER.format(
-        checkpoint=_EMBEDDED if config.model.checkpoint == "embedded" else repr(config.model.checkpoint),
+        named=_EMBEDDED if config.model.checkpoint == "embedded" else f'checkpoint = "{config.model.checkpoint}"\n',
         quantization=_QUANTIZATION.format(**config.quantization.model_dump()) if in_4_bits else "",
         quantized=", quantization_config=quantization" if in_4_bits else "",
     )
