@@ -55,6 +55,6 @@ def test_a_second_training_gives_the_same_adapter(folder: Path) -> None:
     to_first_step = time.monotonic() - started - again["seconds_training"]
     print("seconds to the first step:", to_first_step)
     second = Path(again["run"]) / "adapter"
-    for path in first.iterdir():
+    for path in set(first.iterdir()) - {first / "README.md"}:  # the card of the first has its results
         assert path.read_bytes() == (folder / second / path.name).read_bytes(), path.name
     assert len(load_file(first / "adapter_model.safetensors")) == 16
