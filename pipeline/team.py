@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -12,6 +13,7 @@ from pipeline.errors import PipelineError
 
 T = TypeVar("T")
 
+SETTLING = 0.3  # seconds
 PATIENCE = timedelta(days=30)  # the first to finish waits for the last, however long its share takes
 
 
@@ -53,6 +55,9 @@ class Team:
             from torch import distributed
 
             if error is None:
+                # The group's threads let go of their last work, for which they need the interpreter's lock. Taken down
+                # meanwhile by this thread, which has that lock, the group waits for them for ever.
+                time.sleep(SETTLING)
                 distributed.destroy_process_group()
             elif self.rank == 0 and not self._shared:  # else the others notice when this process is gone
                 with suppress(PipelineError):  # the error at hand comes first
