@@ -72,10 +72,14 @@ def train(
             together.
         StoppedError: on Ctrl-C or SIGTERM, when all is saved.
     """
-    started = time.perf_counter()
     _refuse_sharding()
-    config = config.with_absolute_paths()
-    with ExitStack() as holding, Team() as team:
+    with ExitStack() as holding:  # of the run's folder, until the adapter is in place
+        return _train(config.with_absolute_paths(), run, resume, load, holding)
+
+
+def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
+    started = time.perf_counter()
+    with Team() as team:
         if team.rank == 0:
             run.check_resumable(config) if resume else run.check_new()
         data = _open_data(config)
@@ -92,6 +96,8 @@ def train(
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
         if team.rank == 0:
             holding.callback(run.hold().release)
+            if resume:  # another process may have finished it meanwhile
+                run.check_resumable(config)
             run.start(config)
             begin_record(run, config, data.batcher.features, trainer.args.device.type, dtype_name(base.dtype))
         checkpoint = run.last_checkpoint()

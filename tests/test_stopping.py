@@ -90,6 +90,17 @@ def test_a_run_that_is_being_trained_is_left_alone(
         run.check_finished()
 
 
+def test_the_folder_is_held_until_the_adapter_is_in_place(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    run, held = RunFolder(tmp_path / "run"), []
+    monkeypatch.setattr("pipeline.train.write_card", lambda run: held.append(run.is_held))
+    train(cached, run)
+    assert held == [True]
+    assert not run.is_held
+
+
 def test_the_loss_of_a_resumed_training_is_that_of_all_its_steps(cached: Config, tmp_path: Path) -> None:
     config = with_train(cached, max_steps=8, save_steps=100)
     whole = train(config, RunFolder(tmp_path / "whole"))
