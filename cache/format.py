@@ -182,7 +182,7 @@ def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, in
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     try:
-        with h5py.File(path, "w", locking="best-effort", libver=("v108", "v108"), **_ALIGNED) as file:
+        with h5py.File(_new_file(path)) as file:
             file.attrs.update(attributes)
             for name, (shape, dtype) in shapes.items():
                 file.create_dataset(name, shape=shape, dtype=dtype, dcpl=plan, track_times=False)
@@ -193,7 +193,22 @@ def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, in
         raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
 
 
-_ALIGNED = {"alignment_threshold": 1, "alignment_interval": PAGE}
+def _new_file(path: Path) -> Any:
+    """The identifier of a new file, its data aligned to pages.
+
+    `h5py.File` cannot be told to leave out the root group's times, which HDF5 1.14 writes and 2.0 does not: the bytes
+    depend neither on the library's version nor on the clock.
+    """
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    access.set_alignment(1, PAGE)
+    access.set_file_locking(True, True)  # without where the file system has none: "best-effort"
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    return h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)
+
+
 _ADVICE = "Run `pipe cache repair`, or delete it and run `pipe precompute` again: only what was in it is made anew."
 
 

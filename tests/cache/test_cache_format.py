@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from cache_fakes import D, Q, digests, flip, spec
 
+from cache.files import sha256_of
 from cache.format import head_sha256, inspect_part, lay_out_part, read_arrays, write_arrays
 from cache.part import PartWriter
 from cache.spec import CacheError
@@ -32,6 +33,19 @@ def test_new_part(tmp_path):
     assert [row.tobytes() for row in layout.digests] == digests(ROWS)
     assert layout.crc32.tolist() == [-1] * ROWS
     assert list(tmp_path.iterdir()) == [layout.path]
+
+
+def test_the_bytes_depend_on_nothing_but_the_content(tmp_path):
+    """Neither on the clock nor on HDF5's version: of the same images, every machine makes the same part.
+
+    HDF5 2.0 made these digests; 1.14 puts the time into each file unless it is told not to.
+    """
+    part = make(tmp_path / "part.h5", spec(query_tokens=32, width=768))
+    write_arrays(tmp_path / "text.h5", {"numbers": np.arange(5)}, {"name": "a text", "version": 1})
+    assert [sha256_of(path) for path in (part, tmp_path / "text.h5")] == [
+        "2d445c4d57d48cf9e19f688f77f25d8a52e16ee0a46a819efaba3655246b58ca",
+        "c92ddfd2cefe13748e083cff3aada450fc029db46a28d096078eb97690396052",
+    ]
 
 
 def test_features_are_page_aligned(tmp_path):
