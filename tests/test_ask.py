@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rounding
+import torch
 from click.testing import CliRunner, Result
 from conftest import write_config
+from rounding import relative_difference
 from test_checkpoint import shards_of
 from transformers import Blip2ForConditionalGeneration
 
@@ -44,8 +47,10 @@ def pipe(*words: object, typed: str | None = None) -> Result:
 @pytest.mark.parametrize("with_adapter", [True, False], ids=["trained", "untrained"])
 @pytest.mark.parametrize("bits", ["4", "null"])
 def test_answers_equal_those_of_evaluate_from_the_cache(
-    run: RunFolder, cached: Config, bits: str, with_adapter: bool
+    run: RunFolder, cached: Config, bits: str, with_adapter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # With bfloat16 instructions bitsandbytes computes in them: the rounding of a batch would decide ties.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     override = (f"quantization.bits={bits}",)
     summary = evaluate(run, override, with_adapter)
     expected = {row["question_id"]: row["answer"] for row in json.loads(Path(summary["results"]).read_text())}
@@ -69,8 +74,9 @@ def test_features_are_those_of_the_cache_in_its_dtype(cached: Config, picture: P
     config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dtype": dtype})})
     found = PictureReader(config)(picture)
     assert str(found.dtype) == f"torch.{dtype}"
-    rounding = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
-    assert abs(found.float().numpy() - stored).max() <= rounding * abs(stored).max()
+    stored_step = torch.finfo(getattr(torch, dtype)).eps
+    apart = relative_difference(found.float(), torch.from_numpy(stored))
+    assert apart <= rounding.FLOAT32 + stored_step
 
 
 def test_the_encoder_computes_in_the_caches_dtype_unless_the_config_names_one(cached: Config) -> None:

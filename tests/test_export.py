@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rounding
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
@@ -17,13 +18,14 @@ from click.testing import CliRunner, Result
 from conftest import write_config, write_data_set
 from peft import PeftModel
 from PIL import Image
+from plain_answers import assert_equal_but_for_ties, plain_answers
 from safetensors.torch import load_file, save_file
 from test_fidelity import examples_of, load_full, load_processor, trainable, wake_lora
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 import pipeline.export
 from cache.reader import FeatureReader
-from pipeline.assemble import load_base
+from pipeline.assemble import load_base, load_tokenizer
 from pipeline.checkpoint import INDEX, WEIGHTS
 from pipeline.cli import main
 from pipeline.config import Config, load_config
@@ -80,22 +82,6 @@ def answers_of(run: RunFolder, *overrides: str, with_adapter: bool = True) -> li
     return [row["answer"] for row in json.loads(Path(summary["results"]).read_text())]
 
 
-def plain_answers(model: Any, processor: Any, examples: list[VQAExample]) -> list[str]:
-    answers: list[str] = []
-    for start in range(0, len(examples), 34):
-        some = examples[start : start + 34]
-        inputs = processor(
-            images=[Image.open(example.image) for example in some],
-            text=[f"Question: {example.question} Answer:" for example in some],
-            padding=True,
-            return_tensors="pt",
-        ).to(dtype=model.dtype)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=10)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    return answers
-
-
 def asked(run: RunFolder) -> list[VQAExample]:
     return examples_of(FeatureReader(load_config(run.config).cache.dir).text("val"))
 
@@ -123,12 +109,14 @@ def test_plain_transformers_answers_with_the_merged_model_as_evaluate_does(
         assert model.language_model.dtype == (torch.float16 if dtype == "auto" else dtype)
         assert not hasattr(model.config, "quantization_config")
         assert model.language_model.lm_head.weight is model.get_input_embeddings().weight
-        found = plain_answers(model.eval(), processor, asked(run))
-        equal = sum(a == b for a, b in zip(found, expected, strict=True))
-        assert equal >= 0.98 * QUESTIONS, f"{QUESTIONS - equal} of {QUESTIONS} differ"
-    told = summary["differences"]
-    assert (told["questions"], told["equal_answers"]) == (100, pytest.approx(100, abs=2))
-    assert 0 < told["mean_of_logits"] < told["largest_of_logits"] < 0.05  # of logits up to 10 and more
+        plain = list(plain_answers(model.eval(), processor, asked(run)))
+        dtypes = (torch.float16, rounding.DTYPE_OF_4_BIT_ANSWERS if bits else torch.float32)
+        apart = max(rounding.LOGITS[dtype] for dtype in dtypes)
+        assert_equal_but_for_ties(expected, plain, load_tokenizer(load_config(run.config)), apart)
+    found = summary["differences"]
+    assert found["questions"] == 100
+    assert found["equal_answers"] > 90, "ties excepted, all are equal; an adapter that is left out changes most"
+    assert 0 < found["mean_of_logits"] < found["largest_of_logits"] < rounding.LOGITS[torch.float16]
 
 
 @pytest.mark.parametrize(
@@ -170,15 +158,15 @@ def test_an_adapter_on_one_of_two_tied_weights_unties_them(run: RunFolder, tmp_p
     assert not any(loading.values()), loading
     assert not torch.equal(model.language_model.lm_head.weight, model.get_input_embeddings().weight)
     processor = load_processor(tmp_path / "merged", "left")
-    found = plain_answers(model.float(), processor, asked(other))
-    assert sum(a == b for a, b in zip(found, answers_of(other), strict=True)) >= 0.98 * QUESTIONS
+    plain = list(plain_answers(model.float(), processor, asked(other)))
+    apart = max(rounding.LOGITS[dtype] for dtype in (torch.float16, rounding.DTYPE_OF_4_BIT_ANSWERS))
+    assert_equal_but_for_ties(answers_of(other), plain, load_tokenizer(load_config(other.config)), apart)
 
 
 def test_a_large_model_is_written_in_shards(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export(run, tmp_path / "one", merge=True)
+    in_one = export(run, tmp_path / "one", merge=True)
     monkeypatch.setattr("pipeline.merge.SHARD_BYTES", 500_000)
-    summary = export(run, tmp_path / "merged", merge=True)
-    assert summary["differences"]["equal_answers"] == 100
+    assert export(run, tmp_path / "merged", merge=True)["differences"] == in_one["differences"]
     index = json.loads((tmp_path / "merged" / INDEX).read_text())
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert set(index["weight_map"].values()) == {file.name for file in files}
@@ -195,8 +183,10 @@ def test_a_large_model_is_written_in_shards(run: RunFolder, tmp_path: Path, monk
 
 def test_a_merged_model_is_a_checkpoint_of_this_pipeline(run: RunFolder, tmp_path: Path) -> None:
     export(run, tmp_path / "merged", merge=True)
-    again = answers_of(run, f"model.checkpoint={tmp_path}/merged", "quantization.bits=null", with_adapter=False)
-    assert sum(a == b for a, b in zip(again, answers_of(run), strict=True)) >= 0.98 * QUESTIONS
+    ours = answers_of(run, f"model.checkpoint={tmp_path}/merged", "quantization.bits=null", with_adapter=False)
+    full = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    plain = list(plain_answers(full, load_processor(tmp_path / "merged", "left"), asked(run)))
+    assert_equal_but_for_ties(ours, plain, load_tokenizer(load_config(run.config)), rounding.LOGITS[torch.float32])
 
 
 def test_the_exported_adapter_loads_into_plain_peft(run: RunFolder, checkpoint: Path, tmp_path: Path) -> None:
@@ -208,12 +198,16 @@ def test_the_exported_adapter_loads_into_plain_peft(run: RunFolder, checkpoint: 
     assert summary["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
     model = PeftModel.from_pretrained(load_full(checkpoint, 4), folder, is_trainable=True).eval()
     assert len(trainable(model)) == 16
-    assert plain_answers(model, load_processor(checkpoint, "left"), asked(run)) == answers_of(run)
+    plain = list(plain_answers(model, load_processor(checkpoint, "left"), asked(run)))
+    tokenizer = load_tokenizer(load_config(run.config))
+    assert_equal_but_for_ties(answers_of(run), plain, tokenizer, rounding.LOGITS[rounding.DTYPE_OF_4_BIT_ANSWERS])
 
 
 def test_the_card_loads_what_it_describes(run: RunFolder, tmp_path: Path) -> None:
     evaluate(run)
-    example = asked(run)[0]
+    answers = [json.loads(line) for line in run.answers("val", True).read_text().splitlines()]
+    surest = max(range(len(answers)), key=lambda place: answers[place]["probability"])  # far from any tie
+    example = asked(run)[surest]
     for merge in False, True:
         export(run, tmp_path / str(merge), merge=merge)
         card = (tmp_path / str(merge) / "README.md").read_text()
@@ -224,7 +218,7 @@ def test_the_card_loads_what_it_describes(run: RunFolder, tmp_path: Path) -> Non
         code = card.split("```python\n")[1].split("```")[0]
         names: dict[str, Any] = {"FOLDER": str(tmp_path / str(merge)), "image": Image.open(example.image)}
         exec(code.replace("{question}", example.question), names)
-        assert names["answer"] == answers_of(run)[0]
+        assert names["answer"] == answers[surest]["answer"]
         modes = {path.stat().st_mode for path in (tmp_path / str(merge)).iterdir()}
         assert len(modes) == 1, "no file is its owner's alone"
     other = RunFolder(tmp_path / "hub")

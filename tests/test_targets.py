@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from conftest import write_config
 
@@ -83,7 +84,7 @@ def test_the_loss_of_all_is_the_answers_weighted_mean(ten_answers: Config) -> No
         alone = pack(batcher.for_training([question], targets=lambda _, tokens=tokens: [(tokens, 1.0)]))
         summed += share * model(**alone, num_items_in_batch=1).loss.item()
         weights += share * len(tokens)
-    assert together.item() == pytest.approx(summed / weights, rel=1e-5)
+    assert together.item() == pytest.approx(summed / weights, rel=rounding.FLOAT32)
 
 
 @pytest.mark.parametrize("answers", ["drawn", "all"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rounding import relative_difference
 from safetensors.torch import load_file
 from test_several_processes import together
 from torch import Tensor
@@ -35,7 +36,7 @@ def adapter_of(run: RunFolder) -> dict[str, Tensor]:
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in b if b[name].norm() > 0)
+    return max(relative_difference(a[name], b[name]) for name in b if b[name].norm() > 0)
 
 
 def test_an_epoch_has_every_question_once_and_images_together() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from safetensors.torch import load_file
 
@@ -44,11 +45,12 @@ def accuracies(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     monkeypatch.setattr("pipeline.validation.Validator.__call__", lambda *_: np.array([next(left), 1, 0.5, 1.0]))
 
 
-@pytest.mark.parametrize(("bits", "rounding"), [(None, 1e-5), (4, 2e-3)], ids=["float32", "nf4"])
+@pytest.mark.parametrize("bits", [None, 4], ids=["float32", "nf4"])
 def test_a_look_sees_what_evaluation_sees_and_changes_no_training(
-    cached: Config, tmp_path: Path, bits: int | None, rounding: float
+    cached: Config, tmp_path: Path, bits: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some CPUs round the scales of 4-bit weights when they answer, and not when they train."""
+    # With bfloat16 instructions bitsandbytes rounds the scales of 4-bit weights in `evaluate`, which trains no more.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     cached = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})})
     looked, plain = RunFolder(tmp_path / "looked"), RunFolder(tmp_path / "plain")
     summary = train(with_validation(cached, max_steps=5), looked)
@@ -62,7 +64,7 @@ def test_a_look_sees_what_evaluation_sees_and_changes_no_training(
     model = load_adapter(load_base(cached), plain.adapter)
     with torch.no_grad():
         loss = model(**pack(batcher.for_training(range(18)))).loss
-    assert rows(looked)[-1]["loss"] == pytest.approx(loss.item(), rel=rounding)
+    assert rows(looked)[-1]["loss"] == pytest.approx(loss.item(), rel=rounding.FLOAT32)
     assert summary["validation"]["looks"] == 3
     assert summary["validation"]["best_accuracy"] == max(row["accuracy"] for row in rows(looked))
     assert all("accuracy" not in json.loads(line) for line in looked.metrics.read_text().splitlines())
