@@ -1,0 +1,118 @@
+"""What a file is that Pillow does not know, by how it begins, and what to do with it."""
+
+import zlib
+
+from PIL import features
+
+_CONVERT = "convert it to JPEG or PNG"
+
+_IMAGES = (  # offset, bytes, what it is
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+    (0, b"II\xbc\x01", "a JPEG XR image"),
+    (0, b"v/1\x01", "an OpenEXR image"),
+    (0, b"#?R", "a Radiance HDR image"),
+    (0, b"8BPS\0\x02", "a large Photoshop (PSB) image"),
+    (0, b"gimp xcf", "a GIMP (XCF) image"),
+    (0, b"AT&TFORM", "a DjVu image"),
+    (0, b"\xd7\xcd\xc6\x9a", "a Windows metafile (WMF)"),
+    (40, b" EMF", "a Windows metafile (EMF)"),
+    (0, b"FUJIFILMCCD-RAW", "a camera's raw image (RAF)"),
+    (0, b"IIU\0", "a camera's raw image (RW2)"),
+    (0, b"IIR", "a camera's raw image (ORF)"),
+    (0, b"MMOR", "a camera's raw image (ORF)"),
+    (0, b"FOVb", "a camera's raw image (X3F)"),
+    (6, b"HEAPCCDR", "a camera's raw image (CRW)"),
+    (8, b"CR\x02", "a camera's raw image (CR2)"),
+    (128, b"DICM", "a DICOM image"),
+    (344, b"n+1\0", "a NIfTI volume"),
+    (344, b"ni1\0", "a NIfTI volume"),
+    (4, b"n+2\0\r\n\x1a\n", "a NIfTI volume"),
+)
+_OTHERS = (
+    (0, b"\x93NUMPY", "a NumPy array (.npy)"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"GRIB", "a GRIB file"),
+    (0, b"BUFR", "a BUFR file"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"PAR1", "a Parquet file"),
+    (0, b"\0\0\x01\xb3", "an MPEG video"),
+    (0, b"\0\0\x01\xba", "an MPEG video"),
+    (0, b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (8, b"AVI ", "an AVI video"),
+)
+_TEXTS = {
+    b"<!doctype html": "HTML",
+    b"<html": "HTML",
+    b"<head": "HTML",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"{": "JSON",
+    b"%pdf": "PDF",
+    b"%!ps": "PostScript",
+    b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
+}
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BRANDS = {  # of the ISO container that starts with `ftyp`; the first that the file names
+    "an AVIF image": {b"avif", b"avis"},
+    "a HEIC image": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"},
+    "a HEIF image": {b"mif1", b"mif2", b"msf1"},
+    "a camera's raw image (CR3)": {b"crx "},
+}
+
+
+def why_not_known(data: bytes) -> str:
+    """Why Pillow does not know a file, and what to do, in a line."""
+    if image := _unreadable_image(data):
+        return f"{image}, which Pillow cannot read: {_CONVERT}"
+    if data.startswith(_TIFF):
+        kinds = "camera raw files (DNG, NEF, ARW) and float RGB are such"
+        return f"a TIFF image that Pillow cannot read, or its header is damaged ({kinds}): {_CONVERT}"
+    if kind := _find(_OTHERS, data) or _text(data):
+        return f"not a picture: it begins like {kind}"
+    if data[4:8] == b"ftyp":
+        return "not a picture: it begins like an MP4 or QuickTime video"
+    if not any(data):
+        return "not a picture: all its bytes are zero"
+    return "not a picture: of no form that is known, or its header is damaged"
+
+
+def _unreadable_image(data: bytes) -> str | None:
+    if data[4:8] == b"ftyp":
+        return _image_in_container(data)
+    if data.startswith(b"\x1f\x8b"):
+        inside = _find(_IMAGES, _unzipped(data))
+        return f"{inside} in gzip" if inside else None
+    return _find(_IMAGES, data)
+
+
+def _image_in_container(data: bytes) -> str | None:
+    box = data[: min(int.from_bytes(data[:4], "big"), 4096)]
+    named = {data[8:12], *(box[start : start + 4] for start in range(16, len(box), 4))}
+    kind = next((kind for kind, brands in _BRANDS.items() if brands & named), None)
+    if kind == "an AVIF image":
+        if features.check("avif"):
+            return None  # Pillow would know it: its header is damaged
+        return f"{kind} (Pillow reads these from 11.3 on)"
+    return kind
+
+
+def _unzipped(data: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data, 512)
+    except zlib.error:
+        return b""
+
+
+def _find(kinds: tuple[tuple[int, bytes, str], ...], data: bytes) -> str | None:
+    return next((kind for offset, magic, kind in kinds if data.startswith(magic, offset)), None)
+
+
+def _text(data: bytes) -> str | None:
+    start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith(b"<?xml") and b"<svg" in start:
+        return "SVG"
+    return next((kind for beginning, kind in _TEXTS.items() if start.startswith(beginning)), None)
