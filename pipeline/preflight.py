@@ -136,8 +136,8 @@ def log_rescaled(inputs: Inputs) -> None:
     if count := inputs.rescaled_images:
         first = next(image for image in inputs.paths.values() if image in inputs.rescaled)
         say(
-            f"warning: {count} images have more than 8 bits a channel or float pixels; each is scaled to its own range, "
-            f"from black to white (first: {first})"
+            f"warning: {count} images have more than 8 bits a channel or float pixels; each is scaled to its own "
+            f"range, from black to white (first: {first})"
         )
 
 

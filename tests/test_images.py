@@ -14,17 +14,19 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, features
 from transformers import BlipImageProcessorPil
+from transformers.image_utils import load_image
 
 from pipeline.errors import PipelineError
 from pipeline.images import PictureError, Preprocessor, check_header, image_digest, read_picture
 
 MODES = {  # of the forms that can hold many
-    "TIFF": "1 L LA P RGB RGBA CMYK YCbCr LAB I;16 I F",
-    "PNG": "1 L LA P RGB RGBA I;16",
+    "TIFF": "1 L LA P RGB RGBA CMYK YCbCr LAB",
+    "PNG": "1 L LA P RGB RGBA",
     "JPEG": "1 L RGB CMYK YCbCr",
 }
 
@@ -59,10 +61,18 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def plain(folder: Path, path: Path) -> np.ndarray:
-    """The plain recipe."""
-    with Image.open(path) as image:
-        values = BlipImageProcessorPil.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"][0]
-    return np.asarray(values)
+    """The plain recipe: a row of `datasets`, through the image processor."""
+    row = datasets.Image().decode_example({"bytes": path.read_bytes(), "path": None})
+    return processed(folder, row)
+
+
+def processed(folder: Path, image: Image.Image) -> np.ndarray:
+    """What the image processor makes of an image; the oldest that is supported lacks the white background."""
+    processor = BlipImageProcessorPil.from_pretrained(folder)
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    if transparent and not np.asarray(processor.convert_to_rgb(Image.new("RGBA", (1, 1)))).all():
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    return np.asarray(processor(image, return_tensors="pt")["pixel_values"][0])
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +118,10 @@ def frames() -> list[Image.Image]:
     return [photo(), photo().rotate(90), photo().rotate(180)]
 
 
-def rotated_by_exif() -> bytes:
+def oriented(image: Image.Image, form: str, orientation: int = 6, **options: Any) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: a quarter turn
-    return encode(photo(), "JPEG", exif=exif)
+    exif[0x0112] = orientation
+    return encode(image, form, exif=exif, **options)
 
 
 def palette(**options: Any) -> bytes:
@@ -133,10 +143,8 @@ GOOD: dict[str, Callable[[], bytes]] = {
     "unsubsampled 640x480.jpg": lambda: encode(photo(480, 640), "JPEG", quality=90, subsampling=0),
     "cmyk.jpg": lambda: encode(photo().convert("CMYK"), "JPEG"),
     "grey.jpg": lambda: encode(photo().convert("L"), "JPEG"),
-    "rotated by exif.jpg": rotated_by_exif,
+    "rotated by exif.jpg": lambda: oriented(photo(), "JPEG"),
     "grey.png": lambda: encode(photo().convert("L"), "PNG"),
-    "16-bit grey.png": lambda: encode(Image.fromarray(noise(60, 80, 1)[..., 0].astype(np.uint16) * 257), "PNG"),
-    "float.tif": lambda: encode(photo().convert("F"), "TIFF"),
     "1-bit.png": lambda: encode(photo().convert("1"), "PNG"),
     "grey with alpha.png": lambda: encode(with_alpha().convert("LA"), "PNG"),
     "rgb with alpha.png": lambda: encode(with_alpha(), "PNG"),
@@ -183,7 +191,7 @@ def test_each_mode_of_pillow_gives_the_plain_recipes_pixels_or_fails_as_it_does(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, form: str, mode: str
 ) -> None:
     path = tmp_path / f"picture.{form.lower()}"
-    by_way_of = "L" if mode in ("I;16", "LA") else "RGB"  # Pillow converts to these modes from grey only
+    by_way_of = "L" if mode == "LA" else "RGB"  # Pillow converts to this mode from grey only
     path.write_bytes(encode(photo().convert(by_way_of).convert(mode), form))
     try:
         plain(checkpoint, path)
@@ -267,6 +275,182 @@ def test_many_threads_give_what_one_gives(preprocess: Preprocessor) -> None:
             assert np.array_equal(values, expected[index % len(pictures)])
 
 
+# ---- turned upright
+
+
+def turned_by_xmp() -> bytes:
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+    return encode(photo(), "JPEG", xmp=xmp)
+
+
+TURNED: dict[str, Callable[[int], bytes]] = {
+    "photo.jpg": lambda orientation: oriented(photo(), "JPEG", orientation),
+    "grey.jpg": lambda orientation: oriented(photo().convert("L"), "JPEG", orientation),
+    "cmyk.jpg": lambda orientation: oriented(photo().convert("CMYK"), "JPEG", orientation),
+    "stereo.mpo": lambda orientation: oriented(
+        photo(), "MPO", orientation, save_all=True, append_images=[photo().rotate(180)]
+    ),
+    "photo.png": lambda orientation: oriented(photo(), "PNG", orientation),
+    "with alpha.png": lambda orientation: oriented(with_alpha(), "PNG", orientation),
+    "palette.png": lambda orientation: oriented(photo().quantize(16), "PNG", orientation, transparency=3),
+    "photo.tif": lambda orientation: oriented(photo(), "TIFF", orientation),
+    "lzw.tif": lambda orientation: oriented(photo(), "TIFF", orientation, compression="tiff_lzw"),
+    "pages.tif": lambda orientation: oriented(
+        photo(), "TIFF", orientation, save_all=True, append_images=[photo().rotate(180)]
+    ),
+    "photo.webp": lambda orientation: oriented(photo(), "WEBP", orientation, lossless=True),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", TURNED)
+def test_the_orientation_of_exif_is_applied_as_the_plain_recipe_does(
+    tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, name: str, orientation: int
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(TURNED[name](orientation))
+    with Image.open(path) as image:
+        as_stored = processed(checkpoint, image)
+    values = preprocess(path.read_bytes())
+    assert np.array_equal(values, plain(checkpoint, path))
+    if name not in ("with alpha.png", "palette.png"):  # load_image drops what is transparent
+        assert np.array_equal(values, processed(checkpoint, load_image(str(path))))
+    # Pillow turns a TIFF by itself.
+    assert np.array_equal(values, as_stored) == (orientation == 1 or name.endswith(".tif"))
+
+
+def test_a_photo_is_turned_by_hand_too(preprocess: Preprocessor) -> None:
+    upright = preprocess(encode(photo(), "PNG"))
+    sideways = oriented(photo().transpose(Image.Transpose.ROTATE_90), "PNG", 6)  # a quarter turn back to the right
+    assert np.array_equal(preprocess(sideways), upright)
+
+
+def test_an_orientation_in_xmp_or_out_of_range_is_taken_as_the_plain_recipe_takes_it(
+    tmp_path: Path, checkpoint: Path, preprocess: Preprocessor
+) -> None:
+    for data in turned_by_xmp(), oriented(photo(), "JPEG", 0), oriented(photo(), "JPEG", 9):
+        (tmp_path / "photo.jpg").write_bytes(data)
+        assert_as_plain(preprocess, checkpoint, tmp_path / "photo.jpg")
+    assert not np.array_equal(preprocess(turned_by_xmp()), preprocess(encode(photo(), "JPEG")))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF header", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff\1"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_damaged_exif_costs_no_picture(preprocess: Preprocessor, form: str, exif: bytes) -> None:
+    damaged = encode(photo(), form, exif=exif)
+    check_header(damaged)
+    assert np.array_equal(preprocess(damaged), preprocess(encode(photo(), form)))
+
+
+# ---- more than 8 bits
+
+
+def tiff(bits: int, sample_format: int, width: int, height: int, pixels: bytes, photometric: int = 1) -> bytes:
+    """A TIFF of one channel by hand: Pillow writes few of the kinds that it reads."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height,
+            279: len(pixels), 339: sample_format}  # fmt: skip
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the pixels start
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + pixels
+
+
+def depth(low: float, high: float) -> np.ndarray:
+    """(60, 80) float64 from `low` to `high`, both reached."""
+    values = noise(60, 80, 1)[..., 0].astype(np.float64)
+    return low + (high - low) * (values - values.min()) / (values.max() - values.min())
+
+
+def packed_12_bits(values: np.ndarray) -> bytes:
+    bits = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, 4:]
+    return np.packbits(bits).tobytes()
+
+
+def pgm(values: np.ndarray) -> bytes:
+    return f"P5 {values.shape[1]} {values.shape[0]} 65535\n".encode() + values.astype(">u2").tobytes()
+
+
+DEEP: dict[str, tuple[Callable[[np.ndarray], bytes], str, tuple[float, float]]] = {  # file, kind, range of values
+    "16-bit.png": (lambda v: encode(Image.fromarray(v), "PNG"), "u2", (0, 65535)),
+    "12 of 16 bits.png": (lambda v: encode(Image.fromarray(v), "PNG"), "u2", (100, 4000)),
+    "8 of 16 bits.png": (lambda v: encode(Image.fromarray(v), "PNG"), "u2", (3, 90)),
+    "16-bit.tif": (lambda v: encode(Image.fromarray(v), "TIFF"), "u2", (900, 50000)),
+    "lzw 16-bit.tif": (lambda v: encode(Image.fromarray(v), "TIFF", compression="tiff_lzw"), "u2", (900, 50000)),
+    "big-endian.tif": (lambda v: encode(Image.fromarray(v), "TIFF"), ">u2", (900, 50000)),
+    "12-bit.tif": (lambda v: tiff(12, 1, 80, 60, packed_12_bits(v)), "u2", (5, 4095)),
+    "signed 16-bit.tif": (lambda v: tiff(16, 2, 80, 60, v.tobytes()), "i2", (-1024, 3071)),
+    "signed 32-bit.tif": (lambda v: encode(Image.fromarray(v), "TIFF"), "i4", (-(2**31), 2**31 - 1)),
+    "unsigned 32-bit.tif": (lambda v: tiff(32, 1, 80, 60, v.tobytes()), "u4", (0, 2**32 - 1)),
+    "16-bit.pgm": (pgm, "u2", (300, 60000)),
+    "float of 0 to 1.tif": (lambda v: encode(Image.fromarray(v), "TIFF"), "f4", (0, 1)),
+    "float of 0 to 255.tif": (lambda v: encode(Image.fromarray(v), "TIFF"), "f4", (0, 255)),
+    "float of all sizes.tif": (lambda v: encode(Image.fromarray(v), "TIFF"), "f4", (-3e38, 3e38)),
+    "tiny float.tif": (lambda v: encode(Image.fromarray(v), "TIFF"), "f4", (1e-30, 5e-30)),
+}
+
+
+def in_8_bits(values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float64)
+    return np.rint((values - values.min()) * (255 / (values.max() - values.min()))).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_an_image_of_more_than_8_bits_is_scaled_to_its_own_range(preprocess: Preprocessor, name: str) -> None:
+    write, kind, (low, high) = DEEP[name]
+    values = np.clip(np.rint(depth(low, high)) if "f" not in kind else depth(low, high), low, high).astype(kind)
+    data = write(values)
+    assert check_header(data)
+    assert np.array_equal(preprocess(data), preprocess(encode(Image.fromarray(in_8_bits(values)), "PNG")))
+
+
+def seen(preprocess: Preprocessor, data: bytes) -> np.ndarray:
+    """(H, W) uint8: the first channel of what the encoder sees, before it is normalised."""
+    processor = preprocess.processor
+    return np.rint((preprocess(data)[0] * processor.image_std[0] + processor.image_mean[0]) * 255).astype(np.uint8)
+
+
+def halves(left: float, right: float, kind: str = "f4") -> np.ndarray:
+    return np.repeat(np.array([[left] * 32 + [right] * 32], kind), 64, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "black_and_white"),
+    [
+        (halves(7, 7, "u2"), (0, 0)),
+        (halves(0.5, 0.5), (0, 0)),
+        (halves(np.nan, np.nan), (0, 0)),
+        (halves(np.inf, np.inf), (0, 0)),
+        (np.where(np.arange(64) < 16, halves(np.nan, 9), halves(2, 9)), (0, 255)),
+        (np.where(np.arange(64) < 16, halves(-np.inf, 9), halves(2, 9)), (0, 255)),
+        (np.where(np.arange(64) > 48, halves(2, np.inf), halves(2, 9)), (0, 255)),
+    ],
+)
+def test_constant_images_and_values_that_are_not_finite(
+    preprocess: Preprocessor, values: np.ndarray, black_and_white: tuple[int, int]
+) -> None:
+    pixels = seen(preprocess, encode(Image.fromarray(values), "TIFF"))
+    assert (pixels[:, :30] == black_and_white[0]).all()
+    assert (pixels[:, 34:] == black_and_white[1]).all()
+
+
+def test_16_bits_with_a_transparent_value_or_white_as_zero(preprocess: Preprocessor) -> None:
+    values = halves(1000, 2000, "u2")
+    values[:, :8] = 60000
+    pixels = seen(preprocess, encode(Image.fromarray(values), "PNG", transparency=60000))
+    assert pixels[5, [2, 20, 50]].tolist() == [255, 0, 255]
+    values = halves(1000, 2000, "u2")
+    assert seen(preprocess, tiff(16, 1, 64, 64, values.tobytes(), photometric=0))[5, [2, 50]].tolist() == [255, 0]
+
+
+def test_a_deep_image_is_turned_upright_too(preprocess: Preprocessor) -> None:
+    image = Image.fromarray(depth(0, 40000).astype(np.uint16))
+    turned = Image.fromarray(np.rot90(np.asarray(image)).copy())
+    assert np.array_equal(preprocess(oriented(turned, "PNG", 6)), preprocess(encode(image, "PNG")))
+
+
+def test_the_header_tells_which_are_scaled() -> None:
+    assert not any(check_header(make()) for name, make in GOOD.items() if not name.endswith(".webp"))
+
+
 # ---- the reasons
 
 
@@ -323,11 +507,14 @@ def test_a_damaged_picture_gives_the_plain_recipes_pixels_or_fails_as_it_does(
     path = tmp_path / name
     path.write_bytes(data)
     try:
-        plain(checkpoint, path)
+        expected = plain(checkpoint, path)
     except Exception:
-        assert reason(preprocess, bytes(data))
-    else:
-        assert_as_plain(preprocess, checkpoint, path)
+        try:  # its EXIF may be all that is damaged
+            expected = processed(checkpoint, Image.open(path))
+        except Exception:
+            assert reason(preprocess, bytes(data))
+            return
+    assert np.array_equal(preprocess(bytes(data)), expected)
 
 
 def test_between_warning_and_error_a_large_picture_is_decoded(
