@@ -2,7 +2,7 @@
 
 import zlib
 
-from PIL import features
+from PIL import Image
 
 _CONVERT = "convert it to JPEG or PNG"
 
@@ -56,8 +56,8 @@ _TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
 }
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_AVIF = {b"avif", b"avis"}
 _BRANDS = {  # of the ISO container that starts with `ftyp`; the first that the file names
-    "an AVIF image": {b"avif", b"avis"},
     "a HEIC image": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"},
     "a HEIF image": {b"mif1", b"mif2", b"msf1"},
     "a camera's raw image (CR3)": {b"crx "},
@@ -66,45 +66,48 @@ _BRANDS = {  # of the ISO container that starts with `ftyp`; the first that the 
 
 def why_not_known(data: bytes) -> str:
     """Why Pillow does not know a file, and what to do, in a line."""
-    if image := _unreadable_image(data):
-        return f"{image}, which Pillow cannot read: {_CONVERT}"
+    if data[4:8] == b"ftyp":
+        return _why_container_not_known(data)
+    if image := unreadable_image(data):
+        return image
     if data.startswith(_TIFF):
         kinds = "camera raw files (DNG, NEF, ARW) and float RGB are such"
         return f"a TIFF image that Pillow cannot read, or its header is damaged ({kinds}): {_CONVERT}"
     if kind := _find(_OTHERS, data) or _text(data):
         return f"not a picture: it begins like {kind}"
-    if data[4:8] == b"ftyp":
-        return "not a picture: it begins like an MP4 or QuickTime video"
     if not any(data):
         return "not a picture: all its bytes are zero"
     return "not a picture: of no form that is known, or its header is damaged"
 
 
-def _unreadable_image(data: bytes) -> str | None:
-    if data[4:8] == b"ftyp":
-        return _image_in_container(data)
-    if data.startswith(b"\x1f\x8b"):
-        inside = _find(_IMAGES, _unzipped(data))
-        return f"{inside} in gzip" if inside else None
-    return _find(_IMAGES, data)
+def unreadable_image(data: bytes) -> str | None:
+    """The same of images that Pillow does not decode even if it takes their header for one that it knows."""
+    image = _find(_IMAGES, data) or _gzipped_image(data)
+    return f"{image}, which Pillow cannot read: {_CONVERT}" if image else None
 
 
-def _image_in_container(data: bytes) -> str | None:
+def _why_container_not_known(data: bytes) -> str:
     box = data[: min(int.from_bytes(data[:4], "big"), 4096)]
     named = {data[8:12], *(box[start : start + 4] for start in range(16, len(box), 4))}
-    kind = next((kind for kind, brands in _BRANDS.items() if brands & named), None)
-    if kind == "an AVIF image":
-        if features.check("avif"):
-            return None  # Pillow would know it: its header is damaged
-        return f"{kind} (Pillow reads these from 11.3 on)"
-    return kind
+    if named & _AVIF:
+        if "AVIF" in Image.SAVE:  # what this Pillow writes it reads
+            return "cannot be decoded: an AVIF image whose header is damaged"
+        return f"an AVIF image, which Pillow reads from version 11.3 on: update Pillow, or {_CONVERT}"
+    for image, brands in _BRANDS.items():
+        if named & brands:
+            return f"{image}, which Pillow cannot read: {_CONVERT}"
+    return "not a picture: it begins like an MP4 or QuickTime video"
 
 
-def _unzipped(data: bytes) -> bytes:
+def _gzipped_image(data: bytes) -> str | None:
+    if not data.startswith(b"\x1f\x8b"):
+        return None
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data, 512)
+        inside = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data, 512)
     except zlib.error:
-        return b""
+        return None
+    image = _find(_IMAGES, inside)
+    return f"{image} in gzip" if image else None
 
 
 def _find(kinds: tuple[tuple[int, bytes, str], ...], data: bytes) -> str | None:

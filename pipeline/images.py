@@ -24,7 +24,7 @@ from transformers import BlipImageProcessorPil
 
 from pipeline.decoding import RULES, has_transparency, is_rescaled, upright_rgb, upright_turn
 from pipeline.errors import PipelineError
-from pipeline.file_kinds import why_not_known
+from pipeline.file_kinds import unreadable_image, why_not_known
 from pipeline.tables import Picture
 
 # Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
@@ -239,7 +239,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
     except MemoryError:
         raise PictureUnreachableError(_NO_MEMORY) from None
     except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, ...
-        raise PictureError(f"cannot be decoded: {_one_line(error)}") from None
+        raise PictureError(unreadable_image(data) or f"cannot be decoded: {_one_line(error)}") from None
 
 
 def _one_line(error: object) -> str:

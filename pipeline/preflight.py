@@ -132,12 +132,12 @@ def tell_left_out(inputs: Inputs, news: Sequence[LeftOut], on_missing: str, repo
 
 
 def log_rescaled(inputs: Inputs) -> None:
-    """Warn, in one line, of images that do not look as other programs decode them."""
+    """Warn, in one line, of images that other programs decode otherwise."""
     if count := inputs.rescaled_images:
         first = next(image for image in inputs.paths.values() if image in inputs.rescaled)
         say(
-            f"warning: {count} images have more than 8 bits a channel or float pixels; each is scaled to its own "
-            f"range, from black to white (first: {first})"
+            f"warning: images of more than 8 bits a channel or of float pixels: {count} (first: {first}); "
+            "each is scaled to its own range, from black to white"
         )
 
 

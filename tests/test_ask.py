@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from conftest import write_config
+from PIL import Image
 from test_checkpoint import shards_of
 from transformers import Blip2ForConditionalGeneration
 
@@ -71,6 +72,19 @@ def test_features_are_those_of_the_cache_in_its_dtype(cached: Config, picture: P
     assert str(found.dtype) == f"torch.{dtype}"
     rounding = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     assert abs(found.float().numpy() - stored).max() <= rounding * abs(stored).max()
+
+
+def test_an_image_of_more_than_8_bits_is_told(
+    cached: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read = PictureReader(cached)
+    path = tmp_path / "scan.png"
+    Image.effect_noise((64, 64), 90).convert("I;16").save(path)
+    assert read(path).isfinite().all()
+    assert f"{path} has more than 8 bits a channel or float pixels: scaled to its own range" in capfd.readouterr().err
+    Image.effect_noise((64, 64), 90).save(path)
+    read(path)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_encoder_computes_in_the_caches_dtype_unless_the_config_names_one(cached: Config) -> None:

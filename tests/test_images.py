@@ -1,8 +1,10 @@
 """Pictures of every kind: exactly the plain recipe's pixels, or the reason why there are none."""
 
+import gzip
 import hashlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -21,8 +23,14 @@ from PIL import Image, ImageFilter, features
 from transformers import BlipImageProcessorPil
 from transformers.image_utils import load_image
 
+from cache.spec import CacheError
+from pipeline.config import load_config
+from pipeline.decoding import RULES
 from pipeline.errors import PipelineError
 from pipeline.images import PictureError, Preprocessor, check_header, image_digest, read_picture
+from pipeline.precompute import dry_run, precompute
+from pipeline.run_folder import RunFolder
+from pipeline.train import train
 
 MODES = {  # of the forms that can hold many
     "TIFF": "1 L LA P RGB RGBA CMYK YCbCr LAB",
@@ -263,6 +271,43 @@ def test_identity_does_not_depend_on_the_file_that_holds_the_settings(
     assert Preprocessor(changed_processor()).identity() == identity
 
 
+def test_a_cache_of_images_that_were_decoded_otherwise_is_refused_and_told_why(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before 0.1.0 knew of orientation, transparency and depth."""
+    config = load_config(data_set / "config.yaml")
+    identity = Preprocessor.identity
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Preprocessor,
+            "identity",
+            lambda self: json.dumps(
+                {key: value for key, value in json.loads(identity(self)).items() if key not in RULES}
+            ),
+        )
+        precompute(config)
+    before = {path: path.read_bytes() for path in (data_set / "cache").iterdir()}
+    for stage in precompute, lambda config: train(config, RunFolder(data_set / "run")):
+        with pytest.raises((CacheError, PipelineError)) as caught:
+            stage(config)
+        for words in 'exif_orientation: cache has nothing, wanted "upright"', "transparency: ", "more_than_8_bits: ":
+            assert words in str(caught.value)
+    assert {path: path.read_bytes() for path in (data_set / "cache").iterdir()} == before
+
+
+def test_deep_images_are_counted_and_named_in_one_line(data_set: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    deep = encode(Image.fromarray(depth(0, 4095).astype(np.uint16)), "PNG")
+    floats = encode(Image.fromarray(depth(0, 1).astype(np.float32)), "TIFF")
+    for number, data in enumerate([deep, deep, floats]):  # two files of the same image
+        (data_set / "images" / f"{number}.png").write_bytes(data)
+    config = load_config(data_set / "config.yaml")
+    line = rf"float pixels: 2 \(first: {data_set}/images/[01].png\); each is scaled to its own range"
+    for run in dry_run, precompute, precompute:  # the last one encodes nothing
+        assert (run(config) or {})["rescaled_images"] == 2
+        told = capfd.readouterr().err
+        assert len(re.findall(line, told)) == told.count("scaled to its own range") == 1
+
+
 def test_identity_changes_with_a_setting(checkpoint: Path, changed_processor: Callable[..., Path]) -> None:
     assert Preprocessor(changed_processor(resample=2)).identity() != Preprocessor(checkpoint).identity()
 
@@ -280,7 +325,9 @@ def test_many_threads_give_what_one_gives(preprocess: Preprocessor) -> None:
 
 def turned_by_xmp() -> bytes:
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
-    return encode(photo(), "JPEG", xmp=xmp)
+    segment = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+    start, rest = encode(photo(), "JPEG")[:2], encode(photo(), "JPEG")[2:]
+    return start + b"\xff\xe1" + struct.pack(">H", 2 + len(segment)) + segment + rest
 
 
 TURNED: dict[str, Callable[[int], bytes]] = {
@@ -331,7 +378,6 @@ def test_an_orientation_in_xmp_or_out_of_range_is_taken_as_the_plain_recipe_take
     for data in turned_by_xmp(), oriented(photo(), "JPEG", 0), oriented(photo(), "JPEG", 9):
         (tmp_path / "photo.jpg").write_bytes(data)
         assert_as_plain(preprocess, checkpoint, tmp_path / "photo.jpg")
-    assert not np.array_equal(preprocess(turned_by_xmp()), preprocess(encode(photo(), "JPEG")))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF header", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff\1"])
@@ -458,6 +504,22 @@ def cut(data: bytes, share: float) -> bytes:
     return data[: int(len(data) * share)]
 
 
+def ftyp(*brands: bytes) -> bytes:
+    """The first box of an ISO container, and nothing after it."""
+    named = brands[0] + bytes(4) + b"".join(brands[1:])
+    return struct.pack(">I", 8 + len(named)) + b"ftyp" + named
+
+
+def nifti() -> bytes:
+    return struct.pack("<I", 348) + bytes(340) + b"n+1\0" + bytes(100)
+
+
+def saved_array() -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, np.zeros((2, 2)))
+    return buffer.getvalue()
+
+
 BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated.jpg": (lambda: cut(encode(photo(), "JPEG"), 0.7), "cannot be decoded: image file is truncated"),
     "truncated.png": (lambda: cut(encode(photo(), "PNG"), 0.7), "cannot be decoded: "),
@@ -471,6 +533,40 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "drawing.svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture: it begins like SVG"),
     "lfs.jpg": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "not a picture: it begins like a Git LFS"),
     "zeros.jpg": (lambda: bytes(5000), "not a picture: all its bytes are zero"),
+    "archive.gz": (lambda: gzip.compress(b"anything"), "not a picture: it begins like a gzip archive"),
+    "damaged archive.gz": (lambda: b"\x1f\x8bno more", "not a picture: it begins like a gzip archive"),
+    "error.jpg": (lambda: b'{"error": "not found"}', "not a picture: it begins like JSON"),
+    "drawing with a header.svg": (
+        lambda: b'<?xml version="1.0"?><!DOCTYPE svg><svg/>',
+        "not a picture: it begins like SVG",
+    ),
+    "array.npy": (lambda: saved_array(), "not a picture: it begins like a NumPy array"),
+    "clip.mp4": (lambda: ftyp(b"isom", b"iso2", b"mp41"), "not a picture: it begins like an MP4 or QuickTime video"),
+    "clip.mpg": (lambda: b"\0\0\x01\xb3\x16\0\xf0\x15", "not a picture: it begins like an MPEG video"),
+    "clip.webm": (lambda: b"\x1aE\xdf\xa3" + bytes(40), "not a picture: it begins like a Matroska or WebM video"),
+    "clip.avi": (lambda: b"RIFF\0\1\0\0AVI LIST", "not a picture: it begins like an AVI video"),
+    "weather.grib": (lambda: b"GRIB\0\0\x50\x01", "not a picture: it begins like a GRIB file"),
+    "weather.bufr": (lambda: b"BUFR\0\0\x50\x04", "not a picture: it begins like a BUFR file"),
+    "features.h5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(90), "not a picture: it begins like an HDF5 file"),
+    "rows.parquet": (lambda: b"PAR1\x15\x04", "not a picture: it begins like a Parquet file"),
+    "iphone.heic": (lambda: ftyp(b"heic", b"mif1", b"heic"), "a HEIC image, which Pillow cannot read: convert it to"),
+    "by its brands.heic": (lambda: ftyp(b"mif1", b"mif1", b"heic"), "a HEIC image, which Pillow cannot read: "),
+    "ten bits.heic": (lambda: ftyp(b"heix", b"mif1"), "a HEIC image, which Pillow cannot read: "),
+    "other.heif": (lambda: ftyp(b"mif1", b"miaf"), "a HEIF image, which Pillow cannot read: "),
+    "canon.cr3": (lambda: ftyp(b"crx ", b"isom"), "a camera's raw image (CR3), which Pillow cannot read: "),
+    "canon.cr2": (lambda: b"II*\0\x10\0\0\0CR\x02\0" + bytes(60), "a camera's raw image (CR2), which Pillow"),
+    "fuji.raf": (lambda: b"FUJIFILMCCD-RAW 0201", "a camera's raw image (RAF), which Pillow cannot read: "),
+    "olympus.orf": (lambda: b"IIRO\x08\0\0\0", "a camera's raw image (ORF), which Pillow cannot read: "),
+    "panasonic.rw2": (lambda: b"IIU\0\x18\0\0\0", "a camera's raw image (RW2), which Pillow cannot read: "),
+    "bare.jxl": (lambda: b"\xff\x0a" + bytes(20), "a JPEG XL image, which Pillow cannot read: convert it to"),
+    "boxed.jxl": (lambda: b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20), "a JPEG XL image, which Pillow cannot read: "),
+    "scan.dcm": (lambda: bytes(128) + b"DICM\x02\0", "a DICOM image, which Pillow cannot read: convert it to"),
+    "scan.nii": (lambda: nifti(), "a NIfTI volume, which Pillow cannot read: "),
+    "scan.nii.gz": (lambda: gzip.compress(nifti()), "a NIfTI volume in gzip, which Pillow cannot read: "),
+    "light.exr": (lambda: b"v/1\x01\2\0\0\0", "an OpenEXR image, which Pillow cannot read: "),
+    "light.hdr": (lambda: b"#?RADIANCE\n", "a Radiance HDR image, which Pillow cannot read: "),
+    "drawing.wmf": (lambda: b"\xd7\xcd\xc6\x9a\0\0" + bytes(40), "a Windows metafile (WMF), which Pillow cannot"),
+    "float rgb.tif": (lambda: tiff(64, 3, 2, 2, bytes(32)), "a TIFF image that Pillow cannot read, or its header"),
     "text.jpg": (lambda: b"no picture at all", "not a picture: of no form that is known"),
     "bomb.png": (lambda: png(20000, 20000, (b"IDAT", b"")), "too many pixels (400000000, at most 178956970)"),
     "no width.png": (lambda: png(0, 5, (b"IDAT", zlib.compress(b"\0" * 5))), "not a picture: of no form"),
@@ -515,6 +611,15 @@ def test_a_damaged_picture_gives_the_plain_recipes_pixels_or_fails_as_it_does(
             assert reason(preprocess, bytes(data))
             return
     assert np.array_equal(preprocess(bytes(data)), expected)
+
+
+def test_avif_is_read_if_pillow_can_and_named_if_not(preprocess: Preprocessor) -> None:
+    damaged = ftyp(b"avif", b"mif1")
+    if "AVIF" in Image.SAVE:
+        assert preprocess(encode(photo(), "AVIF")).shape == (3, 64, 64)
+        assert reason(preprocess, damaged) == "cannot be decoded: an AVIF image whose header is damaged"
+    else:
+        assert reason(preprocess, damaged).startswith("an AVIF image, which Pillow reads from version 11.3 on: update")
 
 
 def test_between_warning_and_error_a_large_picture_is_decoded(
