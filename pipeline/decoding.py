@@ -27,7 +27,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_WHITE_IS_ZERO, _UNSIGNED = 0, (1,)  # values of TIFF's PhotometricInterpretation and SampleFormat
+# Values of TIFF's PhotometricInterpretation, SampleFormat and NewSubfileType.
+_WHITE_IS_ZERO, _UNSIGNED, _REDUCED = 0, (1,), 1
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -41,6 +42,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def is_rescaled(image: Image.Image) -> bool:
     """Tell by the header whether `upright_rgb` scales the pixels to their own range."""
     return image.mode.startswith(("I", "F"))
+
+
+def is_preview(image: Image.Image) -> bool:
+    """Tell whether it is the small preview in a camera's raw file (DNG, NEF), which is all that Pillow reads of it."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(ExifTags.Base.NewSubfileType) == _REDUCED and ExifTags.Base.SubIFDs in tags
 
 
 def has_transparency(image: Image.Image) -> bool:

@@ -6,6 +6,8 @@ from PIL import Image
 
 _CONVERT = "convert it to JPEG or PNG"
 
+CAMERA_RAW = f"a camera's raw image, of which Pillow reads only a small preview: {_CONVERT}"
+
 _IMAGES = (  # offset, bytes, what it is
     (0, b"\xff\x0a", "a JPEG XL image"),
     (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
@@ -55,7 +57,10 @@ _TEXTS = {
     b"%!ps": "PostScript",
     b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
 }
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_IN_PART = (  # forms that Pillow knows, but not all that can be in them
+    ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF", "such as a camera's raw file, float RGB or 64-bit pixels"),
+    ((b"\xff\xd8\xff",), "JPEG", "such as one of 12 bits, or lossless"),
+)
 _AVIF = {b"avif", b"avis"}
 _BRANDS = {  # of the ISO container that starts with `ftyp`; the first that the file names
     "a HEIC image": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"},
@@ -70,9 +75,9 @@ def why_not_known(data: bytes) -> str:
         return _why_container_not_known(data)
     if image := unreadable_image(data):
         return image
-    if data.startswith(_TIFF):
-        kinds = "camera raw files (DNG, NEF, ARW) and float RGB are such"
-        return f"a TIFF image that Pillow cannot read, or its header is damaged ({kinds}): {_CONVERT}"
+    for beginnings, image, kinds in _IN_PART:
+        if data.startswith(beginnings):
+            return f"a {image} image that Pillow cannot read ({kinds}), or its header is damaged: {_CONVERT}"
     if kind := _find(_OTHERS, data) or _text(data):
         return f"not a picture: it begins like {kind}"
     if not any(data):

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers import BlipImageProcessorPil
 
-from pipeline.decoding import RULES, has_transparency, is_rescaled, upright_rgb, upright_turn
+from pipeline.decoding import RULES, has_transparency, is_preview, is_rescaled, upright_rgb, upright_turn
 from pipeline.errors import PipelineError
-from pipeline.file_kinds import unreadable_image, why_not_known
+from pipeline.file_kinds import CAMERA_RAW, unreadable_image, why_not_known
 from pipeline.tables import Picture
 
 # Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
@@ -230,7 +230,11 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         raise PictureError("empty file")
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
+            if is_preview(image):
+                raise PictureError(CAMERA_RAW)
             yield image
+    except PictureError:
+        raise
     except UnidentifiedImageError:
         raise PictureError(why_not_known(data)) from None
     except Image.DecompressionBombError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter, features
+from PIL import ExifTags, Image, ImageFilter, features
 from transformers import BlipImageProcessorPil
 from transformers.image_utils import load_image
 
@@ -391,12 +391,15 @@ def test_damaged_exif_costs_no_picture(preprocess: Preprocessor, form: str, exif
 # ---- more than 8 bits
 
 
-def tiff(bits: int, sample_format: int, width: int, height: int, pixels: bytes, photometric: int = 1) -> bytes:
-    """A TIFF of one channel by hand: Pillow writes few of the kinds that it reads."""
+def tiff(
+    bits: int, sample_format: int, width: int, height: int, pixels: bytes, photometric: int = 1, **more: int
+) -> bytes:
+    """A TIFF of one channel by hand: Pillow writes few of the kinds that it reads. `more` is by the tag's name."""
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height,
             279: len(pixels), 339: sample_format}  # fmt: skip
+    tags |= {ExifTags.Base[name].value: value for name, value in more.items()}
     tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the pixels start
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + pixels
 
 
@@ -566,7 +569,11 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "light.exr": (lambda: b"v/1\x01\2\0\0\0", "an OpenEXR image, which Pillow cannot read: "),
     "light.hdr": (lambda: b"#?RADIANCE\n", "a Radiance HDR image, which Pillow cannot read: "),
     "drawing.wmf": (lambda: b"\xd7\xcd\xc6\x9a\0\0" + bytes(40), "a Windows metafile (WMF), which Pillow cannot"),
-    "float rgb.tif": (lambda: tiff(64, 3, 2, 2, bytes(32)), "a TIFF image that Pillow cannot read, or its header"),
+    "12-bit.jpg": (
+        lambda: encode(photo(), "JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
+        "a JPEG image that Pillow cannot read (such as one of 12 bits, or lossless), or its header",
+    ),
+    "float rgb.tif": (lambda: tiff(64, 3, 2, 2, bytes(32)), "a TIFF image that Pillow cannot read (such as"),
     "text.jpg": (lambda: b"no picture at all", "not a picture: of no form that is known"),
     "bomb.png": (lambda: png(20000, 20000, (b"IDAT", b"")), "too many pixels (400000000, at most 178956970)"),
     "no width.png": (lambda: png(0, 5, (b"IDAT", zlib.compress(b"\0" * 5))), "not a picture: of no form"),
@@ -611,6 +618,14 @@ def test_a_damaged_picture_gives_the_plain_recipes_pixels_or_fails_as_it_does(
             assert reason(preprocess, bytes(data))
             return
     assert np.array_equal(preprocess(bytes(data)), expected)
+
+
+def test_the_preview_of_a_raw_file_is_refused_and_other_small_images_are_not(preprocess: Preprocessor) -> None:
+    for call in check_header, preprocess:
+        raw = tiff(8, 1, 160, 120, bytes(160 * 120), NewSubfileType=1, SubIFDs=8)
+        assert reason(call, raw).startswith("a camera's raw image, of which Pillow reads only a small preview: convert")
+        call(tiff(8, 1, 160, 120, bytes(160 * 120), NewSubfileType=1))
+        call(tiff(8, 1, 160, 120, bytes(160 * 120), SubIFDs=8))
 
 
 def test_avif_is_read_if_pillow_can_and_named_if_not(preprocess: Preprocessor) -> None:
