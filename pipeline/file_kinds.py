@@ -4,7 +4,7 @@ import zlib
 
 from PIL import Image
 
-_CONVERT = "convert it to JPEG or PNG"
+_CONVERT = "convert it to JPEG or PNG, e.g. with ImageMagick"
 
 CAMERA_RAW = f"a camera's raw image, of which Pillow reads only a small preview: {_CONVERT}"
 
@@ -27,11 +27,12 @@ _IMAGES = (  # offset, bytes, what it is
     (6, b"HEAPCCDR", "a camera's raw image (CRW)"),
     (8, b"CR\x02", "a camera's raw image (CR2)"),
     (128, b"DICM", "a DICOM image"),
-    (344, b"n+1\0", "a NIfTI volume"),
-    (344, b"ni1\0", "a NIfTI volume"),
-    (4, b"n+2\0\r\n\x1a\n", "a NIfTI volume"),
 )
+_NIFTI = "a NIfTI volume (export its slices as PNG)"
 _OTHERS = (
+    (344, b"n+1\0", _NIFTI),
+    (344, b"ni1\0", _NIFTI),
+    (4, b"n+2\0\r\n\x1a\n", _NIFTI),
     (0, b"\x93NUMPY", "a NumPy array (.npy)"),
     (0, b"\x89HDF", "an HDF5 file"),
     (0, b"GRIB", "a GRIB file"),
@@ -78,7 +79,7 @@ def why_not_known(data: bytes) -> str:
     for beginnings, image, kinds in _IN_PART:
         if data.startswith(beginnings):
             return f"a {image} image that Pillow cannot read ({kinds}), or its header is damaged: {_CONVERT}"
-    if kind := _find(_OTHERS, data) or _text(data):
+    if kind := _gzipped(data) or _find(_OTHERS, data) or _text(data):
         return f"not a picture: it begins like {kind}"
     if not any(data):
         return "not a picture: all its bytes are zero"
@@ -86,8 +87,8 @@ def why_not_known(data: bytes) -> str:
 
 
 def unreadable_image(data: bytes) -> str | None:
-    """The same of images that Pillow does not decode even if it takes their header for one that it knows."""
-    image = _find(_IMAGES, data) or _gzipped_image(data)
+    """The same of images that Pillow cannot decode, also if it takes their header for one that it knows."""
+    image = _find(_IMAGES, data)
     return f"{image}, which Pillow cannot read: {_CONVERT}" if image else None
 
 
@@ -104,15 +105,15 @@ def _why_container_not_known(data: bytes) -> str:
     return "not a picture: it begins like an MP4 or QuickTime video"
 
 
-def _gzipped_image(data: bytes) -> str | None:
+def _gzipped(data: bytes) -> str | None:
     if not data.startswith(b"\x1f\x8b"):
         return None
     try:
         inside = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data, 512)
     except zlib.error:
         return None
-    image = _find(_IMAGES, inside)
-    return f"{image} in gzip" if image else None
+    kind = _find(_IMAGES + _OTHERS, inside)
+    return f"{kind} in gzip" if kind else None
 
 
 def _find(kinds: tuple[tuple[int, bytes, str], ...], data: bytes) -> str | None:

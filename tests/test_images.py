@@ -274,7 +274,7 @@ def test_identity_does_not_depend_on_the_file_that_holds_the_settings(
 def test_a_cache_of_images_that_were_decoded_otherwise_is_refused_and_told_why(
     data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As before 0.1.0 knew of orientation, transparency and depth."""
+    """As it was before orientation, transparency and depth belonged to the identity."""
     config = load_config(data_set / "config.yaml")
     identity = Preprocessor.identity
     with monkeypatch.context() as patch:
@@ -564,8 +564,8 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "bare.jxl": (lambda: b"\xff\x0a" + bytes(20), "a JPEG XL image, which Pillow cannot read: convert it to"),
     "boxed.jxl": (lambda: b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20), "a JPEG XL image, which Pillow cannot read: "),
     "scan.dcm": (lambda: bytes(128) + b"DICM\x02\0", "a DICOM image, which Pillow cannot read: convert it to"),
-    "scan.nii": (lambda: nifti(), "a NIfTI volume, which Pillow cannot read: "),
-    "scan.nii.gz": (lambda: gzip.compress(nifti()), "a NIfTI volume in gzip, which Pillow cannot read: "),
+    "scan.nii": (lambda: nifti(), "not a picture: it begins like a NIfTI volume (export its slices"),
+    "scan.nii.gz": (lambda: gzip.compress(nifti()), "not a picture: it begins like a NIfTI volume (export its slices"),
     "light.exr": (lambda: b"v/1\x01\2\0\0\0", "an OpenEXR image, which Pillow cannot read: "),
     "light.hdr": (lambda: b"#?RADIANCE\n", "a Radiance HDR image, which Pillow cannot read: "),
     "drawing.wmf": (lambda: b"\xd7\xcd\xc6\x9a\0\0" + bytes(40), "a Windows metafile (WMF), which Pillow cannot"),
