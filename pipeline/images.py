@@ -37,7 +37,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 Image.preinit()
 Image.init()
 
-# Pillow passes EPS on to Ghostscript, a program: what is loaded here runs nothing. It cannot decode the others.
+# Pillow passes EPS on to Ghostscript, a program: what is loaded here runs nothing. The others it only recognizes.
 _FORMATS = [name for name in Image.ID if name not in {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}]
 
 _REASONS = {
