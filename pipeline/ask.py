@@ -27,7 +27,7 @@ from pipeline.device import pick_device, pick_dtype
 from pipeline.encoder import Blip2Encoder, load_encoder
 from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
-from pipeline.images import PictureError, Preprocessor, read_picture
+from pipeline.images import PictureError, Preprocessor, check_header, read_picture
 from pipeline.language_model import load_adapter
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
@@ -66,7 +66,10 @@ class PictureReader:
 
     def __call__(self, path: Path) -> Tensor:
         """(Q, D), on the CPU and in the cache's dtype. Raises `PictureError`."""
-        pixels = torch.from_numpy(self.preprocess(read_picture(path)))
+        data = read_picture(path)
+        pixels = torch.from_numpy(self.preprocess(data))
+        if check_header(data):
+            say(f"warning: {path} has more than 8 bits a channel or float pixels: scaled to its own range")
         with torch.inference_mode():
             features = self.encoder(pixels[None].to(self.device))[0]
         stored: Tensor = features.to(getattr(torch, self.storage_dtype)).cpu()

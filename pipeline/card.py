@@ -62,7 +62,7 @@ def model_card(run: RunFolder, config: Config, merged: bool) -> str:
         f"# BLIP-2 for visual question answering, {what}",
         "",
         f"From `{config.model.checkpoint}`. In `{{question}}`'s place stands a question; FOLDER is this folder's name, "
-        "`image` a picture opened by Pillow:",
+        "`image` a picture opened by Pillow and turned upright (`PIL.ImageOps.exif_transpose`):",
         "",
         "```python",
         _loading(config, merged),

@@ -1,4 +1,4 @@
-"""Picture files -> pixel values (3, H, W), bit for bit as the checkpoint's own image processor makes them.
+"""Picture files -> pixel values (3, H, W): upright 8-bit RGB, then the checkpoint's own image processor, bit for bit.
 
 Bytes are read once (`read_picture`) and then passed on, so that digest and pixels are of the same bytes.
 All of it may run in several threads at once.
@@ -22,7 +22,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers import BlipImageProcessorPil
 
+from pipeline.decoding import RULES, has_transparency, is_preview, is_rescaled, upright_rgb, upright_turn
 from pipeline.errors import PipelineError
+from pipeline.file_kinds import CAMERA_RAW, unreadable_image, why_not_known
 from pipeline.tables import Picture
 
 # Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
@@ -35,8 +37,8 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 Image.preinit()
 Image.init()
 
-# Pillow passes EPS on to Ghostscript, a program: what is loaded here runs nothing.
-_FORMATS = [name for name in Image.ID if name != "EPS"]
+# Pillow passes EPS on to Ghostscript, a program: what is loaded here runs nothing. The others it only recognizes.
+_FORMATS = [name for name in Image.ID if name not in {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}]
 
 _REASONS = {
     errno.ENOENT: "not there",
@@ -50,20 +52,6 @@ _REASONS = {
 }
 
 _NO_MEMORY = "not enough memory to read it"
-
-_BEGINNINGS = {
-    b"<!doctype html": "HTML",
-    b"<html": "HTML",
-    b"<head": "HTML",
-    b"<svg": "SVG",
-    b"<?xml": "XML",
-    b"%pdf": "PDF",
-    b"%!ps": "PostScript",
-    b"pk\x03\x04": "a ZIP archive",
-    b"\x1f\x8b": "a gzip archive",
-    b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
-}
-
 
 KEPT_BYTES = 4 << 10  # of a picture's file: its thumbnail would hardly be smaller
 _SHOWN = {"JPEG", "PNG", "WEBP", "GIF"}  # by browsers
@@ -123,35 +111,48 @@ def image_digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def check_header(data: bytes) -> None:
+def check_header(data: bytes) -> bool:
     """Look whether a picture begins here, without decoding it: far below a millisecond.
+
+    Returns:
+        Whether its pixels will be scaled to their own range, as those of more than 8 bits or float are.
 
     Raises:
         PictureError: empty, of no form that Pillow knows, or of more pixels than Pillow decodes.
     """
-    with _open(data):
-        pass
+    with _open(data) as image:
+        return is_rescaled(image)
 
 
 def thumbnail(data: bytes, longer_side: int) -> bytes:
-    """A small picture for people to look at: a JPEG of at most so many pixels, in the colours that the encoder sees.
+    """A small picture for people to look at: a JPEG of at most so many pixels, of what the encoder sees.
 
-    A file of at most 4 KB that browsers show is kept as it is. Of an animation it is the first frame. Raises
-    PictureError as `Preprocessor` does.
+    A file of at most 4 KB that browsers show the same is kept as it is. Raises PictureError as `Preprocessor` does.
     """
     with _open(data) as image:
-        if len(data) <= KEPT_BYTES and image.format in _SHOWN:
+        if len(data) <= KEPT_BYTES and _shown_the_same(image):
             return data
         image.draft("RGB", (longer_side, longer_side))  # a JPEG is decoded at a fraction of its size
-        small = image.convert("RGB")
+        small = upright_rgb(image)
         small.thumbnail((longer_side, longer_side))
         file = BytesIO()
         small.save(file, "JPEG", quality=70)
         return file.getvalue()
 
 
+def _shown_the_same(image: Image.Image) -> bool:
+    """Whether a browser shows what the encoder sees: it moves, puts transparency on the page and may not turn."""
+    return (
+        image.format in _SHOWN
+        and image.mode in {"1", "L", "P", "RGB"}
+        and not has_transparency(image)
+        and not getattr(image, "is_animated", False)
+        and upright_turn(image) is None
+    )
+
+
 class Preprocessor:
-    """The checkpoint's RGB conversion, resize, rescale and normalise, always by Pillow: other backends differ.
+    """Upright RGB, and the checkpoint's resize, rescale and normalise, always by Pillow: other backends differ.
 
     A uint8 pixel has only 256 values a channel, so rescale and normalise are looked up in a table that the
     processor itself has filled. Its own call does float arithmetic on each pixel, for the same bits.
@@ -174,8 +175,7 @@ class Preprocessor:
         """
         height, width = self.size
         with _open(data) as image:
-            rgb = np.asarray(self.processor.convert_to_rgb(image))  # releases differ: an image or an array
-            pixels = np.asarray(Image.fromarray(rgb).resize((width, height), self._resample))
+            pixels = np.asarray(upright_rgb(image).resize((width, height), self._resample))
         values = np.empty((3, height, width), np.float32)
         for channel in range(3):
             # "clip" never happens with uint8; the default mode would buffer the output.
@@ -188,7 +188,7 @@ class Preprocessor:
         settings = {name: getattr(self.processor, name) for name in (*names, "image_mean", "image_std")}
         settings["resample"] = int(settings["resample"])
         settings["size"] = {side: settings["size"][side] for side in ("height", "width")}
-        return json.dumps(settings | {"backend": "pil"}, sort_keys=True)
+        return json.dumps(settings | RULES | {"backend": "pil"}, sort_keys=True)
 
 
 def _check_processor(processor: Any, folder: Path) -> tuple[int, int]:
@@ -230,27 +230,20 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         raise PictureError("empty file")
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
+            if is_preview(image):
+                raise PictureError(CAMERA_RAW)
             yield image
+    except PictureError:
+        raise
     except UnidentifiedImageError:
-        raise PictureError(_what_else(data)) from None
+        raise PictureError(why_not_known(data)) from None
     except Image.DecompressionBombError as error:
         pixels = ", at most ".join(re.findall(r"\d+", str(error)))
         raise PictureError(f"too many pixels ({pixels})") from None
     except MemoryError:
         raise PictureUnreachableError(_NO_MEMORY) from None
     except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, ...
-        raise PictureError(f"cannot be decoded: {_one_line(error)}") from None
-
-
-def _what_else(data: bytes) -> str:
-    """What a file that Pillow does not know seems to be."""
-    start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, kind in _BEGINNINGS.items():
-        if start.startswith(beginning):
-            return f"not a picture: it begins like {kind}"
-    if not any(data):
-        return "not a picture: all its bytes are zero"
-    return "not a picture: of no form that is known, or its header is damaged"
+        raise PictureError(unreadable_image(data) or f"cannot be decoded: {_one_line(error)}") from None
 
 
 def _one_line(error: object) -> str:

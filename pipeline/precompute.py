@@ -33,6 +33,7 @@ from pipeline.preflight import (
     check_room,
     first_line,
     left_out_lines,
+    log_rescaled,
     read_inputs,
     tell_left_out,
 )
@@ -106,6 +107,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
         "to_encode": found.to_encode,
         "bytes_needed": found.bytes_needed,
         "left_out": _reasons(prepared.inputs),
+        "rescaled_images": prepared.inputs.rescaled_images,
         "images_per_second": a_second,
         "seconds_encoding": found.to_encode / a_second if a_second else None if found.to_encode else 0.0,
     }
@@ -158,6 +160,7 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
         "failed": inputs.pictures - len(inputs.digests),
         "questions": {split: len(text) for split, text in texts.items()},
         "left_out": _reasons(inputs),
+        "rescaled_images": inputs.rescaled_images,
         "time": {
             "preparing": prepared_at - started,
             "loading_encoder": encoded_at - prepared_at - loop_seconds,
@@ -182,6 +185,7 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     require_plausible(config.model.checkpoint)
     inputs = read_inputs(config.data)
     tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
+    log_rescaled(inputs)
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
     texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}

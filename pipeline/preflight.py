@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cache.writer import Survey
@@ -36,11 +36,18 @@ class Inputs:
     """Distinct files that the annotations name, or rows of tables."""
     sources: dict[str, dict[str, str]]
     """SHA-256 of the annotation files as they were parsed, or the identity of the tables, by split and key."""
+    rescaled: set[Picture] = field(default_factory=set)
+    """Those of more than 8 bits a channel or of float pixels: each is scaled to its own range."""
 
     @property
     def paths(self) -> dict[bytes, Picture]:
         """Where each distinct picture is found, in the order of the questions."""
         return {self.digests[example.image]: example.image for split in self.splits.values() for example in split}
+
+    @property
+    def rescaled_images(self) -> int:
+        """How many of the distinct images are scaled to their own range."""
+        return sum(image in self.rescaled for image in self.paths.values())
 
     def without(self, failures: dict[bytes, str]) -> "Inputs":
         """The same without the questions on these pictures, by digest, and the reason noted."""
@@ -61,8 +68,10 @@ def read_inputs(data: DataConfig) -> Inputs:
         read[split], sources[split] = read_split(data.format, split, files)
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
-    digests, reasons = _digest_pictures({example.image for examples in splits.values() for example in examples})
-    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons)
+    scanned, reasons = _scan_pictures({example.image for examples in splits.values() for example in examples})
+    digests = {picture: digest for picture, (digest, _) in scanned.items()}
+    rescaled = {picture for picture, (_, is_rescaled) in scanned.items() if is_rescaled}
+    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources, rescaled), reasons)
 
 
 def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
@@ -122,6 +131,16 @@ def tell_left_out(inputs: Inputs, news: Sequence[LeftOut], on_missing: str, repo
     )
 
 
+def log_rescaled(inputs: Inputs) -> None:
+    """Warn, in one line, of images that other programs decode otherwise."""
+    if count := inputs.rescaled_images:
+        first = next(image for image in inputs.paths.values() if image in inputs.rescaled)
+        say(
+            f"warning: images of more than 8 bits a channel or of float pixels: {count} (first: {first}); "
+            "each is scaled to its own range, from black to white"
+        )
+
+
 def _list_left_out(inputs: Inputs, report: Path) -> None:
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -168,28 +187,28 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def _digest_pictures(pictures: set[Picture]) -> tuple[dict[Picture, bytes], dict[Picture, str]]:
-    """Digest of every picture that looks like one, and why the others do not."""
+def _scan_pictures(pictures: set[Picture]) -> tuple[dict[Picture, tuple[bytes, bool]], dict[Picture, str]]:
+    """Digest of every picture that looks like one and whether it is rescaled, and why the others do not."""
     ordered = sorted(pictures)
-    digests: dict[Picture, bytes] = {}
+    scanned: dict[Picture, tuple[bytes, bool]] = {}
     reasons: dict[Picture, str] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(ordered), "pictures") as bar:
         for start in range(0, len(ordered), AT_ONCE):
             some = ordered[start : start + AT_ONCE]
-            for picture, found in zip(some, pool.map(_digest_or_reason, some), strict=True):
-                if isinstance(found, bytes):
-                    digests[picture] = found
-                else:
+            for picture, found in zip(some, pool.map(_scan_or_reason, some), strict=True):
+                if isinstance(found, str):
                     reasons[picture] = found
+                else:
+                    scanned[picture] = found
                 bar.update()
-    return digests, reasons
+    return scanned, reasons
 
 
-def _digest_or_reason(picture: Picture) -> bytes | str:
+def _scan_or_reason(picture: Picture) -> tuple[bytes, bool] | str:
     try:
         data = read_picture(picture)
-        check_header(data)
-        return image_digest(data)
+        is_rescaled = check_header(data)
+        return image_digest(data), is_rescaled
     except PictureError as error:
         return str(error)
 

@@ -11,6 +11,7 @@ import rounding
 import torch
 from click.testing import CliRunner, Result
 from conftest import write_config
+from PIL import Image
 from rounding import relative_difference
 from test_checkpoint import shards_of
 from transformers import Blip2ForConditionalGeneration
@@ -77,6 +78,19 @@ def test_features_are_those_of_the_cache_in_its_dtype(cached: Config, picture: P
     stored_step = torch.finfo(getattr(torch, dtype)).eps
     apart = relative_difference(found.float(), torch.from_numpy(stored))
     assert apart <= rounding.FLOAT32 + stored_step
+
+
+def test_an_image_of_more_than_8_bits_is_told(
+    cached: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read = PictureReader(cached)
+    path = tmp_path / "scan.png"
+    Image.effect_noise((64, 64), 90).convert("I;16").save(path)
+    assert read(path).isfinite().all()
+    assert f"{path} has more than 8 bits a channel or float pixels: scaled to its own range" in capfd.readouterr().err
+    Image.effect_noise((64, 64), 90).save(path)
+    read(path)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_encoder_computes_in_the_caches_dtype_unless_the_config_names_one(cached: Config) -> None:

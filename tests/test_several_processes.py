@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_config, write_data_set
+from PIL import Image
 from processes import HUNG, Ended, Running, contents, pipe, started
 
 import cache.lock
@@ -30,17 +31,19 @@ from pipeline.images import read_picture
 PIPE = Path(sys.executable).with_name("pipe")
 PICTURES = 44
 BROKEN = "13.png"  # in a part of process 1, whatever the number of processes above one
+DEEP = "15.png"
 
 REASON = "cannot be decoded: image file is truncated"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with a picture that cannot be decoded, in five parts."""
+    """A data set with a picture that cannot be decoded and one of 16 bits, in five parts."""
     folder = tmp_path_factory.mktemp("data")
     write_data_set(folder, PICTURES)
     broken = folder / "images" / BROKEN
     broken.write_bytes(broken.read_bytes()[:-100])
+    Image.effect_noise((64, 64), 90).convert("I;16").save(folder / "images" / DEEP)
     settings = {"batch_size": 4, "num_workers": 1, "dtype": "float32", "on_missing": "skip"}
     return write_config(
         folder, cache={"dir": f"{folder}/cache", "dtype": "float32", "part_rows": 10}, precompute=settings
@@ -107,6 +110,8 @@ def test_the_cache_is_the_same_and_one_process_speaks(
     summary = json.loads(ended[0].out)
     assert (summary["images"], summary["encoded"], summary["failed"]) == (PICTURES - 1, PICTURES - 1, 1)
     assert summary["left_out"] == {REASON: 3}
+    assert summary["rescaled_images"] == 1
+    assert [one.err.count("scaled to its own range") for one in ended] == [1] + [0] * (size - 1)
     assert f"3 questions ({REASON}: " in ended[0].err
     assert [(one.out, one.err) for one in ended[1:]] == [("", "")] * (size - 1)
     told = ended[0].told()

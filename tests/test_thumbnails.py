@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_data_set
-from PIL import Image
+from PIL import Image, features
 
 import pipeline.encoding
 import pipeline.thumbnails
@@ -19,7 +19,7 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from cache.thumbnails import Thumbnails, find_thumbnails
 from pipeline.config import load_config
-from pipeline.images import KEPT_BYTES, PictureError, image_digest, thumbnail
+from pipeline.images import KEPT_BYTES, PictureError, Preprocessor, image_digest, thumbnail
 from pipeline.precompute import precompute
 from pipeline.repair import repair
 from pipeline.upkeep import cache_info
@@ -48,6 +48,83 @@ def test_a_small_file_that_browsers_show_is_kept_and_others_are_not() -> None:
         assert (made.format, made.size) == ("JPEG", (20, 20))
     with pytest.raises(PictureError):
         thumbnail(b"no picture", 128)
+
+
+def quarters(size: int, mode: str = "RGB") -> Image.Image:
+    """Twice as wide as high; red, green, blue and grey, clockwise from the top left."""
+    image = Image.new("RGB", (2 * size, size), (128, 128, 128))
+    for place, color in (((0, 0), "red"), ((size, 0), "lime"), ((size, size // 2), "blue")):
+        image.paste(color, (*place, place[0] + size, place[1] + size // 2))
+    return image.convert(mode)
+
+
+def saved(image: Image.Image, format: str, orientation: int = 1, **options: Any) -> bytes:
+    exif, file = Image.Exif(), BytesIO()
+    exif[0x0112] = orientation
+    image.save(file, format, **options, **({"exif": exif} if orientation > 1 else {}))
+    return file.getvalue()
+
+
+def see_through(size: int, mode: str) -> Image.Image:
+    """As `quarters`, with the left half transparent and red below that."""
+    image = quarters(size, "RGBA")
+    image.paste((255, 0, 0, 0), (0, 0, size, size))
+    return image.convert(mode)
+
+
+def deep(size: int, low: float, high: float, kind: str) -> Image.Image:
+    return Image.fromarray(np.linspace(low, high, 2 * size * size).astype(kind).reshape(size, 2 * size))
+
+
+def page(first: Image.Image, format: str) -> bytes:
+    """Of several frames."""
+    return saved(first, format, save_all=True, append_images=[first.rotate(180)])
+
+
+KINDS = {
+    **{f"jpeg {turn}": lambda size, turn=turn: saved(quarters(size), "JPEG", turn) for turn in range(1, 9)},
+    **{f"png {turn}": lambda size, turn=turn: saved(quarters(size), "PNG", turn) for turn in range(1, 9)},
+    "webp turned": lambda size: saved(quarters(size), "WEBP", 6),
+    "tiff turned": lambda size: saved(quarters(size), "TIFF", 6),
+    "rgba png": lambda size: saved(see_through(size, "RGBA"), "PNG"),
+    "rgba png turned": lambda size: saved(see_through(size, "RGBA"), "PNG", 6),
+    "la png": lambda size: saved(see_through(size, "LA"), "PNG"),
+    "rgba webp": lambda size: saved(see_through(size, "RGBA"), "WEBP", lossless=True),
+    "palette png": lambda size: saved(quarters(size).quantize(8), "PNG"),
+    "palette png with a transparent color": lambda size: saved(quarters(size).quantize(8), "PNG", transparency=1),
+    "rgb png with a transparent color": lambda size: saved(quarters(size), "PNG", transparency=(255, 0, 0)),
+    "transparent gif": lambda size: saved(see_through(size, "RGBA"), "GIF"),
+    "animated gif": lambda size: page(quarters(size), "GIF"),
+    "animated webp": lambda size: page(quarters(size), "WEBP"),
+    "pages of a tiff": lambda size: page(quarters(size), "TIFF"),
+    "mpo": lambda size: page(quarters(size), "MPO"),
+    "cmyk jpeg": lambda size: saved(quarters(size, "CMYK"), "JPEG"),
+    "grey jpeg": lambda size: saved(quarters(size, "L"), "JPEG"),
+    "1-bit png": lambda size: saved(quarters(size, "1"), "PNG"),
+    "16-bit png": lambda size: saved(deep(size, 0, 65535, "u2"), "PNG"),
+    "12-bit png": lambda size: saved(deep(size, 0, 4095, "u2"), "PNG"),
+    "signed 32-bit tiff": lambda size: saved(deep(size, -1000, 90000, "i4"), "TIFF"),
+    "float tiff": lambda size: saved(deep(size, 0, 1, "f4"), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("size", [20, 400])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thumbnail_shows_what_the_encoder_sees(checkpoint: Path, kind: str, size: int) -> None:
+    """Seen by a browser that turns nothing, shows the last frame, and puts transparency on black."""
+    if "webp" in kind and not features.check("webp"):
+        pytest.skip("this Pillow has no WebP")
+    preprocess = Preprocessor(checkpoint)
+    data = KINDS[kind](size)
+    with Image.open(BytesIO(thumbnail(data, 128))) as small:
+        small.seek(getattr(small, "n_frames", 1) - 1)
+        shown = Image.alpha_composite(Image.new("RGBA", small.size, "black"), small.convert("RGBA")).convert("RGB")
+    pixels = np.asarray(shown.resize(preprocess.size[::-1], Image.Resampling.BICUBIC), np.float64)
+    mean, std = (
+        np.array(values)[:, None, None] for values in (preprocess.processor.image_mean, preprocess.processor.image_std)
+    )
+    seen = ((preprocess(data) * std + mean) * 255).transpose(1, 2, 0)
+    assert np.abs(pixels - seen).mean() < 8  # of 255; another turn, frame, background or range is far above 20
 
 
 @pytest.fixture
