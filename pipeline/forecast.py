@@ -17,6 +17,7 @@ from transformers import Blip2Config
 from pipeline.assemble import open_batcher, trainable_questions, training_batches
 from pipeline.batching import ImageSequence, micro_batches, pack
 from pipeline.checkpoint import LANGUAGE_HALF, fetch_checkpoint
+from pipeline.compat import enable_activation_checkpointing
 from pipeline.config import Config, QuantizationConfig
 from pipeline.device import pick_device, pick_dtype
 from pipeline.language_model import Blip2LanguageHalf, add_lora
@@ -85,7 +86,7 @@ def _without_storage(config: Config, dtype: torch.dtype) -> PeftModel:
         half = Blip2LanguageHalf._from_config(architecture, dtype=dtype).requires_grad_(False)
         model = add_lora(half, **config.lora.model_dump())
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(model)
     mode, fakes = FakeTensorMode(), {}
     for module in model.modules():
         for name, weight in module._parameters.items():

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from pipeline.checkpoint import LANGUAGE_HALF, only_half
+from pipeline.compat import cache_argument
 from pipeline.errors import PipelineError
 from pipeline.memory import give_back_memory, keep_no_freed_memory
 from pipeline.tree_attention import TREE_ATTENTION, additive_masks
@@ -122,13 +123,13 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         found = self.language_model.generate(
             input_ids=prompts,  # of these the last alone is read: the others are in the cache
             attention_mask=seen.long(),
-            past_key_values=cache,
             eos_token_id=self.config.text_config.eos_token_id,
             pad_token_id=self.config.text_config.pad_token_id,
             do_sample=False,
             num_beams=num_beams,
             return_dict_in_generate=True,
             output_scores=True,
+            **{cache_argument(self.language_model): cache},
             **inputs,
         )
         tokens = found.sequences[:, prompts.shape[1] :]
@@ -154,9 +155,9 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             inputs_embeds=embedded,
             attention_mask=block_masks[0].new_ones(1, 1, 1, 1),  # four-dimensional: the library leaves masks to us
             position_ids=position_ids[None],
-            past_key_values=cache,
             use_cache=cache is not None,
             block_biases=additive_masks(block_masks, embedded.dtype),
+            **{cache_argument(self.language_model.base_model): cache},
         ).last_hidden_state
         return hidden
 
