@@ -22,9 +22,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from pipeline.checkpoint import LANGUAGE_HALF, only_half
+from pipeline.checkpoint import LANGUAGE_HALF
+from pipeline.checkpoint_check import end_tokens
 from pipeline.compat import cache_argument
 from pipeline.errors import PipelineError
+from pipeline.loading import load_half, require_finite
 from pipeline.memory import give_back_memory, keep_no_freed_memory
 from pipeline.tree_attention import TREE_ATTENTION, additive_masks
 
@@ -113,18 +115,20 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             inputs: those of `forward` that describe the trees, and settings of the library's `generate`.
         """
         trees = {name: inputs.pop(name) for name in TREES}
+        ends, padding = end_tokens(self.config), self.config.text_config.pad_token_id
+        padding = ends[0] if padding is None else padding
         cache = DynamicCache()
         self._read(**trees, cache=cache)
         for layer in cache.layers:
             layer.keys, layer.values = _along(paths, layer.keys), _along(paths, layer.values)
         cache.batch_repeat_interleave(num_beams)
         seen = functional.pad(paths >= 0, (0, 1), value=True)
-        prompts = torch.where(seen, last_tokens[:, None], self.config.text_config.pad_token_id)
+        prompts = torch.where(seen, last_tokens[:, None], padding)
         found = self.language_model.generate(
             input_ids=prompts,  # of these the last alone is read: the others are in the cache
             attention_mask=seen.long(),
-            eos_token_id=self.config.text_config.eos_token_id,
-            pad_token_id=self.config.text_config.pad_token_id,
+            eos_token_id=ends,
+            pad_token_id=padding,
             do_sample=False,
             num_beams=num_beams,
             return_dict_in_generate=True,
@@ -136,7 +140,7 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         steps = self.language_model.compute_transition_scores(
             found.sequences, found.scores, found.get("beam_indices"), normalize_logits=num_beams == 1
         )
-        ended = (tokens == self.config.text_config.eos_token_id).cumsum(1)
+        ended = torch.isin(tokens, tokens.new_tensor(ends)).cumsum(1)
         ended = functional.pad(ended, (1, 0))[:, :-1]  # the end token itself counts
         return Generated(tokens, steps.masked_fill(ended > 0, 0.0).sum(1))
 
@@ -208,14 +212,16 @@ def load_language_half(
         llm_int8_skip_modules=["language_projection", "lm_head"],
     )
     keep_no_freed_memory()
-    with only_half(folder, LANGUAGE_HALF) as view:
-        model = Blip2LanguageHalf.from_pretrained(
-            view,
-            config=config,
-            dtype=compute_dtype,
-            device_map={"": device},
-            quantization_config=quantization if bits else None,
-        )
+    model = load_half(
+        Blip2LanguageHalf,
+        folder,
+        LANGUAGE_HALF,
+        config=config,
+        dtype=compute_dtype,
+        device_map={"": device},
+        quantization_config=quantization if bits else None,
+    )
+    require_finite(model, folder)
     if device.type == "cpu":
         _let_go_of_files(model)
     return model.eval().requires_grad_(False)
