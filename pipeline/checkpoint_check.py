@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,9 +24,11 @@ LISTED = 5
 """Faults that an error lists, at most."""
 _DTYPES = {"F16", "BF16", "F32", "F64"}  # of weights, in safetensors' words
 
-_Count = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1, le=2**31)]
+_Layers = Annotated[int, Field(ge=1, le=1000)]  # more would take hours to lay out
 _Token = Annotated[int, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
+_Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 _Small = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -35,11 +37,15 @@ class _Section(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
+    model_type: str = ""
+    dtype: _Dtype | None = None
+    torch_dtype: _Dtype | None = None
+
 
 class _Vision(_Section):
     hidden_size: _Count = 1
     intermediate_size: _Count = 1
-    num_hidden_layers: _Count = 1
+    num_hidden_layers: _Layers = 1
     num_attention_heads: _Count = 1
     image_size: _Count = 1
     patch_size: _Count = 1
@@ -52,7 +58,7 @@ class _Vision(_Section):
 class _QFormer(_Section):
     hidden_size: _Count = 1
     intermediate_size: _Count = 1
-    num_hidden_layers: _Count = 1
+    num_hidden_layers: _Layers = 1
     num_attention_heads: _Count = 1
     encoder_hidden_size: _Count = 1
     cross_attention_frequency: _Count = 1
@@ -67,7 +73,7 @@ class _Text(_Section):
     vocab_size: _Count = 1
     hidden_size: _Count = 1
     ffn_dim: _Count = 1
-    num_hidden_layers: _Count = 1
+    num_hidden_layers: _Layers = 1
     num_attention_heads: _Count = 1
     max_position_embeddings: _Count = 1
     word_embed_proj_dim: _Count | None = None
@@ -153,10 +159,9 @@ def model_tensors(config: Blip2Config) -> tuple[dict[str, torch.Size], dict[str,
 
 @cache  # a stage asks several times
 def _model_tensors(config: str) -> tuple[dict[str, torch.Size], dict[str, str]]:
-    parsed = Blip2Config.from_dict(json.loads(config))
     try:
         with torch.device("meta"):
-            model = Blip2ForConditionalGeneration(parsed)
+            model = Blip2ForConditionalGeneration(Blip2Config.from_dict(json.loads(config)))
     except Exception as error:
         raise PipelineError(f"{CONFIG}: no model can be made of it: {one_line(error)}") from None
     tied = dict(model.all_tied_weights_keys)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Blip2Config
 
-from pipeline.assemble import open_batcher, trainable_questions, training_batches
+from pipeline.assemble import check_lora, open_batcher, trainable_questions, training_batches
 from pipeline.batching import ImageSequence, micro_batches, pack
 from pipeline.checkpoint import LANGUAGE_HALF, fetch_checkpoint
 from pipeline.compat import enable_activation_checkpointing
@@ -35,6 +35,7 @@ def forecast(config: Config) -> dict[str, Any]:
     Resident memory on a CPU, torch's on a GPU; pages of the cache that the system keeps mapped are not counted, nor is
     what loading takes before training begins. Raises as `train` does at its start.
     """
+    check_lora(config)
     batcher = open_batcher(config, "train")
     questions = trainable_questions(batcher, config)
     settings = config.train

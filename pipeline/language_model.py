@@ -23,10 +23,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from pipeline.checkpoint import LANGUAGE_HALF
-from pipeline.checkpoint_check import end_tokens
+from pipeline.checkpoint_check import end_tokens, model_tensors
 from pipeline.compat import cache_argument
 from pipeline.errors import PipelineError
 from pipeline.loading import load_half, require_finite
+from pipeline.lora import compute_with_float_biases, require_all_saved, targets_in_full_model, targets_of
 from pipeline.memory import give_back_memory, keep_no_freed_memory
 from pipeline.tree_attention import TREE_ATTENTION, additive_masks
 
@@ -242,19 +243,32 @@ def _let_go_of_files(model: nn.Module) -> None:
 def add_lora(
     model: Blip2LanguageHalf, r: int, alpha: float, dropout: float, target_modules: tuple[str, ...], bias: str
 ) -> PeftModel:
-    """`model` with a fresh LoRA adapter; what is trained, biases included, is float32."""
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias=bias)
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise PipelineError(
-            f"lora.target_modules {list(target_modules)} do not fit the language model: {str(error).splitlines()[0]}"
-        ) from None
+    """`model` with a fresh LoRA adapter; what is trained, biases included, is float32.
+
+    Raises:
+        ConfigError: a name in `target_modules` does not fit the model, or `bias` the installed PEFT.
+    """
+    targets = targets_of(model, target_modules)
+    on_full_model = targets_in_full_model(model, targets, encoder_modules(model.config))
+    dtype = model.dtype
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias=bias)
+    adapted = get_peft_model(model, config)
+    adapted.active_peft_config.target_modules = set(on_full_model)
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # a gradient scaler takes no float16
+    if bias != "none":
+        require_all_saved(adapted)
+    if dtype != torch.float32:
+        compute_with_float_biases(adapted)
     keep_trainable(adapted)
     return adapted
+
+
+def encoder_modules(config: Blip2Config) -> set[str]:
+    """Names of the full model's modules that are not of the language half, and have weights."""
+    tensors, _ = model_tensors(config)
+    return {name.rpartition(".")[0] for name in tensors if not name.startswith(LANGUAGE_HALF)}
 
 
 def keep_trainable(model: nn.Module) -> None:

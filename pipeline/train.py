@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from pipeline.assemble import load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
+from pipeline.assemble import check_lora, load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
 from pipeline.batching import Batcher
 from pipeline.card import write_card
 from pipeline.compat import checkpointing_arguments, disable_activation_checkpointing
@@ -83,6 +83,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
     with Team() as team:
         if team.rank == 0:
             run.check_resumable(config) if resume else run.check_new()
+        check_lora(config)
         data = _open_data(config)
         run = RunFolder(team.share_out([run.path] * team.size) if team.rank == 0 else team.receive(Path))
         base = load(config)
