@@ -24,8 +24,9 @@ LISTED = 5
 """Faults that an error lists, at most."""
 _DTYPES = {"F16", "BF16", "F32", "F64"}  # of weights, in safetensors' words
 
-_Count = Annotated[int, Field(ge=1, le=2**31)]
-_Layers = Annotated[int, Field(ge=1, le=1000)]  # more would take hours to lay out
+# Far above any model; more layers would take hours to lay out.
+_Count = Annotated[int, Field(ge=1, le=1_000_000)]
+_Layers = Annotated[int, Field(ge=1, le=1000)]
 _Token = Annotated[int, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Dtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -133,7 +134,10 @@ def check_checkpoint(folder: Path, half: tuple[str, ...]) -> None:
     """
     config = check_config(folder)
     files = weight_files(folder)
-    shapes, tied = model_tensors(config)
+    try:
+        shapes, tied = model_tensors(config)
+    except Exception as error:
+        raise _refusal(folder / CONFIG, [f"no model can be made of it: {one_line(error)}"]) from None
     _require_files(folder, {path for name, path in files.items() if name.startswith(half)})
     headers = {path: safetensors_header(path)[1] for path in set(files.values()) if path.exists()}
     with_others = any(name in shapes and not name.startswith(half) for name in files)
@@ -159,11 +163,8 @@ def model_tensors(config: Blip2Config) -> tuple[dict[str, torch.Size], dict[str,
 
 @cache  # a stage asks several times
 def _model_tensors(config: str) -> tuple[dict[str, torch.Size], dict[str, str]]:
-    try:
-        with torch.device("meta"):
-            model = Blip2ForConditionalGeneration(Blip2Config.from_dict(json.loads(config)))
-    except Exception as error:
-        raise PipelineError(f"{CONFIG}: no model can be made of it: {one_line(error)}") from None
+    with torch.device("meta"):
+        model = Blip2ForConditionalGeneration(Blip2Config.from_dict(json.loads(config)))
     tied = dict(model.all_tied_weights_keys)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}, tied | {b: a for a, b in tied.items()}
 

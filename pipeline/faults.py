@@ -11,7 +11,8 @@ def explain(error: ValidationError) -> Iterator[str]:
     for one in error.errors(include_url=False):
         key = ".".join(part for part in map(str, one["loc"]) if part.isidentifier() and part not in _OF_PYDANTIC)
         message = f"{one['msg'][0].lower()}{one['msg'][1:]}"
-        found[key] = f"{found[key]}, or {message}" if key in found else f"{key} is {_short(one['input'])}: {message}"
+        value = f"{key} is {_short(one['input'])}: " if key else ""
+        found[key] = f"{found[key]}, or {message}" if key in found else f"{value}{message}"
     yield from found.values()
 
 

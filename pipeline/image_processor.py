@@ -1,9 +1,9 @@
 """The settings of a checkpoint's image processor, checked: what is wrong in its file is raised by key."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import BlipImageProcessorPil
 
 from pipeline.checkpoint_files import read_json
@@ -28,6 +28,15 @@ class _Settings(BaseModel):
     rescale_factor: _Positive | None
     image_mean: float | _Channels | None
     image_std: _Positive | _Deviations | None
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
+        needed = {"do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std")}
+        for step, keys in needed.items():
+            for key in keys:
+                if getattr(self, step) and getattr(self, key) is None:
+                    raise ValueError(f"{step} is true, and {key} null")
+        return self
 
 
 def load_image_processor(folder: Path) -> Any:

@@ -26,12 +26,13 @@ def targets_of(model: nn.Module, names: Sequence[str]) -> list[str]:
         ConfigError: one of them matches nothing, or what is no linear layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names_there = _module_names(model)
     targets: list[str] = []
     for target in names:
         if target == ALL_LINEAR:
             targets += _leaves(name for name in linear if name.startswith(DECODER))
             continue
-        matched = set(_matches(target, (name for name, _ in model.named_modules())))
+        matched = set(_matches(target, names_there))
         if not matched or not matched <= set(linear):
             raise ConfigError(_refusal(target, linear, found=bool(matched)))
         targets.append(target)
@@ -43,7 +44,7 @@ def targets_in_full_model(model: nn.Module, targets: Sequence[str], others: Iter
 
     These are the targets, but of one that also matches a name of `others`, modules of the other part, the full names.
     """
-    others, names = list(others), [name for name, _ in model.named_modules()]
+    others, names = list(others), _module_names(model)
     full = (list(_matches(target, names)) if any(_matches(target, others)) else [target] for target in targets)
     return sorted({name for found in full for name in found})
 
@@ -80,6 +81,10 @@ def require_all_saved(model: PeftModel) -> None:
             f"lora.bias: the installed release of peft does not save {len(forgotten)} of the trained weights, such as "
             f"{forgotten[0]}; install a newer one, or set lora.bias=none or lora.bias=all"
         )
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name]  # the model itself has none
 
 
 def _matches(target: str, names: Iterable[str]) -> Iterator[str]:
