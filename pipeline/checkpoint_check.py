@@ -206,11 +206,14 @@ def _faults(
     headers: dict[Path, dict[str, Any]],
 ) -> Iterator[str]:
     """Tensors that are missing, or not as the config says; those of files that are elsewhere are taken to be right."""
+    lacking: set[str] = set()
     listing = WEIGHTS if (folder / WEIGHTS).exists() else INDEX
     for name, shape in wanted.items():
         path = files.get(name)
         if path is None:
-            if tied.get(name) not in files:
+            twin = tied.get(name)
+            if twin not in files and twin not in lacking:
+                lacking.add(name)
                 yield f"{listing} lacks {name}"
         elif path not in headers:
             continue
@@ -232,7 +235,6 @@ def _log_unknown(folder: Path, names: tuple[str, ...]) -> None:
 def _refusal(path: Path, faults: list[str]) -> PipelineError:
     more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
     listed = "\n  ".join(faults[:LISTED]) + more
-    first = f" {listed}" if len(faults) == 1 else f"\n  {listed}"
     return PipelineError(
-        f"{path}: the checkpoint cannot be used:{first}\nGet it again, or name another one in model.checkpoint"
+        f"{path}: the checkpoint cannot be used: {listed}\nGet it again, or name another one in model.checkpoint"
     )
