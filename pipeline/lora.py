@@ -79,7 +79,7 @@ def require_all_saved(model: PeftModel) -> None:
     if forgotten:
         raise ConfigError(
             f"lora.bias: the installed release of peft does not save {len(forgotten)} of the trained weights, such as "
-            f"{forgotten[0]}; install a newer one, or set lora.bias=none or lora.bias=all"
+            f"{forgotten[0]}; install 0.21 or newer, or set lora.bias=none or lora.bias=all"
         )
 
 

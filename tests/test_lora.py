@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import SAVES_LORA_ONLY
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.train import train
 
 CPU = torch.device("cpu")
+LORA_ONLY = pytest.param("lora_only", marks=SAVES_LORA_ONLY)
 DECODER = "language_model.model.decoder."
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 EVERY = {f"{DECODER}layers.{layer}.{kind}" for layer in range(4) for kind in KINDS}
@@ -101,7 +103,7 @@ def test_all_linear_is_written_alone_or_in_a_list(cached: Config, tmp_path: Path
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("bias", ["none", LORA_ONLY])
 def test_plain_peft_adapts_on_the_full_model_what_was_trained(
     half: Blip2LanguageHalf, checkpoint: Path, targets: tuple[str, ...], expected: set[str], bias: str, tmp_path: Path
 ) -> None:
@@ -135,7 +137,7 @@ def _logits(model: torch.nn.Module, features: torch.Tensor, ids: torch.Tensor) -
 
 @pytest.mark.parametrize("bits", [4, None], ids=["nf4", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("bias", "trained"), [("all", 34), ("lora_only", 8)])
+@pytest.mark.parametrize(("bias", "trained"), [("all", 34), pytest.param("lora_only", 8, marks=SAVES_LORA_ONLY)])
 def test_biases_are_trained_in_float32_in_every_dtype(
     cached: Config, batcher: Batcher, tmp_path: Path, bits: int | None, dtype: torch.dtype, bias: str, trained: int
 ) -> None:
@@ -177,6 +179,7 @@ def batcher(cached: Config) -> Batcher:
     return open_batcher(cached, "train")
 
 
+@SAVES_LORA_ONLY
 def test_a_training_of_biases_in_half_precision_goes_on_as_if_never_stopped(cached: Config, tmp_path: Path) -> None:
     lora = cached.lora.model_copy(update={"target_modules": ("all-linear",), "bias": "lora_only", "r": 2})
     config = cached.model_copy(
@@ -202,8 +205,9 @@ def test_a_training_of_biases_in_half_precision_goes_on_as_if_never_stopped(cach
     assert "fc1" not in saved
 
 
+@SAVES_LORA_ONLY
 def test_a_peft_that_forgets_the_biases_is_refused(half: Blip2LanguageHalf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As releases before 0.19 did with `lora_only`."""
+    """As releases before 0.21 do with `lora_only`."""
     import pipeline.lora
 
     saved = pipeline.lora.get_peft_model_state_dict
