@@ -27,7 +27,8 @@ from pipeline.device import pick_device, pick_dtype
 from pipeline.encoder import Blip2Encoder, load_encoder
 from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
-from pipeline.images import PictureError, Preprocessor, check_header, read_picture
+from pipeline.identity import load_preprocessor
+from pipeline.images import PictureError, check_header, read_picture
 from pipeline.language_model import load_adapter
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
@@ -55,7 +56,7 @@ class PictureReader:
         """Raises `PipelineError` if the encoder's tensors cannot be had."""
         model = config.model
         self.folder = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_HALF)
-        self.preprocess = Preprocessor(self.folder)
+        self.preprocess = load_preprocessor(self.folder)
         self.encoder_dtype, self.storage_dtype = _encoder_dtype(config), config.cache.dtype
         self.device = pick_device()
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import Blip2Config
 
 from cache.files import sha256_of
 from cache.reader import FeatureReader
@@ -17,6 +19,7 @@ from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
 from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.language_model import Blip2LanguageHalf, load_language_half
+from pipeline.lora import targets_of
 from pipeline.progress import say
 from pipeline.tables import identity
 from pipeline.targets import Targets
@@ -124,6 +127,13 @@ def _tell_other_pictures(features: FeatureReader, config: Config, split: str) ->
         and given.resolve() != Path(encoded).resolve()
     ):
         say(f"data.{split}.images is {given}; {features.folder} holds the pictures of {encoded}, and these are used")
+
+
+def check_lora(config: Config) -> None:
+    """Raises `ConfigError` if the names in `lora.target_modules` do not fit the language model; none is loaded."""
+    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
+    with torch.device("meta"):
+        targets_of(Blip2LanguageHalf(Blip2Config.from_pretrained(folder)), config.lora.target_modules)
 
 
 def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf:

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+from pipeline.checkpoint_check import check_checkpoint, check_config
+from pipeline.checkpoint_files import INDEX, SMALL_FILES, WEIGHTS, read_json, safetensors_header, weight_files
 from pipeline.embedded import EMBEDDED, embedded_checkpoint
 from pipeline.errors import PipelineError
 from pipeline.remembered import file_states, recall, remember
@@ -19,26 +19,35 @@ from pipeline.remembered import file_states, recall, remember
 ENCODER_HALF = ("vision_model.", "qformer.", "query_tokens")
 LANGUAGE_HALF = ("language_projection.", "language_model.")
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SMALL_FILES = ("*.json", "*.txt")  # config, tokenizer, image processor, index
-
 
 def fetch_checkpoint(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> Path:
     """The local folder of a checkpoint, with at least the weight files that `half` needs in it.
 
     `checkpoint` is `embedded`, a folder, or a hub id, of which only the small files and the shards that
-    hold a tensor of `half` are downloaded. Raises `PipelineError` if it cannot be had or is no BLIP-2
-    with a decoder-only language model in safetensors.
+    hold a tensor of `half` are downloaded. Raises `PipelineError` if it cannot be had, is no BLIP-2
+    with a decoder-only language model in safetensors, or lacks a tensor that its config asks for.
     """
-    require_plausible(checkpoint)
+    _require_plausible(checkpoint)
     local = Path(public_name(checkpoint))
     folder = local if local.is_dir() else _download(checkpoint, revision, half)
-    _check(folder, checkpoint, half)
+    check_checkpoint(folder, half)
     return folder
 
 
-def require_plausible(checkpoint: str) -> None:
+def fetch_small_files(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> Path:
+    """The local folder of a checkpoint with its config and tokenizer, before anything long is begun.
+
+    Raises `PipelineError` as `fetch_checkpoint` does, of a hub id as far as is known without its weight files.
+    """
+    _require_plausible(checkpoint)
+    if Path(public_name(checkpoint)).is_dir():
+        return fetch_checkpoint(checkpoint, revision, half)
+    folder = _download(checkpoint, revision)
+    check_config(folder)
+    return folder
+
+
+def _require_plausible(checkpoint: str) -> None:
     """Raises `PipelineError` for what is plainly no checkpoint, before anything is read or downloaded."""
     if checkpoint == EMBEDDED or Path(checkpoint).is_dir():
         return
@@ -61,11 +70,11 @@ def only_half(folder: Path, half: tuple[str, ...]) -> Iterator[Path]:
 
     `from_pretrained` opens every shard that an index names; here the index names those of one half.
     """
-    if not (folder / INDEX).exists():
+    if (folder / WEIGHTS).exists():
         yield folder  # one file: `from_pretrained` reads from it just the tensors that the model has
         return
-    index = _read_json(folder / INDEX)
-    index["weight_map"] = _weight_map(folder, half)
+    index = read_json(folder / INDEX)
+    index["weight_map"] = {name: path.name for name, path in _files(folder, half).items()}
     with TemporaryDirectory(prefix="blip2-half-") as name:
         view = Path(name)
         for pattern in SMALL_FILES:
@@ -80,12 +89,12 @@ def only_half(folder: Path, half: tuple[str, ...]) -> Iterator[Path]:
 
 def has_half(folder: Path, half: tuple[str, ...]) -> bool:
     """Whether every weight file of `half` is in the folder; of a hub checkpoint, the other half's may be missing."""
-    return all((folder / shard).exists() for shard in set(_weight_map(folder, half).values()))
+    return all(path.exists() for path in set(_files(folder, half).values()))
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Name of every tensor of both halves -> the file that holds it."""
-    return {name: folder / shard for name, shard in _weight_map(folder, (*ENCODER_HALF, *LANGUAGE_HALF)).items()}
+    return _files(folder, (*ENCODER_HALF, *LANGUAGE_HALF))
 
 
 def fingerprint(folder: Path, half: tuple[str, ...]) -> str:
@@ -93,45 +102,27 @@ def fingerprint(folder: Path, half: tuple[str, ...]) -> str:
 
     Remembered for files that have not changed since: the tensors of ViT-g take seconds to read.
     """
-    where = _weight_map(folder, half)
-    state = file_states([folder / shard for shard in sorted(set(where.values()))])
+    where = _files(folder, half)
+    state = file_states(sorted(set(where.values())))
     known = recall(state)
-    return known or remember(state, _fingerprint(folder, where))
+    return known or remember(state, _fingerprint(where))
 
 
-def _fingerprint(folder: Path, where: dict[str, str]) -> str:
-    headers = {shard: _safetensors_header(folder / shard) for shard in set(where.values())}
+def _fingerprint(where: dict[str, Path]) -> str:
+    headers = {path: safetensors_header(path) for path in set(where.values())}
     digest = hashlib.sha256()
     for name in sorted(where):
         data_start, header = headers[where[name]]
         tensor = header[name]
         digest.update(f"{name} {tensor['dtype']} {tensor['shape']}\n".encode())
         begin, end = tensor["data_offsets"]
-        _hash_range(digest, folder / where[name], data_start + begin, end - begin)
+        _hash_range(digest, where[name], data_start + begin, end - begin)
     return digest.hexdigest()
 
 
-def _weight_map(folder: Path, half: tuple[str, ...]) -> dict[str, str]:
+def _files(folder: Path, half: tuple[str, ...]) -> dict[str, Path]:
     """Name of each tensor of `half` -> the file that holds it."""
-    if (folder / INDEX).exists():
-        names: dict[str, str] = _read_json(folder / INDEX)["weight_map"]
-    else:
-        names = dict.fromkeys(_safetensors_header(folder / WEIGHTS)[1], WEIGHTS)
-    return {name: shard for name, shard in names.items() if name.startswith(half)}
-
-
-def _safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file starts, and its header: a length (8 bytes, little-endian), then JSON."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
-        raise PipelineError(f"{path}: not a readable safetensors file ({error}); get the checkpoint again") from None
-    header.pop("__metadata__", None)
-    return 8 + length, header
+    return {name: path for name, path in weight_files(folder).items() if name.startswith(half)}
 
 
 def _hash_range(digest: "hashlib._Hash", path: Path, start: int, length: int) -> None:
@@ -145,13 +136,16 @@ def _hash_range(digest: "hashlib._Hash", path: Path, start: int, length: int) ->
 
 
 @cache  # a stage asks several times, each would ask the hub
-def _download(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> Path:
+def _download(checkpoint: str, revision: str | None, half: tuple[str, ...] | None = None) -> Path:
+    """The small files, and the weight files of `half`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=list(SMALL_FILES)))
-        shards = sorted(set(_weight_map(folder, half).values())) if (folder / INDEX).exists() else [WEIGHTS]
+        if half is None:
+            return folder
+        shards = {path.name for path in _files(folder, half).values()} if (folder / INDEX).exists() else {WEIGHTS}
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=[*SMALL_FILES, *shards]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -159,32 +153,3 @@ def _download(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> P
             f"checkpoint {checkpoint!r} (model.checkpoint) is neither a folder here nor to be had from the hub"
             f"{f' at revision {revision!r}' if revision else ''}: {reason} Check the name, the network and your access."
         ) from None
-
-
-def _check(folder: Path, checkpoint: str, half: tuple[str, ...]) -> None:
-    config = _read_json(folder / "config.json")
-    language = (config.get("text_config") or {}).get("model_type", "opt")
-    if config.get("model_type") != "blip-2" or language != "opt":
-        raise PipelineError(
-            f"checkpoint {checkpoint!r} (model.checkpoint) is {config.get('model_type')!r} with the language model "
-            f"{language!r}; this pipeline takes BLIP-2 with OPT, such as Salesforce/blip2-opt-2.7b"
-        )
-    if not (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
-        raise PipelineError(f"{folder}: neither {WEIGHTS} nor {INDEX}; only checkpoints in safetensors are loaded")
-    where = _weight_map(folder, half)
-    absent = [prefix for prefix in half if not any(name.startswith(prefix) for name in where)]
-    absent += sorted({shard for shard in where.values() if not (folder / shard).exists()})
-    if absent:
-        raise PipelineError(f"{folder}: the checkpoint is not whole, it lacks {', '.join(absent)}; get it again")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: not there; a checkpoint is a folder in Hugging Face form") from None
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{path}: not readable as JSON ({error}); get the checkpoint again") from None
-    if not isinstance(values, dict):
-        raise PipelineError(f"{path}: not a JSON object; get the checkpoint again")
-    return values

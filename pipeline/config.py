@@ -171,8 +171,13 @@ class LoraConfig(Section):
     alpha: Positive = 32
     dropout: Share = 0.05
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
-    """Names of linear layers of the language model."""
+    """Names of linear layers of the language model, or ends of their paths; all-linear is all of its decoder."""
     bias: Literal["none", "all", "lora_only"] = "none"
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_linear_alone(cls, names: object) -> object:
+        return (names,) if names == "all-linear" else names
 
 
 class TrainConfig(Section):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2PreTrainedModel, Blip2QFormerModel, Blip2VisionModel
 
-from pipeline.checkpoint import ENCODER_HALF, only_half
+from pipeline.checkpoint import ENCODER_HALF
+from pipeline.loading import load_half, require_finite
 
 
 class Blip2Encoder(Blip2PreTrainedModel):
@@ -36,6 +37,6 @@ class Blip2Encoder(Blip2PreTrainedModel):
 
 def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Blip2Encoder:
     """The encoder half of the checkpoint in `folder`, frozen; no tensor of the other half is read."""
-    with only_half(folder, ENCODER_HALF) as view:
-        encoder = Blip2Encoder.from_pretrained(view, dtype=dtype)
-    return encoder.to(device).eval().requires_grad_(False)
+    encoder = load_half(Blip2Encoder, folder, ENCODER_HALF, dtype=dtype).to(device)
+    require_finite(encoder, folder)
+    return encoder.eval().requires_grad_(False)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Blip2Config
 
-from pipeline.assemble import open_batcher, trainable_questions, training_batches
+from pipeline.assemble import check_lora, open_batcher, trainable_questions, training_batches
 from pipeline.batching import ImageSequence, micro_batches, pack
 from pipeline.checkpoint import LANGUAGE_HALF, fetch_checkpoint
+from pipeline.compat import enable_activation_checkpointing
 from pipeline.config import Config, QuantizationConfig
 from pipeline.device import pick_device, pick_dtype
 from pipeline.language_model import Blip2LanguageHalf, add_lora
@@ -34,6 +35,7 @@ def forecast(config: Config) -> dict[str, Any]:
     Resident memory on a CPU, torch's on a GPU; pages of the cache that the system keeps mapped are not counted, nor is
     what loading takes before training begins. Raises as `train` does at its start.
     """
+    check_lora(config)
     batcher = open_batcher(config, "train")
     questions = trainable_questions(batcher, config)
     settings = config.train
@@ -85,7 +87,7 @@ def _without_storage(config: Config, dtype: torch.dtype) -> PeftModel:
         half = Blip2LanguageHalf._from_config(architecture, dtype=dtype).requires_grad_(False)
         model = add_lora(half, **config.lora.model_dump())
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(model)
     mode, fakes = FakeTensorMode(), {}
     for module in model.modules():
         for name, weight in module._parameters.items():

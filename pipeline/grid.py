@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.spec import CacheError
+from pipeline.assemble import check_lora
 from pipeline.config import Config, load_config
 from pipeline.errors import PipelineError
 from pipeline.language_model import Blip2LanguageHalf
@@ -36,6 +37,8 @@ def train_grid(
     if not resume:
         for run, _ in planned:
             run.check_new()
+    for _, settings in planned:
+        check_lora(settings)
     load = _LoadOnce()
     rows = []
     for number, (varied, (run, settings)) in enumerate(zip(combinations, planned, strict=True), start=1):

@@ -9,6 +9,7 @@ from transformers import Blip2Config
 
 from cache.spec import CacheSpec
 from pipeline.checkpoint import ENCODER_HALF, fingerprint
+from pipeline.errors import PipelineError
 from pipeline.images import Preprocessor
 
 # What of the config decides the features. Named one by one: a new release of transformers may add keys, and no cache
@@ -36,6 +37,19 @@ def encoder_settings(folder: Path) -> dict[str, Any]:
     return {"num_query_tokens": model.num_query_tokens, **settings}
 
 
+def load_preprocessor(folder: Path) -> Preprocessor:
+    """The checkpoint's preprocessing. Raises `PipelineError` if its pixels are not those that the encoder takes."""
+    preprocess = Preprocessor(folder)
+    side = Blip2Config.from_pretrained(folder).vision_config.image_size
+    if preprocess.size != (side, side):
+        height, width = preprocess.size
+        raise PipelineError(
+            f"{folder}: the image processor's size is {height} x {width}, and config.json has "
+            f"vision_config.image_size {side}; they are not of one checkpoint"
+        )
+    return preprocess
+
+
 def encoder_spec(folder: Path, encoder_dtype: str, storage_dtype: str, encoder_fingerprint: str = "") -> CacheSpec:
     """From the checkpoint's files alone; no model is loaded.
 
@@ -45,7 +59,7 @@ def encoder_spec(folder: Path, encoder_dtype: str, storage_dtype: str, encoder_f
     return CacheSpec(
         encoder_fingerprint=encoder_fingerprint or _fingerprint(folder, settings),
         encoder_dtype=encoder_dtype,
-        image_preprocessing=Preprocessor(folder).identity(),
+        image_preprocessing=load_preprocessor(folder).identity(),
         query_tokens=settings["num_query_tokens"],
         width=settings["qformer_config.hidden_size"],
         dtype=storage_dtype,

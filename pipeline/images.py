@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from transformers import BlipImageProcessorPil
 
 from pipeline.decoding import RULES, has_transparency, is_preview, is_rescaled, upright_rgb, upright_turn
 from pipeline.errors import PipelineError
 from pipeline.file_kinds import CAMERA_RAW, unreadable_image, why_not_known
+from pipeline.image_processor import load_image_processor
 from pipeline.tables import Picture
 
 # Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
@@ -162,7 +162,7 @@ class Preprocessor:
 
     def __init__(self, checkpoint_folder: Path):
         """Raises `PipelineError` for a processor that does other steps than these, or has no fixed size."""
-        self.processor: Any = BlipImageProcessorPil.from_pretrained(checkpoint_folder)
+        self.processor = load_image_processor(checkpoint_folder)
         self.size = _check_processor(self.processor, checkpoint_folder)
         self._resample = Image.Resampling(int(self.processor.resample))
         self._table = _pixel_table(self.processor)

@@ -22,8 +22,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from pipeline.checkpoint import LANGUAGE_HALF, only_half
+from pipeline.checkpoint import LANGUAGE_HALF
+from pipeline.checkpoint_check import end_tokens, model_tensors
+from pipeline.compat import cache_argument
 from pipeline.errors import PipelineError
+from pipeline.loading import load_half, require_finite
+from pipeline.lora import compute_with_float_biases, require_all_saved, targets_in_full_model, targets_of
 from pipeline.memory import give_back_memory, keep_no_freed_memory
 from pipeline.tree_attention import TREE_ATTENTION, additive_masks
 
@@ -112,30 +116,32 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             inputs: those of `forward` that describe the trees, and settings of the library's `generate`.
         """
         trees = {name: inputs.pop(name) for name in TREES}
+        ends, padding = end_tokens(self.config), self.config.text_config.pad_token_id
+        padding = ends[0] if padding is None else padding
         cache = DynamicCache()
         self._read(**trees, cache=cache)
         for layer in cache.layers:
             layer.keys, layer.values = _along(paths, layer.keys), _along(paths, layer.values)
         cache.batch_repeat_interleave(num_beams)
         seen = functional.pad(paths >= 0, (0, 1), value=True)
-        prompts = torch.where(seen, last_tokens[:, None], self.config.text_config.pad_token_id)
+        prompts = torch.where(seen, last_tokens[:, None], padding)
         found = self.language_model.generate(
             input_ids=prompts,  # of these the last alone is read: the others are in the cache
             attention_mask=seen.long(),
-            past_key_values=cache,
-            eos_token_id=self.config.text_config.eos_token_id,
-            pad_token_id=self.config.text_config.pad_token_id,
+            eos_token_id=ends,
+            pad_token_id=padding,
             do_sample=False,
             num_beams=num_beams,
             return_dict_in_generate=True,
             output_scores=True,
+            **{cache_argument(self.language_model): cache},
             **inputs,
         )
         tokens = found.sequences[:, prompts.shape[1] :]
         steps = self.language_model.compute_transition_scores(
             found.sequences, found.scores, found.get("beam_indices"), normalize_logits=num_beams == 1
         )
-        ended = (tokens == self.config.text_config.eos_token_id).cumsum(1)
+        ended = torch.isin(tokens, tokens.new_tensor(ends)).cumsum(1)
         ended = functional.pad(ended, (1, 0))[:, :-1]  # the end token itself counts
         return Generated(tokens, steps.masked_fill(ended > 0, 0.0).sum(1))
 
@@ -154,9 +160,9 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             inputs_embeds=embedded,
             attention_mask=block_masks[0].new_ones(1, 1, 1, 1),  # four-dimensional: the library leaves masks to us
             position_ids=position_ids[None],
-            past_key_values=cache,
             use_cache=cache is not None,
             block_biases=additive_masks(block_masks, embedded.dtype),
+            **{cache_argument(self.language_model.base_model): cache},
         ).last_hidden_state
         return hidden
 
@@ -207,14 +213,16 @@ def load_language_half(
         llm_int8_skip_modules=["language_projection", "lm_head"],
     )
     keep_no_freed_memory()
-    with only_half(folder, LANGUAGE_HALF) as view:
-        model = Blip2LanguageHalf.from_pretrained(
-            view,
-            config=config,
-            dtype=compute_dtype,
-            device_map={"": device},
-            quantization_config=quantization if bits else None,
-        )
+    model = load_half(
+        Blip2LanguageHalf,
+        folder,
+        LANGUAGE_HALF,
+        config=config,
+        dtype=compute_dtype,
+        device_map={"": device},
+        quantization_config=quantization if bits else None,
+    )
+    require_finite(model, folder)
     if device.type == "cpu":
         _let_go_of_files(model)
     return model.eval().requires_grad_(False)
@@ -235,19 +243,32 @@ def _let_go_of_files(model: nn.Module) -> None:
 def add_lora(
     model: Blip2LanguageHalf, r: int, alpha: float, dropout: float, target_modules: tuple[str, ...], bias: str
 ) -> PeftModel:
-    """`model` with a fresh LoRA adapter; what is trained, biases included, is float32."""
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), bias=bias)
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise PipelineError(
-            f"lora.target_modules {list(target_modules)} do not fit the language model: {str(error).splitlines()[0]}"
-        ) from None
+    """`model` with a fresh LoRA adapter; what is trained, biases included, is float32.
+
+    Raises:
+        ConfigError: a name in `target_modules` does not fit the model, or `bias` the installed PEFT.
+    """
+    targets = targets_of(model, target_modules)
+    on_full_model = targets_in_full_model(model, targets, encoder_modules(model.config))
+    dtype = model.dtype
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias=bias)
+    adapted = get_peft_model(model, config)
+    adapted.active_peft_config.target_modules = set(on_full_model)
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # a gradient scaler takes no float16
+    if bias != "none":
+        require_all_saved(adapted)
+    if dtype != torch.float32:
+        compute_with_float_biases(adapted)
     keep_trainable(adapted)
     return adapted
+
+
+def encoder_modules(config: Blip2Config) -> set[str]:
+    """Names of the full model's modules that are not of the language half, and have weights."""
+    tensors, _ = model_tensors(config)
+    return {name.rpartition(".")[0] for name in tensors if not name.startswith(LANGUAGE_HALF)}
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -20,9 +20,11 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers import Blip2Config
 
-from pipeline.checkpoint import INDEX, SMALL_FILES, WEIGHTS, tensor_files
+from pipeline.checkpoint import tensor_files
+from pipeline.checkpoint_check import model_tensors
+from pipeline.checkpoint_files import INDEX, SMALL_FILES, WEIGHTS
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 
@@ -125,30 +127,39 @@ class _Source:
             [name] = set(_TIED) - {name}  # a checkpoint may hold either
         if name not in self.files:
             raise PipelineError(f"{self.checkpoint}: the checkpoint is not whole, it lacks {name}; get it again")
-        with safe_open(self.files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return _tensor(self.files[name], name)
 
 
 def _merged_config(checkpoint: Path, folded: Folded) -> dict[str, Any]:
-    """The checkpoint's `config.json`, of float16; untied, where the adapter changes one of two tied weights."""
+    """The checkpoint's `config.json`, of float16; untied, where one of two tied weights is not as the other."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype", "quantization_config"):
             section.pop(key, None)
-    if folded.keys() & set(_TIED):
+    if folded.keys() & set(_TIED) or _differ(checkpoint):
         config.setdefault("text_config", {})["tie_word_embeddings"] = False
     return {**config, "dtype": "float16"}
 
 
+def _differ(checkpoint: Path) -> bool:
+    """Whether the checkpoint has two weights where its config says one: plain `from_pretrained` then ties nothing."""
+    files = tensor_files(checkpoint)
+    if not files.keys() >= set(_TIED):
+        return False
+    first, second = (_tensor(files[name], name) for name in _TIED)
+    return not torch.equal(first, second)
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
 def _shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
     """Of each tensor that the full model is loaded from."""
-    with torch.device("meta"):
-        model = Blip2ForConditionalGeneration(Blip2Config.from_dict(config))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if model.config.text_config.tie_word_embeddings:
-        del shapes[_TIED[0]]
-    return shapes
+    shapes, tied = model_tensors(Blip2Config.from_dict(config))
+    return {name: shape for name, shape in shapes.items() if not (name in tied and name == _TIED[0])}
 
 
 def _shards(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:

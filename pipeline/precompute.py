@@ -20,12 +20,12 @@ from cache.spec import CacheError, CacheSpec
 from cache.text import TEXT_HEAD_BYTES, TextTable
 from cache.thumbnails import thumbnails_bytes
 from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
-from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, require_plausible
+from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, fetch_small_files
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
-from pipeline.identity import encoder_settings, encoder_spec
+from pipeline.identity import encoder_settings, encoder_spec, load_preprocessor
 from pipeline.images import Preprocessor, read_picture
 from pipeline.preflight import (
     LEFT_OUT_NAME,
@@ -182,12 +182,14 @@ def _help(config: Config, team: Team) -> None:
 def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:
     """Everything that can go wrong before the long work, in order of its cost."""
     require_usable(config.cache.dir)
-    require_plausible(config.model.checkpoint)
+    model = config.model
+    small_files = fetch_small_files(model.checkpoint, model.revision, ENCODER_HALF)
+    tokenizer = PromptTokenizer(small_files, config.data.prompt)
+    load_preprocessor(small_files)  # raises what is wrong with it
     inputs = read_inputs(config.data)
     tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
     log_rescaled(inputs)
-    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
-    tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
+    checkpoint = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_HALF)
     texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)

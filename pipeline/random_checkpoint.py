@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
 
-from pipeline.checkpoint import INDEX
+from pipeline.checkpoint_files import INDEX
 from pipeline.embedded import embedded_checkpoint
 from pipeline.progress import progress_bar
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cache.text import Ragged, TextTable
+from pipeline.checkpoint_check import check_config, end_tokens
 from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
+from pipeline.faults import one_line
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 TOKENISED_AT_ONCE = 10_000  # questions
@@ -24,19 +26,18 @@ class PromptTokenizer:
     """
 
     def __init__(self, checkpoint_folder: Path, prompt: str):
-        config = Blip2Config.from_pretrained(checkpoint_folder)
+        config = check_config(checkpoint_folder)
         text_config = config.text_config
-        if not any((checkpoint_folder / name).exists() for name in VOCABULARIES):
-            raise PipelineError(f"{checkpoint_folder}: the checkpoint has no tokenizer ({' or '.join(VOCABULARIES)})")
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint_folder)
-        if len(self.tokenizer) > text_config.vocab_size:
+        self.tokenizer = load_tokenizer_files(checkpoint_folder)
+        most = max(self.tokenizer.get_vocab().values(), default=-1)
+        if most >= text_config.vocab_size:
             raise PipelineError(
-                f"{checkpoint_folder}: the tokenizer has {len(self.tokenizer)} tokens, "
+                f"{checkpoint_folder}: the tokenizer has {most + 1} tokens, "
                 f"the language model {text_config.vocab_size}; they are not of one checkpoint"
             )
         self.prompt = prompt
         self.bos_token_id: int = text_config.bos_token_id
-        self.eos_token_id: int = text_config.eos_token_id
+        self.eos_token_id: int = end_tokens(config)[0]
         self.query_tokens: int = config.num_query_tokens
         self.longest: int = text_config.max_position_embeddings
         """Positions that the language model has, for the image and the text."""
@@ -63,6 +64,26 @@ class PromptTokenizer:
             return []
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def load_tokenizer_files(checkpoint_folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises `PipelineError` if its files are missing or damaged."""
+    if not any((checkpoint_folder / name).exists() for name in VOCABULARIES):
+        raise PipelineError(f"{checkpoint_folder}: the checkpoint has no tokenizer ({' or '.join(VOCABULARIES)})")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint_folder)
+        tokenizer.backend_tokenizer.encode("a")
+    except Exception as error:  # of a damaged file each release of the library raises something else
+        raise PipelineError(
+            f"{checkpoint_folder}: its tokenizer ({', '.join(_tokenizer_files(checkpoint_folder))}) cannot be loaded: "
+            f"{one_line(error)}; get the checkpoint again"
+        ) from None
+    return tokenizer
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    names = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    return [name for name in names if (folder / name).exists()]
 
 
 def retokenize(text: TextTable, tokenizer: PromptTokenizer) -> TextTable:

@@ -18,9 +18,10 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from pipeline.assemble import load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
+from pipeline.assemble import check_lora, load_base, load_tokenizer, open_batcher, trainable_questions, training_batches
 from pipeline.batching import Batcher
 from pipeline.card import write_card
+from pipeline.compat import checkpointing_arguments, disable_activation_checkpointing
 from pipeline.config import Config, TrainConfig
 from pipeline.device import dtype_name, pick_device
 from pipeline.errors import PipelineError
@@ -82,6 +83,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
     with Team() as team:
         if team.rank == 0:
             run.check_resumable(config) if resume else run.check_new()
+        check_lora(config)
         data = _open_data(config)
         run = RunFolder(team.share_out([run.path] * team.size) if team.rank == 0 else team.receive(Path))
         base = load(config)
@@ -134,7 +136,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
     _save(model, run, keep_best)  # at last: its folder says that the training is finished
     write_card(run)
     model.unload()
-    base.gradient_checkpointing_disable()
+    disable_activation_checkpointing(base)
     return summary
 
 
@@ -223,8 +225,7 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         max_grad_norm=settings.max_grad_norm,
         bf16=base_dtype == torch.bfloat16,
         fp16=base_dtype == torch.float16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        **checkpointing_arguments(settings.gradient_checkpointing),
         save_steps=settings.save_steps,
         save_total_limit=settings.keep_checkpoints,
         logging_steps=settings.logging_steps,

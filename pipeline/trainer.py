@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from pipeline.batch_order import BatchOrder
 from pipeline.batching import ImageSequence, micro_batches, pack
+from pipeline.compat import checkpoints_activations, enable_activation_checkpointing
 from pipeline.errors import PipelineError
 from pipeline.memory import SavedForBackward, free_bytes, is_out_of_memory
 from pipeline.progress import say
@@ -174,8 +175,8 @@ class StageTwoTrainer(Trainer):
     def _nodes_that_fit(self, batch: Batch) -> int:
         largest = max(sequence.nodes for sequence in batch)
         fit = self._fit(batch)
-        if fit < largest and not self.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if fit < largest and not checkpoints_activations(self.args):
+            enable_activation_checkpointing(self.model)
             say("the questions on one image do not fit into memory at once: gradient checkpointing is switched on")
             fit = self._fit(batch)
         return fit

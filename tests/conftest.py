@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from importlib.metadata import version
 from pathlib import Path
 
 # Before torch is imported: the tests run in parallel, and threads that wait for each other on shared cores crawl.
@@ -15,6 +16,9 @@ from pipeline.config import Config, load_config
 from pipeline.embedded import embedded_checkpoint
 from pipeline.embedded.scenes import draw_scene
 
+SAVES_LORA_ONLY = pytest.mark.skipif(
+    tuple(map(int, version("peft").split(".")[:2])) < (0, 21), reason="this peft does not save lora_only's biases"
+)
 PICTURES = 24
 QUESTIONS_A_PICTURE = 3
 

@@ -22,6 +22,7 @@ from cache.reader import FeatureReader
 from cache.text import TextTable
 from pipeline.assemble import load_base, load_tokenizer, open_batcher
 from pipeline.batching import pack
+from pipeline.compat import enable_activation_checkpointing
 from pipeline.config import PRESETS, Config, load_config
 from pipeline.evaluate import evaluate
 from pipeline.examples import VQAExample
@@ -175,7 +176,7 @@ def _train_plainly(
     model: PeftModel, checkpoint: Path, examples: list[VQAExample], order: list[list[int]], steps: int
 ) -> None:
     """The recipe's loop in torch alone: two micro-batches a step, the loss a mean over the step's answer tokens."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_activation_checkpointing(model)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3, weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=steps)
     processor = load_processor(checkpoint, "right")

@@ -79,12 +79,19 @@ def test_a_grid_trains_what_separate_commands_train_and_loads_the_model_once(
 
 
 def test_a_run_that_fails_does_not_stop_the_others(config_path: Path) -> None:
-    words = ["lora.target_modules=[q_proj],[nothing],[v_proj]", "--name", "grid"]
+    words = ["train.learning_rate=1e-3,1e30,2e-3", "--name", "grid"]
     status, summary, stderr = pipe_train(config_path, *words)
     assert (status, summary["failed_runs"]) == (1, 1)
     assert [sorted(row.keys() & {"failed", "steps"}) for row in summary["runs"]] == [["steps"], ["failed"], ["steps"]]
-    assert "do not fit the language model" in str(summary["runs"][1]["failed"])
-    assert "grid-target_modules=[nothing] failed" in stderr
+    assert "training diverged" in str(summary["runs"][1]["failed"])
+    assert "grid-learning_rate=1e30 failed" in stderr
+
+
+def test_a_name_that_no_layer_has_is_refused_before_the_first_training(config_path: Path) -> None:
+    status, _, stderr = pipe_train(config_path, "lora.target_modules=[q_proj],[nothing]", "--name", "grid")
+    assert status == 2
+    assert "lora.target_modules: 'nothing' matches nothing in the language model" in stderr
+    assert not (config_path.parent / "runs").exists()
 
 
 def test_a_grid_that_was_stopped_goes_on(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
