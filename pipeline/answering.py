@@ -1,6 +1,6 @@
 """Answers of the language half to cached questions, batch by batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -11,9 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.batching import Batcher, pack_prompts
 from pipeline.config import EvaluateConfig
-from pipeline.errors import PipelineError
-from pipeline.memory import is_out_of_memory
-from pipeline.progress import say
+from pipeline.memory import in_parts
 from pipeline.text import PromptTokenizer
 
 
@@ -38,8 +36,10 @@ def answer_questions(
     Raises `PipelineError` if memory is too short for a single question.
     """
     answers: dict[int, Answer] = {}
+    advice = f"{settings.num_beams} beams are kept for it: try fewer evaluate.num_beams"
     for batch in _batches(batcher, questions, settings.batch_size):
-        answers |= _answer_batch(model, batcher, batch, tokenizer, settings)
+        for part in in_parts(lambda some: _generate(model, batcher, some, tokenizer, settings), batch, advice):
+            answers |= part
         on_done(len(batch))
     return answers
 
@@ -63,28 +63,8 @@ def _batches(batcher: Batcher, questions: np.ndarray, batch_size: int) -> Iterat
         yield batch
 
 
-def _answer_batch(
-    model: PreTrainedModel, batcher: Batcher, batch: list[int], tokenizer: PromptTokenizer, settings: EvaluateConfig
-) -> dict[int, Answer]:
-    """In one pass, or where memory is out in two halves."""
-    try:
-        return _generate(model, batcher, batch, tokenizer, settings)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(batch) == 1:
-            raise PipelineError(
-                f"out of memory with one question and {settings.num_beams} beams; try fewer evaluate.num_beams"
-            ) from None
-    torch.cuda.empty_cache()
-    say(f"out of memory with {len(batch)} questions at a time: they are answered in two halves")
-    half = len(batch) // 2
-    first, second = (_answer_batch(model, batcher, some, tokenizer, settings) for some in (batch[:half], batch[half:]))
-    return first | second
-
-
 def _generate(
-    model: PreTrainedModel, batcher: Batcher, batch: list[int], tokenizer: PromptTokenizer, settings: EvaluateConfig
+    model: PreTrainedModel, batcher: Batcher, batch: Sequence[int], tokenizer: PromptTokenizer, settings: EvaluateConfig
 ) -> dict[int, Answer]:
     device = next(model.parameters()).device
     inputs = pack_prompts(batcher.for_generation(batch))

@@ -320,4 +320,4 @@ def _to(value: Any, device: torch.device) -> Any:
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)

@@ -6,8 +6,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
     @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @wraps(command)
+    @_ending_process()
     def run(as_json: bool, debug: bool, **arguments: Any) -> None:
         started = time.perf_counter()
         click.get_current_context().obj = sys.stdout  # where a conversation's answers go
@@ -58,6 +59,15 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
             sys.exit(1)
 
     return run
+
+
+@contextmanager
+def _ending_process() -> Iterator[None]:
+    """`ending_process`, imported when a command runs."""
+    from pipeline.team import ending_process
+
+    with ending_process():
+        yield
 
 
 def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
@@ -88,8 +98,10 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
     except Exception as error:  # what a library raises deep inside
         if debug:
             raise
+        from pipeline.memory import is_out_of_memory
+
         first_line = (str(error).strip() or "no message").splitlines()[0]
-        hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
+        hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if is_out_of_memory(error) else ""
         complain(f"{type(error).__name__}: {first_line}{hint}. --debug shows where")
         sys.exit(1)
 

@@ -20,6 +20,7 @@ from pipeline.device import pick_device
 from pipeline.encoder import Blip2Encoder
 from pipeline.errors import PipelineError
 from pipeline.images import PictureError, PictureUnreachableError, Preprocessor, image_digest, read_picture
+from pipeline.memory import is_out_of_memory
 from pipeline.progress import progress_bar, say
 from pipeline.tables import Picture
 
@@ -108,7 +109,8 @@ class PictureEncoder:
                 decoded = [pixels for pixels in self._decoders.map(self._decode_if_good, some) if pixels is not None]
                 if not decoded:
                     return None
-                self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
+                with _naming_batch_size(len(decoded)):
+                    self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
         return len(decoded) / (time.perf_counter() - started)
 
     def _decode_if_good(self, picture: Picture) -> np.ndarray | None:
@@ -180,7 +182,7 @@ class PictureEncoder:
                         future.result()
                 except PictureError as error:
                     failures[slot] = str(error)
-        with _timed(self.done, "encoding"):
+        with _timed(self.done, "encoding"), _naming_batch_size(len(batch.rows)):
             features = self.encoder(batch.pixel_values.to(self.device, non_blocking=True))
             features = features.to(getattr(torch, batch.part.spec.dtype))
             if self.device.type != "cuda":
@@ -188,7 +190,7 @@ class PictureEncoder:
             host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
             host.copy_(features, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(features.device))  # that of the copy, whatever device is current
             return _Launched(batch, failures, host, event)
 
     def _fetch(self, launched: _Launched) -> np.ndarray:
@@ -241,6 +243,21 @@ class _Clock:
         if self.ticks == BATCHES_TIMED and self.rows:
             a_second = self.rows / (time.perf_counter() - self.started)
             say(f"{a_second:.3g} pictures a second: about {duration(self.total / a_second)} for {self.total} pictures")
+
+
+@contextmanager
+def _naming_batch_size(pictures: int) -> Iterator[None]:
+    """Raises `PipelineError` where memory is out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"try precompute.batch_size={pictures // 2}" if pictures > 1 else "that is the least"
+        raise PipelineError(
+            f"out of memory with {pictures} pictures at a time; {advice}. What is written stays good: the same command "
+            "goes on"
+        ) from None
 
 
 @contextmanager

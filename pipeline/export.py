@@ -27,7 +27,7 @@ from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
 from pipeline.hub import check_repo_name, push
 from pipeline.language_model import TREES, keep_trainable, load_adapter, readable_as
-from pipeline.memory import free_bytes, give_back_memory
+from pipeline.memory import free_bytes, give_back_memory, is_out_of_memory
 from pipeline.merge import merged_bytes, write_merged
 from pipeline.preflight import free_bytes as free_on_disk
 from pipeline.preflight import size
@@ -133,10 +133,17 @@ def differences(run: RunFolder, config: Config, merged: Path) -> dict[str, float
             "quantization": config.quantization.model_copy(update={"bits": None}),
         }
     )
-    ours = _say_all(config, run.adapter, batcher, questions)
-    gc.collect()
-    give_back_memory()
-    theirs = _say_all(plain, None, batcher, questions, ours.answers)
+    try:
+        ours = _say_all(config, run.adapter, batcher, questions)
+        gc.collect()
+        give_back_memory()
+        theirs = _say_all(plain, None, batcher, questions, ours.answers)
+    except (RuntimeError, MemoryError, PipelineError) as error:
+        if not isinstance(error, PipelineError) and not is_out_of_memory(error):
+            raise
+        what = error if isinstance(error, PipelineError) else "out of memory; try a smaller evaluate.batch_size"
+        say(f"the merged model is not compared with the run: {what}")
+        return None
     apart = (ours.logits - theirs.logits).abs()
     return {
         "questions": len(questions),

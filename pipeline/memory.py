@@ -4,18 +4,29 @@ import ctypes
 import re
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
+from pipeline.errors import PipelineError
+from pipeline.progress import say
+
+T = TypeVar("T")
+
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BLOCK = 1 << 20
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory"
+    r"|_ALLOC_FAILED|ErrorMemoryAllocation|ErrorOutOfMemory|OUT_OF_HOST_MEMORY|bad_?alloc",
+    re.IGNORECASE,
+)
+"""The words of torch (CUDA, HIP, CPU), cuBLAS, cuDNN and cuSPARSE (CUBLAS_STATUS_ALLOC_FAILED), NCCL, bitsandbytes."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -90,8 +101,28 @@ def give_back_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is torch's word that memory is out; on a CPU that is a RuntimeError like any other."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether `error` says that memory is out, of a GPU or the host; mostly that is a RuntimeError like any other."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def in_parts(compute: Callable[[Sequence[int]], T], questions: Sequence[int], advice: str) -> list[T]:
+    """`compute(questions)` as a list of one; where memory is out, what it gives for two halves, or smaller parts.
+
+    Raises `PipelineError` with `advice` if memory is too short for a single question.
+    """
+    try:
+        return [compute(questions)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(questions) == 1:
+            raise PipelineError(f"out of memory with one question at a time; {advice}") from None
+    torch.cuda.empty_cache()  # and the error, which holds on to memory, is gone
+    say(f"out of memory with {len(questions)} questions at a time: they are computed in two halves")
+    half = len(questions) // 2
+    return in_parts(compute, questions[:half], advice) + in_parts(compute, questions[half:], advice)
 
 
 def _free_in_container() -> int | Any:

@@ -22,7 +22,7 @@ from cache.thumbnails import thumbnails_bytes
 from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, fetch_small_files
 from pipeline.config import Config, PrecomputeConfig
-from pipeline.device import dtype_name, pick_device, pick_dtype
+from pipeline.device import check_devices, dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
 from pipeline.identity import encoder_settings, encoder_spec, load_preprocessor
@@ -39,7 +39,7 @@ from pipeline.preflight import (
 )
 from pipeline.progress import say
 from pipeline.tables import Picture
-from pipeline.team import Team, rank
+from pipeline.team import ENCODING_TIMEOUT, Team, rank
 from pipeline.text import PromptTokenizer, tokenize
 from pipeline.thumbnails import making_thumbnails, most_bytes
 
@@ -79,7 +79,8 @@ def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | Non
     set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
-    with Team() as team:
+    with Team(ENCODING_TIMEOUT) as team:
+        check_devices(team)
         if team.rank == 0:
             return _lead(config, team, mend)
         _help(config, team)

@@ -1,6 +1,7 @@
 """What a training tells while it runs: the progress bar, and `metrics.jsonl`."""
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ class RunLog(TrainerCallback):
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
+        self._ending = ExitStack()
+
+    def close(self) -> None:
+        """End the bar, however the training ended, so that what is printed next has a line of its own."""
+        self._ending.close()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
+        self._ending.callback(self.bar.close)
         if state.is_world_process_zero:
             write_rows(rows_until(state.global_step, self.run.metrics), self.run.metrics)
 
@@ -44,6 +51,3 @@ class RunLog(TrainerCallback):
         row = {"step": state.global_step, **logs}
         append_row({key: value if math.isfinite(value) else None for key, value in row.items()}, self.run.metrics)
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.close()

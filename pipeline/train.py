@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from pipeline.batching import Batcher
 from pipeline.card import write_card
 from pipeline.compat import checkpointing_arguments, disable_activation_checkpointing
 from pipeline.config import Config, TrainConfig
-from pipeline.device import dtype_name, pick_device
+from pipeline.device import check_devices, dtype_name, pick_device
 from pipeline.errors import PipelineError
 from pipeline.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
@@ -33,7 +33,7 @@ from pipeline.run_folder import RunFolder, rows_until
 from pipeline.run_log import RunLog
 from pipeline.run_record import begin_record, end_record
 from pipeline.stopping import SaveAndStop, StopRequest
-from pipeline.team import Team
+from pipeline.team import GROUP_TIMEOUT, Team
 from pipeline.trainer import Batches, StageTwoTrainer
 from pipeline.validation import KeepBest, Validator
 
@@ -81,6 +81,7 @@ def train(
 def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
     started = time.perf_counter()
     with Team() as team:
+        check_devices(team, config.quantization.compute_dtype)
         if team.rank == 0:
             run.check_resumable(config) if resume else run.check_new()
         check_lora(config)
@@ -92,8 +93,8 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         stop = StopRequest()
         keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if data.validator else None
         watch = Watch(model, run, config.train.watch_steps, config.train.warmup_steps, stop)
-        # `RunLog` marks a checkpoint as whole, after all that `watch` puts into it.
-        callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, RunLog(run)]
+        run_log = RunLog(run)  # marks a checkpoint as whole, after all that `watch` puts into it
+        callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, run_log]
         callbacks += [keep_best] if keep_best else []
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
         if team.rank == 0:
@@ -102,12 +103,12 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
                 run.check_resumable(config)
             run.start(config)
             begin_record(run, config, data.batcher.features, trainer.args.device.type, dtype_name(base.dtype))
-        checkpoint = run.last_checkpoint()
+        checkpoint = team.broadcast(run.last_checkpoint())  # a network mount may show another one elsewhere
         _tell_warmup(config.train, len(data.trainable))
         say(f"run {run.path}; if it is stopped: {run.going_on}")
         reset_peak(trainer.args.device)
         ready = time.perf_counter()
-        with stop:
+        with stop, closing(run_log), team.others(f"it goes on with {run.going_on}"):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
         computed = team.gather((trainer.questions, trainer.nodes))
@@ -226,12 +227,14 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         bf16=base_dtype == torch.bfloat16,
         fp16=base_dtype == torch.float16,
         **checkpointing_arguments(settings.gradient_checkpointing),
+        **({"optim": "adamw_torch"} if base_dtype == torch.float16 else {}),  # the fused one hides skipped steps
         save_steps=settings.save_steps,
         save_total_limit=settings.keep_checkpoints,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         seed=settings.seed,
         use_cpu=pick_device().type == "cpu",
+        ddp_timeout=int(GROUP_TIMEOUT.total_seconds()),
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         report_to=list(settings.report_to),

@@ -24,6 +24,7 @@ from pipeline.compat import checkpoints_activations, enable_activation_checkpoin
 from pipeline.errors import PipelineError
 from pipeline.memory import SavedForBackward, free_bytes, is_out_of_memory
 from pipeline.progress import say
+from pipeline.team import local_world_size
 
 Batch = list[ImageSequence]
 Validator = Callable[[nn.Module], np.ndarray]
@@ -33,15 +34,21 @@ SHARE_OF_FREE = 0.6
 """Of the memory that is free at the start, what activations may take."""
 MOST_BYTES = {"cpu": 2 << 30, "cuda": 64 << 30}
 """For activations: beyond this, larger micro-batches gain little."""
+MAX_CONSECUTIVE_SKIPS = 20
+"""Skipped steps in a row that end a training. A float16 scaler begins at 65536 and skips while it halves, 16 to get
+to 1, where gradients that are finite at all have been so."""
 
 
 def nodes_that_fit(bytes_a_node: float, device: torch.device) -> int:
     """Tokens in a micro-batch, if each keeps so many bytes for the backward pass.
 
+    Processes on one machine share what is free on its CPU.
+
     Rounded down to three binary digits: a little more or less of free memory does not change the order in which losses
     are summed.
     """
-    fit = int(min(SHARE_OF_FREE * free_bytes(device), MOST_BYTES[device.type]) / bytes_a_node)
+    free = free_bytes(device) / (local_world_size() if device.type == "cpu" else 1)
+    fit = int(min(SHARE_OF_FREE * free, MOST_BYTES[device.type]) / bytes_a_node)
     dropped = max(fit.bit_length() - 3, 0)
     return max(fit >> dropped << dropped, 1)
 
@@ -63,7 +70,9 @@ class StageTwoTrainer(Trainer):
     """Takes batches in `order`, and computes them in micro-batches of `micro_batch` questions.
 
     With `micro_batch` None these are of as many tokens as fit into memory, by measure. A loss or gradient that is not
-    finite stops the training with a `PipelineError`, or with `skip_not_finite` leaves out the step and is counted.
+    finite stops the training with a `PipelineError`, or with `skip_not_finite` leaves out the step and is counted. In
+    float16 gradients overflow now and then: the scaler skips such steps, which are counted too. Too many in a row stop
+    the training in any case.
     """
 
     def __init__(
@@ -77,7 +86,9 @@ class StageTwoTrainer(Trainer):
         validator: Validator | None,
         callbacks: list[TrainerCallback],
     ) -> None:
-        super().__init__(model, args, train_dataset=batches, callbacks=[*callbacks, _TellEpoch(order)])
+        super().__init__(
+            model, args, train_dataset=batches, callbacks=[*callbacks, _TellEpoch(order), _CountSkipped(self)]
+        )
         self._order = order
         self._by_questions, self._most = micro_batch is not None, micro_batch or 0
         self._skip_not_finite = skip_not_finite
@@ -87,6 +98,9 @@ class StageTwoTrainer(Trainer):
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self.skipped_steps = 0
         """Whose loss or gradient was not finite."""
+        self._skipped_in_a_row = 0
+        self._left_out, self._loss, self._norm = False, 0.0, 0.0
+        """Of the step at hand: whether it was not finite, its loss, and the norm of its gradients."""
         self.questions = self.nodes = 0
         """Computed in this process: questions, and the tokens that they took."""
 
@@ -124,7 +138,7 @@ class StageTwoTrainer(Trainer):
             groups = micro_batches(inputs, self._size, self._most)
             try:
                 loss = self._accumulate(model, groups, num_items_in_batch)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(groups)
@@ -141,7 +155,7 @@ class StageTwoTrainer(Trainer):
         now = time.perf_counter()
         if "loss" in logs:
             logs["loader_wait"] = self._waited / (now - self._logged_at)
-            if self._skip_not_finite:
+            if self._skip_not_finite or self.accelerator.scaler:
                 logs["skipped_steps"] = self.skipped_steps
             self._waited, self._logged_at = 0.0, now
         super().log(logs, start_time)
@@ -182,11 +196,16 @@ class StageTwoTrainer(Trainer):
         return fit
 
     def _fit(self, batch: Batch) -> int:
-        """By what the forward pass of the shortest sequence keeps in memory."""
+        """By what the forward pass of the shortest sequence keeps in memory; 1 where not even that fits."""
         shortest = min(batch, key=lambda sequence: sequence.nodes)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), SavedForBackward(self.model.parameters()) as saved:
-            self.compute_loss(self.model, self._prepare_inputs(pack([shortest])))
+            try:
+                self.compute_loss(self.model, self._prepare_inputs(pack([shortest])))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return 1
         return nodes_that_fit(saved.bytes / shortest.nodes, self.args.device)
 
     def _halve(self, groups: list[Batch]) -> None:
@@ -204,24 +223,44 @@ class StageTwoTrainer(Trainer):
             f"again, and all that follow, with {self._most}; the effective batch stays as it is"
         )
 
+    def count_step(self) -> None:
+        """Called when the optimizer has had the step. Raises `PipelineError` if too many in a row were skipped."""
+        if not (self._left_out or self.accelerator.optimizer_step_was_skipped):
+            self._skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        say(f"step {self.state.global_step + 1} is skipped, not finite: {self._found()}")
+        if self._skipped_in_a_row >= MAX_CONSECUTIVE_SKIPS:
+            raise self._diverged(f"{self._skipped_in_a_row} steps in a row were skipped; the last: {self._found()}")
+
     def _is_finite(self, model: nn.Module, loss: Tensor) -> bool:
         """Whether the step may be taken; if not, its gradients are dropped."""
-        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        norm = 0.0 if self.args.fp16 else float(nn.utils.get_total_norm(gradients))  # float16: the scaler's business
-        if math.isfinite(loss) and math.isfinite(norm):
-            return True
-        found = f"loss {float(loss)}, gradient norm {norm}, learning rate {self.lr_scheduler.get_last_lr()[0]:g}"
-        if not self._skip_not_finite:
-            raise PipelineError(
-                f"training diverged at step {self.state.global_step + 1}: {found}. Try a lower train.learning_rate, "
-                "more train.warmup_steps, quantization.compute_dtype=float32, or leave out such steps with "
-                "train.on_not_finite=skip"
-            )
-        self.skipped_steps += 1
-        say(f"step {self.state.global_step + 1} is left out, not finite: {found}")
-        if not self.args.fp16:
+        losses = self.accelerator.gather(loss.reshape(1)).tolist()  # the processes must decide alike
+        self._loss = sum(losses) / len(losses)
+        if self.accelerator.scaler is None:  # float16: the scaler's business
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            self._norm = float(nn.utils.get_total_norm(gradients))
+        self._left_out = not (math.isfinite(self._loss) and math.isfinite(self._norm))
+        if self._left_out and not self._skip_not_finite:
+            raise self._diverged(self._found(), ", or skip such steps with train.on_not_finite=skip")
+        if self._left_out and self.accelerator.scaler is None:
             model.zero_grad()
-        return False
+        return not self._left_out
+
+    def _found(self) -> str:
+        """What the step at hand was like."""
+        scaler, rate = self.accelerator.scaler, self.lr_scheduler.get_last_lr()[0]
+        norm = f"too large in float16, scale now {scaler.get_scale():g}" if scaler else self._norm
+        return f"loss {self._loss}, gradient norm {norm}, learning rate {rate:g}"
+
+    def _diverged(self, found: str, instead: str = "") -> PipelineError:
+        if not self.is_world_process_zero():  # all find the same; process 0 alone says it, and is waited for
+            torch.distributed.barrier()
+        return PipelineError(
+            f"training diverged at step {self.state.global_step + 1}: {found}. Try a lower train.learning_rate, more "
+            f"train.warmup_steps, or quantization.compute_dtype=float32{instead}"
+        )
 
 
 class _TellEpoch(TrainerCallback):
@@ -232,3 +271,13 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._order.epoch = int(state.epoch or 0)
+
+
+class _CountSkipped(TrainerCallback):
+    """Has each step counted once the optimizer had it: a float16 scaler skips it only there."""
+
+    def __init__(self, trainer: StageTwoTrainer) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.count_step()

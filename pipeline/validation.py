@@ -1,7 +1,7 @@
 """Loss and VQA accuracy on questions of another split while training goes on, and the best adapter kept by them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.batching import Batcher, pack
 from pipeline.config import EvaluateConfig, ValidationConfig
 from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
+from pipeline.memory import in_parts
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder, rows_until, write_rows
 from pipeline.scores import check_method, counts, score
@@ -61,13 +62,19 @@ class Validator:
 
     def _loss(self, model: PeftModel) -> tuple[float, float]:
         """The summed loss of the most common answers, and the number of their tokens."""
-        summed, weight = 0.0, 0.0
         device = next(model.parameters()).device
-        for start in range(0, len(self.questions), self.answering.batch_size):
-            inputs = pack(self.batcher.for_training(self.questions[start : start + self.answering.batch_size]))
+
+        def loss_of(questions: Sequence[int]) -> tuple[float, float]:
+            inputs = pack(self.batcher.for_training(questions))
             with torch.no_grad():
-                summed += float(model(**send_to_device(inputs, device), num_items_in_batch=1).loss)
-            weight += float(inputs["label_weights"].sum())
+                loss = float(model(**send_to_device(inputs, device), num_items_in_batch=1).loss)
+            return loss, float(inputs["label_weights"].sum())
+
+        summed, weight = 0.0, 0.0
+        for start in range(0, len(self.questions), self.answering.batch_size):
+            batch = self.questions[start : start + self.answering.batch_size].tolist()
+            for loss, labels in in_parts(loss_of, batch, "try a GPU with more memory"):
+                summed, weight = summed + loss, weight + labels
         return summed, weight
 
 

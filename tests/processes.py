@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-HUNG = 300  # seconds: far longer than anything here takes
+HUNG = 120  # seconds: far longer than anything here takes
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pytest", "pipeline.cli", "pipeline.precompute"])
@@ -78,6 +79,15 @@ def started(
     finally:
         process.kill()
         process.join()
+
+
+def wait_for(there: Callable[[], object], running: Running) -> None:
+    """Until something is there, while the process runs."""
+    began = time.monotonic()
+    while not there():
+        assert running.process.is_alive(), running.err
+        assert time.monotonic() - began < HUNG, f"hangs: {running.err}"
+        time.sleep(0.01)
 
 
 def pipe(logs: Path, *words: object, prepare: Callable[[], object] | None = None) -> Ended:

@@ -318,6 +318,19 @@ def test_without_a_cache_or_memory_the_models_are_not_compared(
     assert "is not compared with the run: that takes 8.81 MB of memory, and 1.00 MB are free" in done.stderr
 
 
+def test_without_memory_to_compare_the_merged_model_is_there(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Blip2LanguageHalf, "logits", short)
+    summary = export(run, tmp_path / "merged", merge=True)
+    assert summary["differences"] is None
+    assert "the merged model is not compared with the run: out of memory" in capsys.readouterr().err
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
 def test_an_unfinished_run_is_refused(run: RunFolder, tmp_path: Path) -> None:
     unfinished = RunFolder(tmp_path / "unfinished")
     unfinished.start(load_config(run.config))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from pipeline import memory
 from pipeline.assemble import load_base, open_batcher
 from pipeline.batching import pack
 from pipeline.config import Config
+from pipeline.errors import PipelineError
 from pipeline.forecast import _saved_bytes, _weight_bytes, _without_storage, forecast
 from pipeline.language_model import add_lora
-from pipeline.memory import SavedForBackward, free_bytes, is_out_of_memory, peak_bytes, reset_peak
+from pipeline.memory import SavedForBackward, free_bytes, in_parts, is_out_of_memory, peak_bytes, reset_peak
 from pipeline.trainer import nodes_that_fit
 
 CPU = torch.device("cpu")
@@ -33,6 +35,13 @@ def test_micro_batches_take_their_share_of_what_is_free(monkeypatch: pytest.Monk
     monkeypatch.setattr("pipeline.trainer.free_bytes", lambda device: free)
     nodes = nodes_that_fit(3e6, CPU)
     assert nodes == {10**3: 1, 10**8: 20, 10**9: 192, 1_010_000_000: 192, 10**13: 640}[free]
+
+
+def test_processes_on_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.trainer.free_bytes", lambda device: 10**9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert nodes_that_fit(3e6, CPU) == 48
+    assert nodes_that_fit(3e6, torch.device("cuda", 1)) == 192, "each has a GPU of its own"
 
 
 def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -58,7 +67,65 @@ def test_out_of_memory_is_known_on_a_cpu_too() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60)
     assert is_out_of_memory(error.value)
-    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cudaErrorMemoryAllocation: out of memory"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("NCCL error: unhandled cuda error ... Cuda failure 2 'out of memory'"),
+        RuntimeError("Error out of memory at line 380 in file /src/csrc/ops.cu"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes."),
+        RuntimeError("std::bad_alloc"),
+        MemoryError("Unable to allocate 2.00 GiB for an array with shape (1,)"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_out_of_memory_has_many_words(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not fit"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: misaligned address"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        RuntimeError("input is not in contiguous memory format"),
+        ValueError("a question about what is out of memory"),
+        OSError("Cannot allocate memory"),
+    ],
+    ids=str,
+)
+def test_what_else_is_told_of_memory_is_no_lack_of_it(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_what_does_not_fit_is_computed_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    def compute(numbers: Sequence[int]) -> list[int]:
+        if len(numbers) > limit:
+            raise MemoryError
+        return list(numbers)
+
+    limit = 3
+    assert in_parts(compute, range(9), "") == [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
+    assert "out of memory with 9 questions at a time" in capsys.readouterr().err
+    limit = 0
+    with pytest.raises(PipelineError, match="out of memory with one question at a time; buy more"):
+        in_parts(compute, range(9), "buy more")
+    with pytest.raises(RuntimeError, match="illegal"):
+        in_parts(lambda _: _raise(RuntimeError("illegal memory access")), range(9), "")
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

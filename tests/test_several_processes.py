@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_config, write_data_set
 from PIL import Image
-from processes import HUNG, Ended, Running, contents, pipe, started
+from processes import HUNG, Ended, Running, contents, pipe, started, wait_for
 
 import cache.lock
 import cache.part
@@ -27,6 +29,7 @@ from cache.audit import verify
 from cache.reader import FeatureReader
 from cache.writer import survey
 from pipeline.images import read_picture
+from pipeline.team import ENCODING_TIMEOUT, GROUP_TIMEOUT, Team
 
 PIPE = Path(sys.executable).with_name("pipe")
 PICTURES = 44
@@ -34,6 +37,7 @@ BROKEN = "13.png"  # in a part of process 1, whatever the number of processes ab
 DEEP = "15.png"
 
 REASON = "cannot be decoded: image file is truncated"
+FREED = "the process group is freed"
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +80,8 @@ def team(logs: Path, size: int, *words: object, prepare: Callable[[], object] | 
         ]  # fmt: skip
 
 
-def together(logs: Path, size: int, *words: object) -> list[Ended]:
-    with team(logs, size, *words) as processes:
+def together(logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None) -> list[Ended]:
+    with team(logs, size, *words, prepare=prepare) as processes:
         return [process.ended() for process in processes]
 
 
@@ -90,12 +94,6 @@ def slow_pictures() -> None:
 
     cache.part.COMMIT_SECONDS = 0.0
     pipeline.encoding.read_picture = read
-
-
-def wait_for(there: Callable[[], object], process: Running) -> None:
-    while not there():
-        assert process.process.is_alive(), process.err
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("size", [2, 6])
@@ -188,6 +186,61 @@ def test_killed_in_one_number_and_finished_in_another(
     assert contents(tmp_path / "cache") == alone
 
 
+def forbid_freeing_the_group() -> None:
+    """It may wait for ever for the group's threads, which may wait for the interpreter's lock."""
+
+    def free(*_: object) -> None:
+        print(FREED, file=sys.stderr, flush=True)
+
+    torch.distributed.destroy_process_group = free
+
+
+def test_the_group_is_never_freed(config: Path, tmp_path: Path) -> None:
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache")
+    ended = together(tmp_path, 2, *words, prepare=forbid_freeing_the_group)
+    assert [one.status for one in ended] == [0, 0]
+    assert not any(FREED in one.err for one in ended)
+
+
+@pytest.mark.parametrize(("end", "status"), [("pass", 0), ("sys.exit(3)", 3), ("sys.exit('why')", 1), ("1 / 0", 1)])
+def test_a_process_in_a_group_ends_without_freeing_anything(tmp_path: Path, end: str, status: int) -> None:
+    """Not at the interpreter's end either: it would free the group. Exit functions run, and what is printed is seen."""
+    script = f"""
+import atexit, sys
+from torch import distributed
+from pipeline.team import ending_process
+
+class Freed:
+    def __del__(self):
+        print("freed", flush=True)
+
+freed = Freed()
+atexit.register(print, "exit function")
+distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+with ending_process():
+    print("done")
+    {end}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=HUNG)
+    assert (done.returncode, done.stdout.split()) == (status, ["done", "exit", "function"]), done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == (end == "1 / 0")
+
+
+@pytest.mark.parametrize(("timeout", "own_group"), [(GROUP_TIMEOUT, []), (ENCODING_TIMEOUT, [ENCODING_TIMEOUT])])
+def test_only_stage_one_waits_for_long(
+    monkeypatch: pytest.MonkeyPatch, timeout: timedelta, own_group: list[timedelta]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    default: list[timedelta] = []
+    own: list[timedelta] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, timeout: default.append(timeout))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda timeout, backend: own.append(timeout))
+    with Team(timeout):
+        pass
+    assert (default, own) == ([GROUP_TIMEOUT], own_group)
+    assert GROUP_TIMEOUT <= timedelta(hours=1) < timedelta(days=7) <= ENCODING_TIMEOUT
+
+
 def stop_in_the_middle(go: Path) -> None:
     """No picture is read to be encoded until there is a file `go`."""
 
@@ -243,7 +296,8 @@ def test_the_cache_can_be_looked_at_while_it_is_written(config: Path, alone: dic
     digests = [digest for digest, _ in reader.stored()]
     stored = [0]
     with started(tmp_path, "precompute", config, f"cache.dir={folder}", "cache.part_rows=1") as running:
-        while running.process.is_alive():
+        began = time.monotonic()
+        while running.process.is_alive() and time.monotonic() - began < HUNG:
             stored.append(survey(folder, reader.spec, digests).stored)
             time.sleep(0.002)
         assert running.ended().status == 0
@@ -291,8 +345,9 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_torchrun_killed_with_all_its_processes(config: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache")
+    began = time.monotonic()
     with subprocess.Popen(torchrun(3, *words), stderr=subprocess.DEVNULL) as launcher:
-        while not any((tmp_path / "cache").glob("*.partial")):
+        while not any((tmp_path / "cache").glob("*.partial")) and time.monotonic() - began < HUNG:
             assert launcher.poll() is None
             time.sleep(0.01)
         for pid in (launcher.pid, *descendants(launcher.pid)):

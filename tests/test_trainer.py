@@ -4,14 +4,17 @@ import json
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import wait_for
 from rounding import relative_difference
 from safetensors.torch import load_file
-from test_several_processes import together
+from test_several_processes import FREED, forbid_freeing_the_group, team, together
 from torch import Tensor
+from transformers import Trainer
 
 import pipeline.trainer
 from pipeline.assemble import load_base, open_batcher
@@ -22,6 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.language_model import Blip2LanguageHalf, add_lora
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
+from pipeline.trainer import MAX_CONSECUTIVE_SKIPS, StageTwoTrainer
 
 IMAGE_ROW = np.repeat(np.arange(40), 5)
 QUESTIONS = np.arange(200)
@@ -171,6 +175,62 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(
         train(cached, RunFolder(tmp_path / "stopped"))
 
 
+def test_a_run_of_steps_that_are_not_finite_stops_the_training(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained then, whatever is to be done about a single one."""
+    lay_out = Batcher.for_training
+
+    def broken(self: Batcher, *args: object) -> list[ImageSequence]:
+        sequences = lay_out(self, *args)
+        sequences[0].query_features[:] = float("nan")
+        return sequences
+
+    monkeypatch.setattr(Batcher, "for_training", broken)
+    run = RunFolder(tmp_path / "run")
+    told = f"training diverged at step {MAX_CONSECUTIVE_SKIPS}: {MAX_CONSECUTIVE_SKIPS} steps in a row were skipped"
+    with pytest.raises(PipelineError, match=told):
+        train(with_train(cached, batch_size=4, max_steps=100, on_not_finite="skip"), run)
+
+
+def in_float16(config: Config, monkeypatch: pytest.MonkeyPatch, **scaler: float) -> tuple[Config, list[Trainer]]:
+    """As on a GPU: accelerate makes no scaler on a CPU. Also gives where the trainer will be."""
+    initialize, trainers = StageTwoTrainer.__init__, []
+
+    def with_scaler(self: StageTwoTrainer, *args: Any) -> None:
+        initialize(self, *args)
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", **scaler)
+        trainers.append(self)
+
+    monkeypatch.setattr(StageTwoTrainer, "__init__", with_scaler)
+    quantization = config.quantization.model_copy(update={"compute_dtype": "float16"})
+    return config.model_copy(update={"quantization": quantization}), trainers
+
+
+def test_steps_that_a_float16_scaler_skips_are_counted_and_the_schedule_waits(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, trainers = in_float16(cached, monkeypatch, init_scale=2.0**50, backoff_factor=2.0**-10)
+    run = RunFolder(tmp_path / "run")
+    summary = train(with_train(config, max_steps=8), run)
+    skipped = summary["skipped_steps"]
+    assert 0 < skipped < 8
+    assert trainers[0].accelerator.scaler.get_scale() == 2.0 ** (50 - 10 * skipped)
+    assert trainers[0].lr_scheduler.last_epoch == 8 - skipped
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows] == [*range(1, skipped + 1), *[skipped] * (8 - skipped)]
+    assert all(torch.isfinite(weight).all() for weight in adapter_of(run).values())
+
+
+def test_a_float16_scaler_that_finds_no_scale_stops_the_training(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = in_float16(cached, monkeypatch, init_scale=2.0**120, backoff_factor=0.99)
+    with pytest.raises(PipelineError, match=r"training diverged at step 20: 20 steps in a row .* float16, scale now"):
+        train(with_train(config, max_steps=100), RunFolder(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_logits_are_computed_at_the_labels_alone(cached: Config, share_prefix: bool) -> None:
     model = add_lora(load_base(cached), **cached.lora.model_dump())
@@ -195,10 +255,36 @@ def test_two_processes_give_the_adapter_of_one(cached: Config, tmp_path: Path) -
     config.write_text(with_train(cached, batch_size=53, max_steps=4, output_dir=tmp_path).to_yaml())
     alone, both = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "both")
     for run, size in ((alone, 1), (both, 2)):
-        ended = together(tmp_path, size, "train", config, "--name", run.path.name, "--json")
+        words = ("train", config, "--name", run.path.name, "--json")
+        ended = together(tmp_path, size, *words, prepare=forbid_freeing_the_group)
         assert [one.status for one in ended] == [0] * size, ended[-1].err
+        assert not any(FREED in one.err for one in ended)
         assert json.loads(ended[0].out)["steps"] == 4
         assert not ended[-1].out or size == 1
     assert difference(adapter_of(both), adapter_of(alone)) < 1e-4
     assert len(both.metrics.read_text().splitlines()) == 4
     assert len(both.watch.read_text().splitlines()) == 2, "process 0 alone looks"
+
+
+def test_a_process_that_dies_ends_the_training_of_the_others_and_it_can_be_resumed(
+    cached: Config, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(with_train(cached, max_steps=100_000, output_dir=tmp_path).to_yaml())
+    run = RunFolder(tmp_path / "run")
+    with team(tmp_path, 2, "train", config, "--name", "run") as processes:
+        wait_for(run.last_checkpoint, processes[0])
+        processes[1].process.kill()
+        first = processes[0].ended()
+    told = first.error()
+    assert "another of the processes ended before its share was done" in told
+    assert f"pipe train {run.path} --resume" in told
+    assert run.last_checkpoint()
+
+
+def test_a_training_that_diverges_in_several_processes_is_told_by_the_first(cached: Config, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(with_train(cached, learning_rate=1e30, warmup_steps=0, output_dir=tmp_path).to_yaml())
+    first, second = together(tmp_path, 2, "train", config, "--name", "run")
+    assert "training diverged at step 2" in first.error()
+    assert (second.status, second.out, second.err) == (1, "", "")

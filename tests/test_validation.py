@@ -9,18 +9,19 @@ import pytest
 import rounding
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cache.text import Ragged, TextTable
-from pipeline.assemble import load_base, open_batcher
+from pipeline.assemble import load_base, load_tokenizer, open_batcher
 from pipeline.batching import Batcher, ImageSequence, pack
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
 from pipeline.examples import DIFFICULT, VQAExample
-from pipeline.language_model import load_adapter
+from pipeline.language_model import Blip2LanguageHalf, load_adapter
 from pipeline.run_folder import RunFolder
 from pipeline.train import train
-from pipeline.validation import choose_questions
+from pipeline.validation import Validator, choose_questions
 
 NAME = "adapter_model.safetensors"
 DIFFICULT_EXAMPLE = VQAExample("q", Path("1.jpg"), "what?", ("red",) * 10, DIFFICULT)
@@ -68,6 +69,21 @@ def test_a_look_sees_what_evaluation_sees_and_changes_no_training(
     assert summary["validation"]["looks"] == 3
     assert summary["validation"]["best_accuracy"] == max(row["accuracy"] for row in rows(looked))
     assert all("accuracy" not in json.loads(line) for line in looked.metrics.read_text().splitlines())
+
+
+def test_where_memory_is_short_the_loss_is_summed_in_parts(cached: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model = with_validation(cached), load_base(cached)
+    validator = Validator(open_batcher(config, "val"), load_tokenizer(config), config.validation, config.evaluate)
+    whole = validator(model)
+    forward = Blip2LanguageHalf.forward
+
+    def short(self: Blip2LanguageHalf, query_features: Tensor, *args: object, **named: object) -> object:
+        if len(query_features) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, query_features, *args, **named)
+
+    monkeypatch.setattr(Blip2LanguageHalf, "forward", short)
+    assert validator(model) == pytest.approx(whole, rel=1e-4)
 
 
 def test_the_best_adapter_is_kept_and_the_last_beside_it(
