@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from cache.files import fsync_folder, opened, write_atomically
 from pipeline.errors import PipelineError
 
-_MAKE_WRITABLE = "Make it writable, or choose another place"
+_MAKE_WRITABLE = "Make it writable for you"
 _CHECK_DISK = "Check the disk"
 _REMEDIES = {
     errno.ENOSPC: "Make room on the disk",

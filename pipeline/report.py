@@ -15,7 +15,8 @@ from pipeline.config import SPLITS, Config, flatten, load_config
 from pipeline.errors import PipelineError
 from pipeline.files import followed_by, require_writable, write_text, writing
 from pipeline.gallery import gallery
-from pipeline.run_folder import RunFolder, rows_until
+from pipeline.progress import say
+from pipeline.run_folder import RunFolder, adapter_damage, rows_until
 from pipeline.run_record import read_evaluation, read_record
 
 PAGE = ("page.html", "page.css", "parts.js", "charts.js", "page.js")
@@ -78,6 +79,8 @@ def _run(run: RunFolder) -> dict[str, Any]:
     if not run.config.is_file():
         raise PipelineError(f"{run.path}: not a run folder, it has no {run.config.name}; see `pipe train`")
     config = load_config(run.config)
+    if run.adapter.is_dir() and (problem := adapter_damage(run.adapter)):
+        say(problem)
     split, evaluation = _evaluation(run, config)
     metrics, record = rows_until(math.inf, run.metrics), read_record(run)
     told = {

@@ -87,7 +87,9 @@ def _explaining_writes(run: RunFolder) -> Iterator[None]:
         with writing(run.path):
             yield
     except WriteError as error:
-        raise error.followed_by(run.going_on if run.config.is_file() else "run the same command again") from error
+        raise error.followed_by(
+            f"`{run.going_on}`" if run.config.is_file() else "run the same command again"
+        ) from error
 
 
 def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
@@ -115,11 +117,11 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         log = RunLog(run, config.train.keep_checkpoints)
         callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, log]
         callbacks += [keep_best] if keep_best else []
+        if team.rank == 0 and not resume:
+            holding.enter_context(_held(run))
+            run.check_new()  # another process may have begun it meanwhile
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
         if team.rank == 0:
-            if not resume:
-                holding.enter_context(_held(run))
-                run.check_new()  # another process may have begun it meanwhile
             run.start(config)
             begin_record(run, config, data.batcher.features, trainer.args.device.type, dtype_name(base.dtype))
         _tell_warmup(config.train, len(data.trainable))
