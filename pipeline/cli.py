@@ -10,11 +10,11 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeline.terminal import complain, show
+from pipeline.terminal import complain, show, show_every_character
 
 if TYPE_CHECKING:
     from pipeline.ask import Conversation
@@ -47,6 +47,7 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
     @wraps(command)
     def run(as_json: bool, debug: bool, **arguments: Any) -> None:
         started = time.perf_counter()
+        show_every_character()
         click.get_current_context().obj = sys.stdout  # where a conversation's answers go
         with redirect_stdout(sys.stderr):  # stdout carries the summary alone
             summary = _guarded(lambda: command(**arguments), debug)
@@ -61,8 +62,7 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
 
 
 def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
-    from cache.spec import CacheError
-    from pipeline.errors import ConfigError, PipelineError
+    from pipeline.errors import ConfigError
     from pipeline.team import local_rank
 
     speaks = local_rank() == 0  # of what all processes of a machine meet alike
@@ -71,27 +71,48 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         return call()
-    except (PipelineError, CacheError, OSError) as error:
-        if debug:
+    except (click.ClickException, BrokenPipeError):
+        raise  # click prints the one; of the other, that who reads stdout has seen enough, it says nothing
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and isinstance(error, Exception):
             raise
-        if speaks or not isinstance(error, ConfigError):
-            complain(str(error))
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        if speaks:
+        if isinstance(error, KeyboardInterrupt) and speaks:
             click.echo(err=True)
-            complain("interrupted; what is written stays good. The same command goes on; a training: pipe train RUN "
-                      "--resume")  # fmt: skip
-        sys.exit(1)
-    except click.ClickException:
-        raise
-    except Exception as error:  # what a library raises deep inside
-        if debug:
-            raise
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
-        complain(f"{type(error).__name__}: {first_line}{hint}. --debug shows where")
-        sys.exit(1)
+        if speaks or not isinstance(error, ConfigError | KeyboardInterrupt):
+            complain(_in_words(error))
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _in_words(error: BaseException) -> str:
+    from cache.spec import CacheError
+    from pipeline.errors import PipelineError
+    from pipeline.files import disk_problem
+
+    if isinstance(error, PipelineError | CacheError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what is written stays good. The same command goes on; a training: pipe train RUN --resume"
+    if isinstance(error, UnicodeEncodeError):
+        return _about_locale(error)
+    if problem := disk_problem(error):
+        return problem
+    if isinstance(error, OSError):
+        return str(error)
+    first_line = (str(error).strip() or "no message").splitlines()[0]  # what a library raises deep inside
+    hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
+    return f"{type(error).__name__}: {first_line}{hint}. --debug shows where"
+
+
+def _about_locale(error: UnicodeEncodeError) -> str:
+    """Of a name that this locale's encoding does not have."""
+    encoding = sys.getfilesystemencoding()
+    what = ascii(error.object if len(error.object) <= 300 else error.object[error.start : error.end])
+    if encoding.lower() in ("utf-8", "utf8"):
+        return f"{what}: not a text that UTF-8 can hold"
+    return (
+        f"{what}: the locale's encoding ({encoding}) has no such character; set one that has: export LC_ALL=C.UTF-8, "
+        "or PYTHONUTF8=1"
+    )
 
 
 def _quiet_transformers() -> None:
@@ -300,8 +321,9 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     """Answer a question on any picture file with RUN's adapter: encodes it as stage one would.
 
     Without QUESTION, or without IMAGE, it asks for them, line by line, until an empty line or Ctrl-D; a line that is
-    the path of a picture changes the picture. Answers go to stdout, a line each (with --json an object each), all else
-    to stderr. By default greedy, as the config says.
+    the path of a picture changes the picture. Answers go to stdout, all else to stderr. Each line of a pipe, whatever
+    its bytes, gives one line: the answer, or an empty one (with --json an object). By default greedy, as the config
+    says.
 
     \b
     Example:  pipe ask runs/easy_vqa-1 picture.png "what shape is in the image?"
@@ -317,16 +339,12 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     options = [f"evaluate.{key}={value}" for key, value in PRESETS.get(preset or "", {}).items()]
     how = (*options, *overrides), adapter == "trained"
     if image and question is not None:
-        return asking.ask(RunFolder(run), Path(image), question, *how)
-    context = click.get_current_context()
-
-    def tell(answer: dict[str, Any]) -> None:
-        line = json.dumps(answer) if context.params["as_json"] else answer["answer"]
-        print(line, file=context.obj, flush=True)
-
-    conversation = asking.Conversation(RunFolder(run), *how, tell)
+        return asking.ask(RunFolder(run), Path(image).expanduser(), question, *how)
+    as_json = click.get_current_context().params["as_json"]
+    answers = _Answers(click.get_current_context().obj, as_json)
+    conversation = asking.Conversation(RunFolder(run), *how, answers.tell)
     if not sys.stdin.isatty():
-        _hear_lines(conversation, image)
+        _hear_lines(conversation, image, answers)
         return None
     line = image or _typed(conversation.awaits)
     while line:
@@ -370,18 +388,45 @@ def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None,
     return image, question, overrides
 
 
-def _hear_lines(conversation: "Conversation", image: str | None) -> None:
-    """All lines of a pipe; what is empty or wrong gives an empty answer, so that the others keep their place."""
+class _Answers:
+    """Writes answers, a line each."""
+
+    def __init__(self, stdout: TextIO, as_json: bool) -> None:
+        self.stdout, self.as_json = stdout, as_json
+        self.told = 0
+
+    def tell(self, answer: dict[str, Any]) -> None:
+        self.told += 1
+        print(json.dumps(answer) if self.as_json else answer["answer"] or "", file=self.stdout, flush=True)
+
+
+def _hear_lines(conversation: "Conversation", image: str | None, answers: _Answers) -> None:
+    """All lines of a pipe, whatever their bytes; each gives one line, so that all keep their place."""
     from pipeline.errors import PipelineError
 
-    context, unanswered = click.get_current_context(), 0
-    for line in [*([image] if image else []), *(line.strip() for line in sys.stdin)]:
-        understood = bool(line) and conversation.hear(line)
-        unanswered += bool(line) and not understood
-        if not understood and not context.params["as_json"]:
-            print(file=context.obj, flush=True)
+    if image:
+        _show_first(conversation, Path(image).expanduser())
+    unanswered = 0
+    for number, data in enumerate(sys.stdin.buffer):
+        line = data.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip()
+        before = answers.told
+        unanswered += bool(line) and not conversation.hear(line)
+        if answers.told == before:
+            problem = conversation.problem if line else ""
+            answers.tell({"line": line, "answer": None} | ({"error": problem} if problem else {}))
     if unanswered:
         raise PipelineError(f"{unanswered} lines were not answered; what was wrong with each is told above")
+
+
+def _show_first(conversation: "Conversation", image: Path) -> None:
+    """The picture that the command names. Raises `PipelineError`: no question could be answered."""
+    from pipeline.errors import PipelineError
+    from pipeline.images import PictureError
+
+    try:
+        conversation.show(image)
+    except PictureError as error:
+        raise PipelineError(f"{image}: {error}") from None
 
 
 def _typed(prompt: str) -> str:

@@ -88,6 +88,15 @@ def disk_errno(error: Exception, path: Path) -> int | None:
     return None
 
 
+def disk_problem(error: BaseException) -> str | None:
+    """Of an error that no stage expected: that the disk takes nothing, and what to do; None if it is another error."""
+    number = disk_errno(error, Path()) if isinstance(error, Exception) else None
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return None
+    where = getattr(error, "filename", None) or "a file"
+    return f"{where}: {os.strerror(number)}. {_REMEDIES[number]} (that of temporary files is TMPDIR's), then try again"
+
+
 def require_writable(folder: Path) -> None:
     """Raise `WriteError` if `folder`, or the nearest one above it that is there, takes no file: before long work."""
     existing = _nearest(folder)

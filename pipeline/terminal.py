@@ -1,13 +1,22 @@
 """What a command says at its end, in one style: a small table on stdout, an error on stderr."""
 
+import io
 import os
 import re
+import sys
 from typing import Any
 
 import click
 
 COLOUR = False if os.environ.get("NO_COLOR") else None
 """None is by whether it is a terminal."""
+
+
+def show_every_character() -> None:
+    """Have stdout and stderr escape what their encoding lacks, as that of LC_ALL=C does; stdin takes any bytes."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -172,13 +172,11 @@ def test_the_best_adapter_that_is_damaged_is_not_put_in_place(
     assert f"{run.best(1)}/adapter_model.safetensors: damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [cut, empty, Path.unlink], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_an_adapter_that_is_damaged_is_named_and_made_again(
     finished: RunFolder, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    if damage is change:
-        pytest.skip("no digest tells of a changed weight")
     run = RunFolder(tmp_path / "run")
     shutil.copytree(finished.path, run.path)
     damage(run.adapter / name)
