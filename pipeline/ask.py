@@ -32,6 +32,7 @@ from pipeline.images import PictureError, Preprocessor, read_picture
 from pipeline.language_model import load_adapter
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
+from pipeline.terminal import from_home
 from pipeline.text import tokenize
 
 SHOWN = 200  # characters of a line that is no picture
@@ -163,7 +164,7 @@ class Conversation:
         line, self.problem = clean_question(line), ""
         try:
             if self.features is None or _names_picture(line):
-                self.show(_path(line))
+                self.show(from_home(line))
             else:
                 self.tell(self.answer(self.image, self.features, line))
         except PictureError as error:
@@ -198,15 +199,9 @@ def _shortened(line: str) -> str:
 def _names_picture(line: str) -> bool:
     """Whether it is the path of a file, or looks like one of a picture that is not there."""
     with suppress(OSError, ValueError):  # a question may be longer than a name can be
-        if _path(line).is_file():
+        if from_home(line).is_file():
             return True
     return Path(line).suffix.lower() in Image.registered_extensions()
-
-
-def _path(line: str) -> Path:
-    with suppress(RuntimeError):  # a question may begin with ~, too
-        return Path(line).expanduser()
-    return Path(line)
 
 
 def _encoder_dtype(config: Config) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -14,14 +15,23 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeline.terminal import complain, show, show_every_character
+from pipeline.terminal import complain, from_home, show, show_every_character
 
 if TYPE_CHECKING:
     from pipeline.ask import Conversation
 
-CONFIG = click.argument("config", type=click.Path(path_type=Path))
+
+class UserPath(click.Path):
+    """A path in which ~ stands for a home folder, also where no shell has replaced it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return from_home(os.fsdecode(super().convert(value, param, ctx)))
+
+
+PATH = UserPath()
+CONFIG = click.argument("config", type=PATH)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-RUN = click.argument("run", type=click.Path(path_type=Path))
+RUN = click.argument("run", type=PATH)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -286,8 +296,8 @@ def evaluate(
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="The page; default: report.html in RUN, or here.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("--output", type=PATH, help="The page; default: report.html in RUN, or here.")
 @click.option(
     "--pictures", type=click.IntRange(min=0), default=200, show_default=True, help="Questions shown, at most."
 )
@@ -339,7 +349,7 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     options = [f"evaluate.{key}={value}" for key, value in PRESETS.get(preset or "", {}).items()]
     how = (*options, *overrides), adapter == "trained"
     if image and question is not None:
-        return asking.ask(RunFolder(run), Path(image).expanduser(), question, *how)
+        return asking.ask(RunFolder(run), from_home(image), question, *how)
     as_json = click.get_current_context().params["as_json"]
     answers = _Answers(click.get_current_context().obj, as_json)
     conversation = asking.Conversation(RunFolder(run), *how, answers.tell)
@@ -355,7 +365,7 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
 
 @main.command()
 @RUN
-@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DEST", type=PATH)
 @OVERRIDES
 @click.option("--merge", is_flag=True, help="The full model in float16, with the adapter folded into its weights.")
 @click.option("--push", metavar="REPO", help="Upload it to this repository of the Hugging Face hub, too; a new one "
@@ -405,7 +415,7 @@ def _hear_lines(conversation: "Conversation", image: str | None, answers: _Answe
     from pipeline.errors import PipelineError
 
     if image:
-        _show_first(conversation, Path(image).expanduser())
+        _show_first(conversation, from_home(image))
     unanswered = 0
     for number, data in enumerate(sys.stdin.buffer):
         line = data.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip()
@@ -444,8 +454,8 @@ def _typed(prompt: str) -> str:
 @click.option(
     "--turns", type=click.IntRange(1), default=3, show_default=True, help="Steps of each way, after one more."
 )
-@click.option("--folder", type=click.Path(path_type=Path), help="Keep the random weights (7.5 GB at 2.7b) there.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the questions a second into this SVG file.")
+@click.option("--folder", type=PATH, help="Keep the random weights (7.5 GB at 2.7b) there.")
+@click.option("--plot", type=PATH, help="Draw the questions a second into this SVG file.")
 @stage
 def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: Path | None) -> dict[str, Any]:
     """Measure on this machine what the pipeline brings, before anything is downloaded.
@@ -467,7 +477,7 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
     return summary
 
 
-CACHE = click.argument("folder", metavar="CACHE", type=click.Path(path_type=Path))
+CACHE = click.argument("folder", metavar="CACHE", type=PATH)
 
 
 @main.group()
@@ -479,7 +489,7 @@ def cache() -> None:
 
 
 @cache.command("ls")
-@click.argument("root", type=click.Path(path_type=Path), default="caches")
+@click.argument("root", type=PATH, default="caches")
 @stage
 def cache_ls(root: Path) -> dict[str, Any]:
     """List the caches in the folder ROOT and below, by default in ./caches.

@@ -20,6 +20,7 @@ from pipeline.files import append_line, write_text, writing
 from pipeline.progress import say
 from pipeline.training_checkpoints import complete_checkpoints
 
+_LENGTHS = ("train.max_steps: ", "train.epochs: ")
 NOT_TRAINED_ANEW = ("lora", "train", "validation")
 
 
@@ -122,11 +123,20 @@ class RunFolder:
         if not self.config.is_file():
             advice = "start it without --resume" if self.is_unstarted else "give another --name"
             raise PipelineError(f"{self.path}: nothing to resume, no run was started there; {advice}")
-        if self.adapter.is_dir():
-            raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`")
         changed = config.differences(load_config(self.config))
+        longer = [line for line in changed if line.startswith(_LENGTHS)]
+        advice = ""
+        if longer:
+            wanted = " ".join(line.partition(",")[0].replace(": ", "=").replace("None", "null") for line in longer)
+            advice = (
+                "\nThe learning rate follows the length from the first step on, so a training of another length is "
+                f"another run, on the same cache: pipe train {self.config} {wanted} --name ANOTHER"
+            )
+        if self.adapter.is_dir():
+            raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`{advice}")
         if changed:
-            raise PipelineError(f"{self.path}: the run was started with other settings:\n  " + "\n  ".join(changed))
+            lines = "\n  ".join(changed)
+            raise PipelineError(f"{self.path}: the run was started with other settings:\n  {lines}{advice}")
 
     def hold(self) -> FolderLock:
         """Keeps other processes from training into the folder. Raises `PipelineError` that says which one does."""

@@ -4,6 +4,8 @@ import io
 import os
 import re
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +19,13 @@ def show_every_character() -> None:
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+
+
+def from_home(path: str | Path) -> Path:
+    """The path that a user has typed: ~ at its beginning is a home folder, if it is one."""
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
             1,
             "/no/such/folder (model.checkpoint): no such",
         ),
-        (["precompute", "CONFIG", "model.checkpoint=~/blip"], 1, "~/blip (model.checkpoint): no such folder"),
+        (["precompute", "CONFIG", "model.checkpoint=~/blip"], 1, "/blip (model.checkpoint): no such folder"),
         (["precompute", "CONFIG", "model.checkpoint=Embeded"], 1, "did you mean embedded?"),
         (
             ["precompute", "CONFIG", "data.train.images=/no/such/folder"],
@@ -119,6 +119,34 @@ def test_bad_input_is_told_in_a_line_or_two(
     assert len(told) <= 4
     assert done.stdout == ""
     assert sorted(data_set.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("evaluate", "~/x"), ("train", "~/x"), ("report", "~/x"), ("ask", "~/x", "a.png", "what?"),
+     ("export", "~/x", "out"), ("cache", "info", "~/x"), ("cache", "rm", "~/x", "--yes"), ("cache", "ls", "~/x"),
+     ("precompute", "~/x")],
+)  # fmt: skip
+def test_home_is_meant_by_a_tilde_in_every_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = pipe(*words)
+    assert done.exit_code > 0
+    assert f"{tmp_path}/x" in done.stderr
+
+
+def test_an_ascii_locale_is_named(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        "gr\xfcn.png".encode("ascii")
+
+    monkeypatch.setattr("pipeline.precompute.precompute", fail)
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    done = pipe("precompute", data_set / "config.yaml")
+    assert done.exit_code == 1
+    assert "'gr\\xfcn.png': the locale's encoding (ascii) has no such character; set one that has: export LC_ALL=" in (
+        done.stderr
+    )
 
 
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

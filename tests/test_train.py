@@ -118,6 +118,9 @@ def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path
     assert [json.loads(line)["step"] for line in killed.metrics.read_text().splitlines()] == list(range(1, 9))
     with pytest.raises(PipelineError, match="finished already"):
         train(config, killed, resume=True)
+    longer = rf"finished already(.|\n)*: pipe train {killed.config} train.max_steps=20 --name ANOTHER"
+    with pytest.raises(PipelineError, match=longer):
+        train(with_train(config, max_steps=20), killed, resume=True)
     assert (killed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
 
 
