@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeline.terminal import complain, from_home, show, show_every_character
+from pipeline.terminal import complain, from_home, locale_problem, show, show_every_character
 
 if TYPE_CHECKING:
     from pipeline.ask import Conversation
@@ -103,7 +103,7 @@ def _in_words(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what is written stays good. The same command goes on; a training: pipe train RUN --resume"
     if isinstance(error, UnicodeEncodeError):
-        return _about_locale(error)
+        return locale_problem(error.object) or f"{error.object!a}: not a text that {error.encoding} can hold"
     if problem := disk_problem(error):
         return problem
     if isinstance(error, OSError):
@@ -111,18 +111,6 @@ def _in_words(error: BaseException) -> str:
     first_line = (str(error).strip() or "no message").splitlines()[0]  # what a library raises deep inside
     hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if "memory" in first_line.lower() else ""
     return f"{type(error).__name__}: {first_line}{hint}. --debug shows where"
-
-
-def _about_locale(error: UnicodeEncodeError) -> str:
-    """Of a name that this locale's encoding does not have."""
-    encoding = sys.getfilesystemencoding()
-    what = ascii(error.object if len(error.object) <= 300 else error.object[error.start : error.end])
-    if encoding.lower() in ("utf-8", "utf8"):
-        return f"{what}: not a text that UTF-8 can hold"
-    return (
-        f"{what}: the locale's encoding ({encoding}) has no such character; set one that has: export LC_ALL=C.UTF-8, "
-        "or PYTHONUTF8=1"
-    )
 
 
 def _quiet_transformers() -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from pipeline.errors import ConfigError
 from pipeline.tables import TableName, is_local
+from pipeline.terminal import locale_problem
 from pipeline.yaml_text import parse_yaml
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -35,7 +36,11 @@ class Section(BaseModel):
         """A path that begins with ~ is one in a home folder, also where no shell replaces it."""
         name = info.field_name or ""
         takes_path = name in _NAMES_OR_PATHS or Path in _members(cls.model_fields[name].annotation)
-        if not (takes_path and isinstance(value, str | Path) and str(value).startswith("~")):
+        if not (takes_path and isinstance(value, str | Path)):
+            return value
+        if problem := locale_problem(str(value)):
+            raise ValueError(problem)
+        if not str(value).startswith("~"):
             return value
         try:
             return str(Path(value).expanduser())

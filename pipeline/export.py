@@ -25,7 +25,7 @@ from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint
 from pipeline.config import Config, ModelConfig
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
-from pipeline.files import followed_by, require_writable, sync_files, write_text, writing
+from pipeline.files import followed_by, require_utf8, require_writable, sync_files, write_text, writing
 from pipeline.hub import check_repo_name, push
 from pipeline.language_model import TREES, keep_trainable, load_adapter, readable_as
 from pipeline.memory import free_bytes, give_back_memory
@@ -76,6 +76,7 @@ def _appearing(destination: Path) -> Iterator[Path]:
     """A folder that gets the name `destination` at the end, and goes if anything fails."""
     if os.path.lexists(destination):
         raise PipelineError(f"{destination}: exists already; name another folder, or move it away")
+    require_utf8(destination)
     partial = destination.with_name(destination.name + ".partial")
     if os.path.lexists(partial):
         raise PipelineError(

@@ -111,10 +111,21 @@ def require_writable(folder: Path) -> None:
         raise WriteError(folder, error.errno) from error
 
 
-def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Replace the file at `path` in one step. Raises `WriteError`."""
+def require_utf8(folder: Path) -> None:
+    """Raise `PipelineError` for a folder that weights cannot be written to, or read from, because of its name."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise PipelineError(f"{folder}: its path is not UTF-8, and safetensors takes no other; rename it") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` in one step. Raises `WriteError`.
+
+    A file name that is no UTF-8 is escaped, as JSON and YAML read it back.
+    """
     with writing(path):
-        write_atomically(path, text.encode("utf-8", errors))
+        write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def append_line(path: Path, line: str) -> None:

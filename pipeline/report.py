@@ -49,7 +49,7 @@ def report(runs: Sequence[RunFolder], output: Path | None = None, pictures: int 
         _add_details(runs[0], told[0], pictures, seed)
     title = told[0]["name"] if len(runs) == 1 else f"{len(runs)} runs compared"
     with followed_by(advice):
-        write_text(path, page(title, {"runs": told}), errors="replace")
+        write_text(path, page(title, {"runs": told}))
     shown = told[0].get("gallery") or {"examples": [], "pictures": {}}
     return {
         "report": str(path),

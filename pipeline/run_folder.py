@@ -16,7 +16,7 @@ from cache.lock import LOCK_NAME, FolderLock, holder, require_free
 from cache.spec import CacheError
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.files import append_line, write_text, writing
+from pipeline.files import append_line, require_utf8, write_text, writing
 from pipeline.progress import say
 from pipeline.training_checkpoints import complete_checkpoints
 
@@ -115,6 +115,7 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def check_new(self) -> None:
+        require_utf8(self.path)
         if not self.is_unstarted:
             go_on = f", or go on with it by `{self.going_on}`" if self.config.is_file() else ""
             raise PipelineError(f"{self.path}: this run exists already; give another --name{go_on}")
@@ -169,6 +170,7 @@ class RunFolder:
         return False
 
     def check_finished(self) -> None:
+        require_utf8(self.path)
         if not self.config.is_file():
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():

@@ -21,6 +21,21 @@ def show_every_character() -> None:
             stream.reconfigure(errors=errors)
 
 
+def locale_problem(name: str) -> str | None:
+    """Why this locale can name no such file, and what to set; None if it can, or none could."""
+    encoding = sys.getfilesystemencoding()
+    try:
+        name.encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        if encoding.replace("-", "") == "utf8":
+            return None
+        return (
+            f"{name!a}: the encoding of this locale, {encoding}, has no such characters; set one that has: "
+            "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        )
+    return None
+
+
 def from_home(path: str | Path) -> Path:
     """The path that a user has typed: ~ at its beginning is a home folder, if it is one."""
     with suppress(RuntimeError):

@@ -136,17 +136,23 @@ def test_home_is_meant_by_a_tilde_in_every_argument(
     assert f"{tmp_path}/x" in done.stderr
 
 
-def test_an_ascii_locale_is_named(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        "gr\xfcn.png".encode("ascii")
-
-    monkeypatch.setattr("pipeline.precompute.precompute", fail)
-    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
-    done = pipe("precompute", data_set / "config.yaml")
-    assert done.exit_code == 1
-    assert "'gr\\xfcn.png': the locale's encoding (ascii) has no such character; set one that has: export LC_ALL=" in (
-        done.stderr
-    )
+def test_an_ascii_locale_is_named(data_set: Path) -> None:
+    """In a real one, which Python leaves by itself unless it is told not to."""
+    (data_set / "images").rename(data_set / "gr\xfcn")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "from pipeline.cli import main; main()"
+    for key, status in (("images", 2), ("annotations", 2)):
+        words = [sys.executable, "-c", code, "precompute", str(data_set / "config.yaml")]
+        config = json.loads((data_set / "config.yaml").read_text())
+        config["data"]["train"][key] = str(data_set / "gr\xfcn")
+        (data_set / "config.yaml").write_text(json.dumps(config))
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert (
+            f"data.train.{key}: '{data_set}/gr\\xfcn': the encoding of this locale, ascii, has no such" in done.stderr
+        )
+        assert "export LC_ALL=C.UTF-8, or PYTHONUTF8=1" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

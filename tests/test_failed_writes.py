@@ -4,6 +4,7 @@ Which write it is, is counted: files opened for writing, folders made, renames, 
 """
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ from test_train import files_of, with_train
 
 import pipeline.monitor
 from pipeline.config import Config
+from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.files import WriteError, append_line, replacing_folder, require_writable, write_text
@@ -280,3 +282,18 @@ def test_on_a_disk_that_is_full(trained: RunFolder, config: Config, tmp_path: Pa
         assert pipe(logs, *again).status == 0
         shutil.rmtree(disk / "runs")
     mounts.close()
+
+
+def test_a_folder_whose_name_is_no_utf_8(trained: RunFolder, cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / os.fsdecode(b"gr\xfcn"))
+    work: list[Callable[[], object]] = [
+        lambda: train(cached, run),
+        lambda: evaluate(run),
+        lambda: export(trained, run.path),
+    ]
+    for one in work:
+        with pytest.raises(PipelineError, match="its path is not UTF-8, and safetensors takes no other; rename it"):
+            one()
+    write_text(run.path.with_name("file"), json.dumps(str(run.path), ensure_ascii=False))
+    assert json.loads(run.path.with_name("file").read_text(encoding="utf-8")) == str(run.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
