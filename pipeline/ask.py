@@ -110,7 +110,7 @@ class Answerer:
         """The summary of one answer; `features`: (Q, D). Raises `PipelineError`."""
         started = time.perf_counter()
         self.check(question)
-        text = tokenize([VQAExample(0, image, question, ())], [0], self.tokenizer)
+        text = tokenize([VQAExample(0, Path(image.name), question, ())], [0], self.tokenizer)
         asked = Picture(features, text)
         answer = answer_questions(self.model, asked, np.zeros(1, np.int64), self.tokenizer, self.config.evaluate)[0]
         return {

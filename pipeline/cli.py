@@ -458,7 +458,10 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
     """
     _load_bitsandbytes()
     from pipeline.benchmark import benchmark, draw
+    from pipeline.files import require_writable
 
+    if plot:
+        require_writable(plot.parent)
     summary = benchmark(size, questions, turns, folder)
     if plot:
         draw(summary, plot)

@@ -178,7 +178,11 @@ def _open_data(config: Config) -> Data:
 @contextmanager
 def _held(run: RunFolder) -> Iterator[None]:
     """Keep others from the run's folder; if anything fails, remove what this process has begun and not completed."""
-    lock = run.hold()
+    try:
+        lock = run.hold()
+    except WriteError:
+        run.discard_unstarted()
+        raise
     before = set(run.checkpoints.glob("*"))
     try:
         yield
