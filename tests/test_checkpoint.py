@@ -43,7 +43,7 @@ def shards_of(folder: Path, half: tuple[str, ...]) -> set[str]:
 
 
 def test_a_full_disk_of_temporary_files_is_named(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for name in ("Path.symlink_to", "Path.write_text", "TemporaryDirectory"):

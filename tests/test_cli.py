@@ -155,6 +155,18 @@ def test_an_ascii_locale_is_named(data_set: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_a_folder_of_pictures_whose_name_is_no_utf_8_is_read(data_set: Path) -> None:
+    images = data_set / os.fsdecode(b"gr\xfcn")
+    try:
+        (data_set / "images").rename(images)
+    except OSError:
+        pytest.skip("the disk takes no such name")
+    words = [f"data.{split}.images={images}" for split in ("train", "val")]
+    for command in ("precompute", "train"):
+        done = pipe(command, data_set / "config.yaml", *words)
+        assert done.exit_code == 0, done.stderr
+
+
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.formats.easy_vqa.find_spec", lambda name: None)
     done = pipe("precompute", data_set / "config.yaml", "data={format: easy_vqa, train: {}}")
