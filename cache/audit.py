@@ -14,7 +14,7 @@ import numpy as np
 
 from cache.files import as_bytes, opened, pread_into, pwrite_all, rename, temporary
 from cache.format import DIGEST_BYTES, FAILED, PART_NAME, PartLayout, check_head, inspect_part, lay_out_part, unreadable
-from cache.lock import FolderLock
+from cache.lock import FolderLock, not_read
 from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, PartEntry, TextEntry, attachment_file, unlisted_parts
 from cache.spec import CacheError, CacheSpec, FileError, UnreadableError
 from cache.text import TextTable
@@ -87,7 +87,8 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> int:
     try:
         lock = FolderLock(folder)
         try:
-            return _replace_parts(folder, by_part)
+            with not_read(folder, "repair"):
+                return _replace_parts(folder, by_part)
         finally:
             lock.release()
     except OSError as error:

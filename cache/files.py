@@ -6,7 +6,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,20 @@ def temporary(path: Path) -> Path:
 
 
 def write_atomically(path: Path, data: bytes, building: Path | None = None) -> None:
-    """Replaces the file at `path` by `data`, in one step; until then it is `building`. Raises OSError."""
+    """Replaces the file at `path` by `data`, in one step; until then it is `building`.
+
+    Raises OSError; then `building` is gone, and what was at `path` is still there.
+    """
     building = building or temporary(path)
-    with opened(building, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
-        pwrite_all(descriptor, data, 0)
-        os.fsync(descriptor)
-    rename(building, path)
+    try:
+        with opened(building, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+            pwrite_all(descriptor, data, 0)
+            os.fsync(descriptor)
+        rename(building, path)
+    except BaseException:
+        with suppress(OSError):
+            building.unlink()
+        raise
 
 
 def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.format import PART_NAME
-from cache.lock import LOCK_NAME, FolderLock
+from cache.lock import LOCK_NAME, FolderLock, not_read
 from cache.manifest import MANIFEST_NAME, Manifest, unlisted_parts
 from cache.own import holds_cache, own_files
 from cache.spec import CacheError
@@ -70,7 +70,7 @@ def remove(folder: Path) -> int:
     """Deletes a cache, its own files only, and the folder if nothing else is in it; -> bytes freed.
 
     The manifest goes first, so that a cache half deleted is never taken for a whole one. Raises CacheError if no
-    cache is there or another process is writing it, OSError.
+    cache is there or another process is writing or reading it, OSError.
     """
     if folder.is_symlink():
         raise CacheError(f"{folder}: is a link to {folder.resolve()}: name that folder itself; nothing was deleted")
@@ -79,8 +79,9 @@ def remove(folder: Path) -> int:
     freed = _bytes_on_disk(own_files(folder))
     lock = FolderLock(folder)
     try:
-        for path in sorted(own_files(folder), key=_removal):
-            path.unlink(missing_ok=True)
+        with not_read(folder, "remove"):
+            for path in sorted(own_files(folder), key=_removal):
+                path.unlink(missing_ok=True)
     finally:
         lock.release()
     if not any(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Who may write: one process at a time, known by name, and never one that is dead."""
+"""Who may write: one process at a time, known by name, and never one that is dead; and who reads meanwhile."""
 
 import errno
 import fcntl
@@ -6,7 +6,8 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from cache.spec import CacheError
 
 LOCK_NAME = ".lock"
 PATIENCE = 10  # seconds
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+_NONE = -1  # no descriptor
 
 
 class FolderLock:
@@ -49,6 +51,57 @@ class FolderLock:
         with suppress(OSError):  # on a full disk a cache must still be removable
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, owner.encode(), 0)
+
+
+class ReadLock:
+    """Keeps the cache in `folder` from being removed or repaired until `release`; it may be written meanwhile.
+
+    The lock is the kernel's, a shared one on the folder itself: nothing is written, so that a cache on a read-only disk
+    is held as well. A file system without locks is used without. Raises CacheError if the cache is being removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = _NONE
+        with suppress(OSError):  # who reads a folder that cannot be read says so
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self._descriptor != _NONE and not lock(self._descriptor, PATIENCE, fcntl.LOCK_SH):
+            self.release()
+            raise CacheError(f"{folder}: another process is removing or repairing this cache. Run the command again.")
+
+    def release(self) -> None:
+        if self._descriptor != _NONE:
+            os.close(self._descriptor)
+            self._descriptor = _NONE
+
+    def __del__(self) -> None:
+        self.release()
+
+
+@contextmanager
+def not_read(folder: Path, doing: str) -> Iterator[None]:
+    """Keeps readers away. Raises CacheError that says who is reading the cache, and that `doing` must wait; OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not lock(descriptor):
+            raise CacheError(
+                f"{folder}: {_readers(descriptor)} is reading this cache, in a training or an evaluation: {doing} it "
+                "when that has ended. Nothing was changed."
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _readers(descriptor: int) -> str:
+    """The processes of this machine that hold a lock on the file, in words."""
+    found = os.fstat(descriptor)
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    processes: list[str] = []
+    with suppress(OSError):  # Linux alone has this list
+        rows = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+        processes = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
+    known = sorted({process for process in processes if int(process) > 0}, key=int)
+    return f"process {', '.join(known)} on {socket.gethostname()}" if known else "another process"
 
 
 def _open_locked(path: Path) -> int:
@@ -86,12 +139,12 @@ def require_free(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock(descriptor: int, patience: float = 0) -> bool:
+def lock(descriptor: int, patience: float = 0, kind: int = fcntl.LOCK_EX) -> bool:
     """Takes the kernel's lock on an open file; False if another process keeps it for `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:

@@ -229,7 +229,7 @@ def unlisted_parts(folder: Path, manifest: Manifest) -> list[Path]:
 def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
     """JSON that ends in the SHA-256 of all that stands before it, so that a changed bit is noticed."""
     whole = {"format": _FORMAT, "format_version": FORMAT_VERSION, **content}
-    body = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}").encode()
+    body = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}").encode("utf-8", "backslashreplace")
     write_atomically(path, body + f',\n  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode())
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from cache.files import as_bytes, map_file, pread_into, sha256_of
 from cache.format import PartLayout, check_head, inspect_part, unreadable
+from cache.lock import ReadLock
 from cache.manifest import MANIFEST_NAME, Manifest, PartEntry, attachment_file
 from cache.spec import CacheError
 from cache.text import TextTable
@@ -32,6 +33,8 @@ class FeatureReader:
     A part is checked, opened and mapped when its first row is read, and not carried into other processes by
     pickling: opening costs the same for any number of rows.
 
+    Until `close` the cache is kept from being removed or repaired.
+
     Raises CacheError if there is no cache, or an unfinished one, or the manifest is not sound or names a file that
     is missing or of another size.
     """
@@ -40,6 +43,7 @@ class FeatureReader:
         if io not in ("memmap", "pread"):
             raise CacheError(f"cache.io is {io!r}, must be memmap or pread")
         self.folder, self.io = Path(folder), io
+        self._reading: ReadLock | None = ReadLock(self.folder)
         self.manifest = _load_manifest(self.folder)
         self.spec = self.manifest.spec
         self.rows = self.manifest.rows
@@ -58,16 +62,20 @@ class FeatureReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_parts", "_maps", "_opening", "_checked", "_files")
+        own = ("_parts", "_maps", "_opening", "_checked", "_files", "_reading")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._reading = None
         self._forget()
 
     def close(self) -> None:
         """Lets go of maps and files; a later `gather` opens and checks them again."""
         self._forget()
+        if self._reading:
+            self._reading.release()
+            self._reading = None
 
     def _forget(self) -> None:
         self._parts: dict[int, _OpenPart] = {}
@@ -180,6 +188,7 @@ class FeatureReader:
         if indices <= self._parts.keys():
             return
         with self._opening:  # threads may share a reader
+            self._reading = self._reading or ReadLock(self.folder)
             parts = dict(self._parts)
             try:
                 for index in sorted(indices - parts.keys()):
@@ -290,7 +299,7 @@ def _check_size(folder: Path, part: PartEntry, row_bytes: int) -> None:
 
 def _load_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
-        raise CacheError(f"no cache at {folder}: run `pipe precompute` first")
+        raise CacheError(f"no cache at {folder}: run `pipe precompute` first, or name its folder with cache.dir=FOLDER")
     if not (folder / MANIFEST_NAME).exists():
         raise CacheError(
             f"{folder}: unfinished cache, it has no {MANIFEST_NAME}: run the same `pipe precompute` command again: "

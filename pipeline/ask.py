@@ -1,5 +1,6 @@
 """Any picture, any question: the encoder and the language half one behind the other, without a cache."""
 
+import string
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +33,11 @@ from pipeline.images import PictureError, check_header, read_picture
 from pipeline.language_model import load_adapter
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
+from pipeline.terminal import from_home
 from pipeline.text import tokenize
+
+SHOWN = 200  # characters of a line that is no picture
+_INVISIBLE = string.whitespace + "\ufeff\u200b\u200c\u200d\u2060\u00a0\0"
 
 HELP = "A question is answered, the path of a picture changes the picture, an empty line or Ctrl-D ends."
 
@@ -109,7 +114,7 @@ class Answerer:
         """The summary of one answer; `features`: (Q, D). Raises `PipelineError`."""
         started = time.perf_counter()
         self.check(question)
-        text = tokenize([VQAExample(0, image, question, ())], [0], self.tokenizer)
+        text = tokenize([VQAExample(0, Path(image.name), question, ())], [0], self.tokenizer)
         asked = Picture(features, text)
         answer = answer_questions(self.model, asked, np.zeros(1, np.int64), self.tokenizer, self.config.evaluate)[0]
         return {
@@ -127,6 +132,7 @@ def ask(run: RunFolder, image: Path, question: str, overrides: tuple[str, ...], 
 
     It is the answer that `evaluate` gives if the picture is in the cache. Raises `PipelineError`.
     """
+    question = clean_question(question)
     config = run.trained_config(overrides)
     answerer = Answerer(run, config, with_adapter)
     answerer.check(question)
@@ -147,6 +153,8 @@ class Conversation:
         config = run.trained_config(overrides)
         self.look, self.answer, self.tell = PictureReader(config), Answerer(run, config, with_adapter), tell
         self.image = Path()
+        self.problem = ""
+        """What was wrong with the last line."""
         self.features: Tensor | None = None
         if sys.stdin.isatty():
             say(HELP)
@@ -156,21 +164,23 @@ class Conversation:
         return "picture" if self.features is None else "question"
 
     def hear(self, line: str) -> bool:
-        """Answers, or changes the picture; what is wrong with either is told in a line, and False returned."""
+        """Tell an answer, or change the picture; log what is wrong with either, and return False."""
+        line, self.problem = clean_question(line), ""
         try:
             if self.features is None or _names_picture(line):
-                self._show(_path(line))
+                self.show(from_home(line))
             else:
                 self.tell(self.answer(self.image, self.features, line))
         except PictureError as error:
-            say(f"{line}: {error}; name a picture")
-            return False
+            self.problem = f"{_shortened(line)}: {error}; name a picture"
         except PipelineError as error:
-            say(str(error))
-            return False
-        return True
+            self.problem = str(error)
+        if self.problem:
+            say(self.problem)
+        return not self.problem
 
-    def _show(self, image: Path) -> None:
+    def show(self, image: Path) -> None:
+        """Change the picture; where the prompt holds no question, it is answered. Raises `PictureError`."""
         self.features = None  # if this one fails, no question is answered from the one before
         self.image, self.features = image, self.look(image)
         if not self.answer.asks:
@@ -178,18 +188,24 @@ class Conversation:
             self.features = None
 
 
+def clean_question(text: str) -> str:
+    """Without what nobody sees at its ends: spaces, byte order marks, zero-width characters.
+
+    Bytes that were no UTF-8 become the replacement character.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip(_INVISIBLE)
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+
+
 def _names_picture(line: str) -> bool:
     """Whether it is the path of a file, or looks like one of a picture that is not there."""
     with suppress(OSError, ValueError):  # a question may be longer than a name can be
-        if _path(line).is_file():
+        if from_home(line).is_file():
             return True
     return Path(line).suffix.lower() in Image.registered_extensions()
-
-
-def _path(line: str) -> Path:
-    with suppress(RuntimeError):  # a question may begin with ~, too
-        return Path(line).expanduser()
-    return Path(line)
 
 
 def _encoder_dtype(config: Config) -> torch.dtype:

@@ -31,6 +31,7 @@ from pipeline.batching import ImageSequence, pack
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import Blip2Encoder
 from pipeline.errors import PipelineError
+from pipeline.files import write_text
 from pipeline.language_model import Blip2LanguageHalf, add_lora, load_language_half
 from pipeline.memory import peak_bytes, reset_peak
 from pipeline.progress import progress_bar, say
@@ -212,10 +213,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         bars.append(f'<text x="10" y="{top + 15}">{way}</text><rect x="90" y="{top}" width="{width:.1f}" height="20"/>')
         bars.append(f'<text x="{95 + width:.1f}" y="{top + 15}">{rate:.3g}</text>')
     title = f"questions a second, {summary['size']}, {summary['device']}, {summary['dtype']}"
-    path.write_text(
+    write_text(
+        path,
         f'<svg xmlns="http://www.w3.org/2000/svg" width="540" height="{50 + 30 * len(rates)}" '
         'font-family="sans-serif" font-size="14" style="background:#fff"><style>rect{fill:#4269d0}</style>'
-        f'<text x="10" y="22">{title}</text>{"".join(bars)}</svg>\n'
+        f'<text x="10" y="22">{title}</text>{"".join(bars)}</svg>\n',
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, load_config
+from pipeline.files import write_text
 from pipeline.run_folder import RunFolder
 from pipeline.run_record import evaluations, read_record
 
@@ -48,9 +49,9 @@ tokens = model.generate(**inputs, max_new_tokens={max_new_tokens}, num_beams={nu
 answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()"""
 
 
-def write_card(run: RunFolder) -> None:
+def write_card(run: RunFolder, adapter: Path | None = None) -> None:
     """The README.md of the run's adapter, with what is known by now; the same run gives the same bytes."""
-    (run.adapter / "README.md").write_text(model_card(run, load_config(run.config), merged=False), encoding="utf-8")
+    write_text((adapter or run.adapter) / "README.md", model_card(run, load_config(run.config), merged=False))
 
 
 def model_card(run: RunFolder, config: Config, merged: bool) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -75,15 +75,21 @@ def only_half(folder: Path, half: tuple[str, ...]) -> Iterator[Path]:
         return
     index = read_json(folder / INDEX)
     index["weight_map"] = {name: path.name for name, path in _files(folder, half).items()}
-    with TemporaryDirectory(prefix="blip2-half-") as name:
-        view = Path(name)
-        for pattern in SMALL_FILES:
-            for path in folder.glob(pattern):
-                (view / path.name).symlink_to(path)
-        (view / INDEX).unlink()
-        (view / INDEX).write_text(json.dumps(index))
-        for shard in set(index["weight_map"].values()):
-            (view / shard).symlink_to(folder / shard)
+    with ExitStack() as stack:
+        try:
+            view = Path(stack.enter_context(TemporaryDirectory(prefix="blip2-half-")))
+            for pattern in SMALL_FILES:
+                for path in folder.glob(pattern):
+                    (view / path.name).symlink_to(path)
+            (view / INDEX).unlink()
+            (view / INDEX).write_text(json.dumps(index), encoding="utf-8")
+            for shard in set(index["weight_map"].values()):
+                (view / shard).symlink_to(folder / shard)
+        except OSError as error:
+            raise PipelineError(
+                f"the folder for temporary files cannot be written ({error}); make room there, or set TMPDIR to "
+                "another folder"
+            ) from error
         yield view
 
 

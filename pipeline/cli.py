@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -10,18 +11,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeline.terminal import complain, show
+from pipeline.terminal import complain, from_home, locale_problem, show, show_every_character
 
 if TYPE_CHECKING:
     from pipeline.ask import Conversation
 
-CONFIG = click.argument("config", type=click.Path(path_type=Path))
+
+class UserPath(click.Path):
+    """A path in which ~ stands for a home folder, also where no shell has replaced it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return from_home(os.fsdecode(super().convert(value, param, ctx)))
+
+
+PATH = UserPath()
+CONFIG = click.argument("config", type=PATH)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-RUN = click.argument("run", type=click.Path(path_type=Path))
+RUN = click.argument("run", type=PATH)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -48,6 +58,7 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
     @_ending_process()
     def run(as_json: bool, debug: bool, **arguments: Any) -> None:
         started = time.perf_counter()
+        show_every_character()
         click.get_current_context().obj = sys.stdout  # where a conversation's answers go
         with redirect_stdout(sys.stderr):  # stdout carries the summary alone
             summary = _guarded(lambda: command(**arguments), debug)
@@ -71,8 +82,7 @@ def _ending_process() -> Iterator[None]:
 
 
 def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
-    from cache.spec import CacheError
-    from pipeline.errors import ConfigError, PipelineError
+    from pipeline.errors import ConfigError
     from pipeline.team import local_rank
 
     speaks = local_rank() == 0  # of what all processes of a machine meet alike
@@ -81,29 +91,38 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         return call()
-    except (PipelineError, CacheError, OSError) as error:
-        if debug:
+    except (click.ClickException, BrokenPipeError):
+        raise  # click prints the one; of the other, that who reads stdout has seen enough, it says nothing
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and isinstance(error, Exception):
             raise
-        if speaks or not isinstance(error, ConfigError):
-            complain(str(error))
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        if speaks:
+        if isinstance(error, KeyboardInterrupt) and speaks:
             click.echo(err=True)
-            complain("interrupted; what is written stays good. The same command goes on; a training: pipe train RUN "
-                      "--resume")  # fmt: skip
-        sys.exit(1)
-    except click.ClickException:
-        raise
-    except Exception as error:  # what a library raises deep inside
-        if debug:
-            raise
-        from pipeline.memory import is_out_of_memory
+        if speaks or not isinstance(error, ConfigError | KeyboardInterrupt):
+            complain(_in_words(error))
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if is_out_of_memory(error) else ""
-        complain(f"{type(error).__name__}: {first_line}{hint}. --debug shows where")
-        sys.exit(1)
+
+def _in_words(error: BaseException) -> str:
+    from cache.spec import CacheError
+    from pipeline.errors import PipelineError
+    from pipeline.files import disk_problem
+
+    if isinstance(error, PipelineError | CacheError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what is written stays good. The same command goes on; a training: pipe train RUN --resume"
+    if isinstance(error, UnicodeEncodeError):
+        return locale_problem(error.object) or f"{error.object!a}: not a text that {error.encoding} can hold"
+    if problem := disk_problem(error):
+        return problem
+    if isinstance(error, OSError):
+        return str(error)
+    from pipeline.memory import is_out_of_memory
+
+    first_line = (str(error).strip() or "no message").splitlines()[0]  # what a library raises deep inside
+    hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if is_out_of_memory(error) else ""
+    return f"{type(error).__name__}: {first_line}{hint}. --debug shows where"
 
 
 def _quiet_transformers() -> None:
@@ -277,8 +296,8 @@ def evaluate(
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="The page; default: report.html in RUN, or here.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.option("--output", type=PATH, help="The page; default: report.html in RUN, or here.")
 @click.option(
     "--pictures", type=click.IntRange(min=0), default=200, show_default=True, help="Questions shown, at most."
 )
@@ -312,8 +331,9 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     """Answer a question on any picture file with RUN's adapter: encodes it as stage one would.
 
     Without QUESTION, or without IMAGE, it asks for them, line by line, until an empty line or Ctrl-D; a line that is
-    the path of a picture changes the picture. Answers go to stdout, a line each (with --json an object each), all else
-    to stderr. By default greedy, as the config says.
+    the path of a picture changes the picture. Answers go to stdout, all else to stderr. Each line of a pipe, whatever
+    its bytes, gives one line: the answer, or an empty one (with --json an object). By default greedy, as the config
+    says.
 
     \b
     Example:  pipe ask runs/easy_vqa-1 picture.png "what shape is in the image?"
@@ -329,16 +349,12 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     options = [f"evaluate.{key}={value}" for key, value in PRESETS.get(preset or "", {}).items()]
     how = (*options, *overrides), adapter == "trained"
     if image and question is not None:
-        return asking.ask(RunFolder(run), Path(image), question, *how)
-    context = click.get_current_context()
-
-    def tell(answer: dict[str, Any]) -> None:
-        line = json.dumps(answer) if context.params["as_json"] else answer["answer"]
-        print(line, file=context.obj, flush=True)
-
-    conversation = asking.Conversation(RunFolder(run), *how, tell)
+        return asking.ask(RunFolder(run), from_home(image), question, *how)
+    as_json = click.get_current_context().params["as_json"]
+    answers = _Answers(click.get_current_context().obj, as_json)
+    conversation = asking.Conversation(RunFolder(run), *how, answers.tell)
     if not sys.stdin.isatty():
-        _hear_lines(conversation, image)
+        _hear_lines(conversation, image, answers)
         return None
     line = image or _typed(conversation.awaits)
     while line:
@@ -349,7 +365,7 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
 
 @main.command()
 @RUN
-@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DEST", type=PATH)
 @OVERRIDES
 @click.option("--merge", is_flag=True, help="The full model in float16, with the adapter folded into its weights.")
 @click.option("--push", metavar="REPO", help="Upload it to this repository of the Hugging Face hub, too; a new one "
@@ -382,18 +398,45 @@ def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None,
     return image, question, overrides
 
 
-def _hear_lines(conversation: "Conversation", image: str | None) -> None:
-    """All lines of a pipe; what is empty or wrong gives an empty answer, so that the others keep their place."""
+class _Answers:
+    """Writes answers, a line each."""
+
+    def __init__(self, stdout: TextIO, as_json: bool) -> None:
+        self.stdout, self.as_json = stdout, as_json
+        self.told = 0
+
+    def tell(self, answer: dict[str, Any]) -> None:
+        self.told += 1
+        print(json.dumps(answer) if self.as_json else answer["answer"] or "", file=self.stdout, flush=True)
+
+
+def _hear_lines(conversation: "Conversation", image: str | None, answers: _Answers) -> None:
+    """All lines of a pipe, whatever their bytes; each gives one line, so that all keep their place."""
     from pipeline.errors import PipelineError
 
-    context, unanswered = click.get_current_context(), 0
-    for line in [*([image] if image else []), *(line.strip() for line in sys.stdin)]:
-        understood = bool(line) and conversation.hear(line)
-        unanswered += bool(line) and not understood
-        if not understood and not context.params["as_json"]:
-            print(file=context.obj, flush=True)
+    if image:
+        _show_first(conversation, from_home(image))
+    unanswered = 0
+    for number, data in enumerate(sys.stdin.buffer):
+        line = data.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip()
+        before = answers.told
+        unanswered += bool(line) and not conversation.hear(line)
+        if answers.told == before:
+            problem = conversation.problem if line else ""
+            answers.tell({"line": line, "answer": None} | ({"error": problem} if problem else {}))
     if unanswered:
         raise PipelineError(f"{unanswered} lines were not answered; what was wrong with each is told above")
+
+
+def _show_first(conversation: "Conversation", image: Path) -> None:
+    """The picture that the command names. Raises `PipelineError`: no question could be answered."""
+    from pipeline.errors import PipelineError
+    from pipeline.images import PictureError
+
+    try:
+        conversation.show(image)
+    except PictureError as error:
+        raise PipelineError(f"{image}: {error}") from None
 
 
 def _typed(prompt: str) -> str:
@@ -411,8 +454,8 @@ def _typed(prompt: str) -> str:
 @click.option(
     "--turns", type=click.IntRange(1), default=3, show_default=True, help="Steps of each way, after one more."
 )
-@click.option("--folder", type=click.Path(path_type=Path), help="Keep the random weights (7.5 GB at 2.7b) there.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the questions a second into this SVG file.")
+@click.option("--folder", type=PATH, help="Keep the random weights (7.5 GB at 2.7b) there.")
+@click.option("--plot", type=PATH, help="Draw the questions a second into this SVG file.")
 @stage
 def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: Path | None) -> dict[str, Any]:
     """Measure on this machine what the pipeline brings, before anything is downloaded.
@@ -427,14 +470,17 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
     """
     _load_bitsandbytes()
     from pipeline.benchmark import benchmark, draw
+    from pipeline.files import require_writable
 
+    if plot:
+        require_writable(plot.parent)
     summary = benchmark(size, questions, turns, folder)
     if plot:
         draw(summary, plot)
     return summary
 
 
-CACHE = click.argument("folder", metavar="CACHE", type=click.Path(path_type=Path))
+CACHE = click.argument("folder", metavar="CACHE", type=PATH)
 
 
 @main.group()
@@ -446,7 +492,7 @@ def cache() -> None:
 
 
 @cache.command("ls")
-@click.argument("root", type=click.Path(path_type=Path), default="caches")
+@click.argument("root", type=PATH, default="caches")
 @stage
 def cache_ls(root: Path) -> dict[str, Any]:
     """List the caches in the folder ROOT and below, by default in ./caches.

@@ -13,18 +13,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from pipeline.errors import ConfigError
 from pipeline.tables import TableName, is_local
+from pipeline.terminal import locale_problem
+from pipeline.yaml_text import parse_yaml
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 SPLITS = ("train", "val", "test")
+_NAMES_OR_PATHS = {"checkpoint", "dataset", "image_dataset"}
+"""Keys that take a hub id or a path."""
 
 
 class Section(BaseModel):
     """A mapping in which every key is known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_home(cls, value: object, info: ValidationInfo) -> object:
+        """A path that begins with ~ is one in a home folder, also where no shell replaces it."""
+        name = info.field_name or ""
+        takes_path = name in _NAMES_OR_PATHS or Path in _members(cls.model_fields[name].annotation)
+        if not (takes_path and isinstance(value, str | Path)):
+            return value
+        if problem := locale_problem(str(value)):
+            raise ValueError(problem)
+        if not str(value).startswith("~"):
+            return value
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError:
+            raise ValueError("~ stands for a home folder that is not known; write the path out") from None
 
 
 class ModelConfig(Section):
@@ -356,9 +377,21 @@ def _listed_values(override: str) -> list[str]:
     return [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
 
 
+def _check_listed(overrides: Sequence[str]) -> None:
+    """Of a key given twice the last value holds, but not if one lists several; none of them is listed twice."""
+    keys = [override.partition("=")[0] for override in overrides]
+    for override in overrides:
+        key, values = override.partition("=")[0], _listed_values(override)
+        if len(values) > 1 and keys.count(key) > 1:
+            raise ConfigError(f"{override!r}: {key} is given twice; list all of its values once")
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{override!r}: {key} lists a value twice")
+
+
 def combinations_of(overrides: Sequence[str]) -> tuple[list[dict[str, str]], tuple[str, ...]]:
     """Every combination of the overrides that list several values, and the other overrides."""
     listed = {override.partition("=")[0]: _listed_values(override) for override in overrides}
+    _check_listed(overrides)
     varied = {key: values for key, values in listed.items() if len(values) > 1}
     fixed = tuple(override for override in overrides if override.partition("=")[0] not in varied)
     return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())], fixed
@@ -389,8 +422,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; the examples are in configs/, easy_vqa.yaml the smallest")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of {', '.join(Config.model_fields)}")
@@ -417,8 +450,8 @@ def _parse(override: str, text: str, types: Sequence[Any]) -> Any:
     """The value of an override: YAML, but for a key that takes text what YAML makes anything else of, as it stands."""
     is_text = str in types or Path in types
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(text, repr(override))
+    except (yaml.YAMLError, ValueError, RecursionError):
         if not is_text:
             raise ConfigError(f"{override!r}: the value is not YAML; quote it") from None
         return text

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from math import exp
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from pipeline.assemble import load_base, load_tokenizer, open_batcher
 from pipeline.card import write_card
 from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
+from pipeline.files import followed_by, require_writable, write_text
 from pipeline.language_model import load_adapter
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
@@ -35,6 +35,9 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     if world_size() > 1:
         raise PipelineError("evaluation runs in one process: start it without torchrun")
     config = run.trained_config(overrides)
+    with followed_by(f"run the same command again; or copy the run, cp -r {run.path} COPY, and evaluate the copy"):
+        for folder in (run.path, run.adapter):
+            require_writable(folder)
     settings, official = config.evaluate, official_form(config.data.format)
     batcher = open_batcher(config, settings.split)
     examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
@@ -51,9 +54,9 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     scores = score(examples, texts, settings.method)
     results = run.results(settings.split, with_adapter)
     mistakes = run.mistakes(settings.split, with_adapter)
-    _write(results, json.dumps(official(examples, texts), ensure_ascii=False))
-    _write(run.answers(settings.split, with_adapter), _answer_lines(examples, answers, scores))
-    _write(mistakes, _surest_mistakes(examples, answers, scores))
+    write_text(results, json.dumps(official(examples, texts), ensure_ascii=False))
+    write_text(run.answers(settings.split, with_adapter), _answer_lines(examples, answers, scores))
+    write_text(mistakes, _surest_mistakes(examples, answers, scores))
     summary = {
         "run": str(run.path),
         "split": settings.split,
@@ -69,7 +72,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         "questions_per_second": len(examples) / answering_seconds,
         "seconds": time.perf_counter() - started,
     }
-    _write(run.evaluation(settings.split, with_adapter), json.dumps(summary, indent=2, ensure_ascii=False))
+    write_text(run.evaluation(settings.split, with_adapter), json.dumps(summary, indent=2, ensure_ascii=False))
     write_card(run)
     return summary
 
@@ -105,9 +108,3 @@ def _surest_mistakes(examples: Sequence[VQAExample], answers: Sequence[Answer], 
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cache.files import fsync_folder, opened
+from cache.files import fsync_folder
 from cache.spec import CacheError
 from pipeline.answering import answer_questions
 from pipeline.assemble import load_base, load_tokenizer, open_batcher
@@ -25,6 +25,7 @@ from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint
 from pipeline.config import Config, ModelConfig
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
+from pipeline.files import followed_by, require_utf8, require_writable, sync_files, write_text, writing
 from pipeline.hub import check_repo_name, push
 from pipeline.language_model import TREES, keep_trainable, load_adapter, readable_as
 from pipeline.memory import free_bytes, give_back_memory, is_out_of_memory
@@ -59,10 +60,10 @@ def export(
         if merge:
             _merge(run, config, folder)
         else:
-            shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
-        (folder / "README.md").write_text(model_card(run, config, merge), encoding="utf-8")
+            _copy_files(run.adapter, folder)
+        write_text(folder / "README.md", model_card(run, config, merge))
         readable_as(folder / "README.md", folder)
-    summary["bytes"] = sum(path.stat().st_size for path in destination.iterdir())
+    summary["bytes"] = sum(path.stat().st_size for path in destination.rglob("*"))
     if merge:
         summary["differences"] = differences(run, config, destination)
     if repo:
@@ -75,24 +76,34 @@ def _appearing(destination: Path) -> Iterator[Path]:
     """A folder that gets the name `destination` at the end, and goes if anything fails."""
     if os.path.lexists(destination):
         raise PipelineError(f"{destination}: exists already; name another folder, or move it away")
+    require_utf8(destination)
     partial = destination.with_name(destination.name + ".partial")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.mkdir()
-    except FileExistsError:
+    if os.path.lexists(partial):
         raise PipelineError(
             f"{partial}: left by an export that was killed, or one that is at work; delete it, and export again"
-        ) from None
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with opened(path, os.O_RDONLY) as descriptor:
-                os.fsync(descriptor)
-        partial.rename(destination)
-        fsync_folder(destination.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        )
+    with followed_by("run the same command again; or export to another folder"):
+        require_writable(partial)
+        with writing(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.mkdir()
+                yield partial
+                sync_files(partial)
+                partial.rename(destination)
+                fsync_folder(destination.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Without their permissions: the copies of read-only files are written to."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _merge(run: RunFolder, config: Config, folder: Path) -> None:

@@ -61,7 +61,7 @@ def _train_one(config: Config, run: RunFolder, resume: bool, load: "_LoadOnce") 
         if resume and run.adapter.is_dir():
             summary = read_record(run).get("summary", {})
         else:
-            summary = train(config, run, resume and run.path.exists(), load) or {}
+            summary = train(config, run, resume and run.config.is_file(), load) or {}
     except StoppedError as error:
         stopped = str(error).partition(";")[0]
         raise StoppedError(f"{run.path}: {stopped}. The same command with --resume goes on with all runs") from None

@@ -26,6 +26,7 @@ from pipeline.errors import PipelineError
 from pipeline.file_kinds import CAMERA_RAW, unreadable_image, why_not_known
 from pipeline.image_processor import load_image_processor
 from pipeline.tables import Picture
+from pipeline.terminal import locale_problem
 
 # Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
 # What Pillow only warns of (odd EXIF, palettes, 89 to 179 million pixels) is decoded, so nobody need act on it;
@@ -103,7 +104,7 @@ def _read_file(path: Path) -> bytes:
     except MemoryError:
         raise PictureUnreachableError(_NO_MEMORY) from None
     except ValueError:  # a zero byte, or half of a surrogate pair
-        raise PictureError("not there: no file can have this name") from None
+        raise PictureError(locale_problem(str(path)) or "not there: no file can have this name") from None
 
 
 def image_digest(data: bytes) -> bytes:

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from pipeline.checkpoint import LANGUAGE_HALF
 from pipeline.checkpoint_check import end_tokens, model_tensors
 from pipeline.compat import cache_argument
 from pipeline.errors import PipelineError
+from pipeline.files import replacing_folder
 from pipeline.loading import load_half, require_finite
 from pipeline.lora import compute_with_float_biases, require_all_saved, targets_in_full_model, targets_of
 from pipeline.memory import give_back_memory, keep_no_freed_memory
@@ -291,21 +291,19 @@ def readable_as(path: Path, folder: Path) -> None:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter in PEFT's form, for the full model; `folder` appears, or is replaced, when it is whole.
 
-    The same adapter gives the same bytes: PEFT would write the set of target modules in any order.
+    The same adapter gives the same bytes: PEFT would write the set of target modules in any order. Raises `WriteError`.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    path = partial / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
-    config["auto_mapping"] = {
-        "base_model_class": Blip2ForConditionalGeneration.__name__,
-        "parent_library": Blip2ForConditionalGeneration.__module__,
-    }
-    path.write_text(json.dumps(config, indent=2, sort_keys=True))
-    readable_as(path, partial)
-    shutil.rmtree(folder, ignore_errors=True)  # of a training that was killed behind its last checkpoint
-    partial.rename(folder)
+    with replacing_folder(folder) as partial:
+        model.save_pretrained(partial)
+        path = partial / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["target_modules"] = sorted(config["target_modules"])
+        config["auto_mapping"] = {
+            "base_model_class": Blip2ForConditionalGeneration.__name__,
+            "parent_library": Blip2ForConditionalGeneration.__module__,
+        }
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        readable_as(path, partial)
 
 
 def load_adapter(model: Blip2LanguageHalf, adapter: Path) -> PeftModel:

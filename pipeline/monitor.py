@@ -3,7 +3,6 @@
 d: width of a frozen matrix's output or input, r: the adapter's rank, n: adapted matrices of one shape.
 """
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.progress import say
-from pipeline.run_folder import RunFolder, rows_until, write_rows
+from pipeline.run_folder import RunFolder, append_row, rows_until, write_rows
 from pipeline.stopping import StopRequest
 
 AT_ONCE = 16
@@ -246,8 +245,7 @@ class Watch(TrainerCallback):
         self.last = {"step": step, "matrices": matrices, "told": told}
         self.told += told
         self.seen = self._factors()
-        with self.run.watch.open("a") as file:
-            file.write(json.dumps(self.last) + "\n")
+        append_row(self.last, self.run.watch)
         for sentence in told:
             say(f"step {step}: {sentence}")
 

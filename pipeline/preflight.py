@@ -173,7 +173,9 @@ def _place(one: LeftOut) -> str:
 def left_out_lines(left_out: Iterable[LeftOut]) -> bytes:
     """One JSON object a line."""
     records = ({key: value for key, value in asdict(one).items() if value is not None} for one in left_out)
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def free_bytes(folder: Path) -> int:

@@ -10,6 +10,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
 
 from pipeline.checkpoint_files import INDEX
 from pipeline.embedded import embedded_checkpoint
+from pipeline.files import write_text
 from pipeline.progress import progress_bar
 
 SHARD_BYTES = 2 << 30
@@ -54,7 +55,7 @@ def write_random_checkpoint(folder: Path, size: str) -> None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
             where |= dict.fromkeys(names, file)
             bar.update(sum(tensor.numel() for tensor in tensors.values()))
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def _shards(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:

@@ -35,7 +35,7 @@ def recall(key: str | None) -> str | None:
     if key is None:
         return None
     try:
-        digest = (_folder() / key).read_text()
+        digest = (_folder() / key).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: the user has no home
         return None
     return digest if re.fullmatch("[0-9a-f]{64}", digest) else None

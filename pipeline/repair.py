@@ -10,6 +10,7 @@ import torch
 
 from cache import audit
 from cache.format import inspect_part
+from cache.lock import not_read
 from cache.manifest import Manifest
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
@@ -45,6 +46,8 @@ def repair(cache: Path) -> dict[str, Any]:
         return {"cache": str(folder), "damaged": [], "encoded": 0}
     if unreadable := [in_words(damage) for damage in damages if damage.unreadable]:
         raise PipelineError(f"{folder}: cannot be read, so nothing was changed: {'; '.join(unreadable)}")
+    with not_read(folder, "repair"):  # known before the pictures are looked for
+        pass
     for damage in damages:
         if damage.problem == audit.NO_PART:
             raise CacheError(f"{folder / damage.file}: {damage.problem}, and run `pipe cache repair` again")

@@ -13,9 +13,11 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.config import SPLITS, Config, flatten, load_config
 from pipeline.errors import PipelineError
+from pipeline.files import followed_by, require_writable, write_text, writing
 from pipeline.gallery import gallery
-from pipeline.run_folder import RunFolder, rows_until
-from pipeline.run_record import read_record
+from pipeline.progress import say
+from pipeline.run_folder import RunFolder, adapter_damage, rows_until
+from pipeline.run_record import read_evaluation, read_record
 
 PAGE = ("page.html", "page.css", "parts.js", "charts.js", "page.js")
 POINTS = 1000
@@ -36,14 +38,18 @@ def report(runs: Sequence[RunFolder], output: Path | None = None, pictures: int 
     Raises `PipelineError` for a folder that is no run.
     """
     told = [_run(run) for run in runs]
+    path = output or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
+    advice = "run the same command again; or name another file with --output"
+    with followed_by(advice), writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(path.parent)
+    if path.is_dir():
+        raise PipelineError(f"{path}: is a folder; name a file with --output")
     if len(runs) == 1:
         _add_details(runs[0], told[0], pictures, seed)
     title = told[0]["name"] if len(runs) == 1 else f"{len(runs)} runs compared"
-    path = output or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(title, {"runs": told}), encoding="utf-8", errors="replace")
-    partial.replace(path)
+    with followed_by(advice):
+        write_text(path, page(title, {"runs": told}))
     shown = told[0].get("gallery") or {"examples": [], "pictures": {}}
     return {
         "report": str(path),
@@ -73,6 +79,8 @@ def _run(run: RunFolder) -> dict[str, Any]:
     if not run.config.is_file():
         raise PipelineError(f"{run.path}: not a run folder, it has no {run.config.name}; see `pipe train`")
     config = load_config(run.config)
+    if run.adapter.is_dir() and (problem := adapter_damage(run.adapter)):
+        say(problem)
     split, evaluation = _evaluation(run, config)
     metrics, record = rows_until(math.inf, run.metrics), read_record(run)
     told = {
@@ -152,14 +160,7 @@ def _evaluation(run: RunFolder, config: Config) -> tuple[str, dict[str, Any]]:
     """The split that the run is judged by, the config's or the first that was evaluated; its summaries."""
     splits = [config.evaluate.split, *SPLITS]
     split = next((one for one in splits if run.evaluation(one, True).exists()), config.evaluate.split)
-    found = {"after": _json(run.evaluation(split, True)), "before": _json(run.evaluation(split, False))}
-    return split, {when: summary or None for when, summary in found.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    return split, {"after": read_evaluation(run, split, True), "before": read_evaluation(run, split, False)}
 
 
 def _columns(rows: Rows) -> dict[str, list[Any]]:

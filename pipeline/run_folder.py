@@ -2,19 +2,25 @@
 
 import glob
 import json
-import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.lock import FolderLock, holder, require_free
+from safetensors import SafetensorError, safe_open
+
+from cache.files import TEMPORARY
+from cache.lock import LOCK_NAME, FolderLock, holder, require_free
 from cache.spec import CacheError
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.files import append_line, require_utf8, write_text, writing
+from pipeline.progress import say
+from pipeline.training_checkpoints import complete_checkpoints
 
-WHOLE = "whole"  # a file in a checkpoint that was written to its end
+_LENGTHS = ("train.max_steps: ", "train.epochs: ")
 NOT_TRAINED_ANEW = ("lora", "train", "validation")
 
 
@@ -94,25 +100,51 @@ class RunFolder:
         """The command that goes on with the run."""
         return f"pipe train {self.path} --resume"
 
+    @property
+    def is_unstarted(self) -> bool:
+        """Whether nothing is there, or nothing but what a start that failed leaves."""
+        if not self.path.is_dir():
+            return not self.path.exists()
+        left = (LOCK_NAME, self.checkpoints.name, self.config.with_suffix(".partial").name)
+        own = all(path.name in left or path.name.endswith(TEMPORARY) for path in self.path.iterdir())
+        return own and not any(self.checkpoints.glob("*"))
+
+    def discard_unstarted(self) -> None:
+        """Remove the folder if training has not begun in it."""
+        if self.path.is_dir() and self.is_unstarted:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def check_new(self) -> None:
-        if self.path.exists():
+        require_utf8(self.path)
+        if not self.is_unstarted:
             go_on = f", or go on with it by `{self.going_on}`" if self.config.is_file() else ""
             raise PipelineError(f"{self.path}: this run exists already; give another --name{go_on}")
 
     def check_resumable(self, config: Config) -> None:
         if not self.config.is_file():
-            raise PipelineError(f"{self.path}: nothing to resume, no run was started there; give another --name")
-        if self.adapter.is_dir():
-            raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`")
+            advice = "start it without --resume" if self.is_unstarted else "give another --name"
+            raise PipelineError(f"{self.path}: nothing to resume, no run was started there; {advice}")
         changed = config.differences(load_config(self.config))
+        longer = [line for line in changed if line.startswith(_LENGTHS)]
+        advice = ""
+        if longer:
+            wanted = " ".join(line.partition(",")[0].replace(": ", "=").replace("None", "null") for line in longer)
+            advice = (
+                "\nThe learning rate follows the length from the first step on, so a training of another length is "
+                f"another run, on the same cache: pipe train {self.config} {wanted} --name ANOTHER"
+            )
+        if self.adapter.is_dir():
+            raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`{advice}")
         if changed:
-            raise PipelineError(f"{self.path}: the run was started with other settings:\n  " + "\n  ".join(changed))
+            lines = "\n  ".join(changed)
+            raise PipelineError(f"{self.path}: the run was started with other settings:\n  {lines}{advice}")
 
     def hold(self) -> FolderLock:
         """Keeps other processes from training into the folder. Raises `PipelineError` that says which one does."""
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
-            return FolderLock(self.path)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                return FolderLock(self.path)
         except CacheError:
             raise PipelineError(
                 f"{self.path}: {holder(self.path)} is training this run; wait for it, or give another --name"
@@ -120,24 +152,13 @@ class RunFolder:
 
     def start(self, config: Config) -> None:
         """Make the folder, with its config; of a run that is gone on with, keep what was there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(config.to_yaml())
-        partial.replace(self.config)
-
-    def mark_whole(self, step: int) -> None:
-        """Say that the checkpoint of `step` is written to its end, and on disk."""
-        folder = self.checkpoints / f"checkpoint-{step}"
-        for path in [*folder.iterdir(), folder]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        (folder / WHOLE).touch()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, config.to_yaml())
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
-        whole = [marker.parent for marker in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
-        return max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+        return next(iter(complete_checkpoints(self.checkpoints)), None)
 
     @property
     def is_held(self) -> bool:
@@ -149,12 +170,21 @@ class RunFolder:
         return False
 
     def check_finished(self) -> None:
+        require_utf8(self.path)
         if not self.config.is_file():
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
             if self.is_held:
                 raise PipelineError(f"{self.path}: {holder(self.path)} is still training this run")
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.going_on}`")
+        if problem := adapter_damage(self.adapter):
+            raise PipelineError(f"{problem}. {self._renewal()}")
+
+    def _renewal(self) -> str:
+        """How an adapter that is damaged is made again."""
+        kept = f"delete {self.adapter} and run `{self.going_on}`, which makes it from the last checkpoint; or "
+        again = f"train it again with `pipe train {self.config} --name ANOTHER`"
+        return f"To make it again: {kept if self.last_checkpoint() else ''}{again}"
 
     def trained_config(self, overrides: Sequence[str] = ()) -> Config:
         """The finished run's config, with overrides of what is not trained already."""
@@ -166,30 +196,59 @@ class RunFolder:
         return load_config(self.config, overrides)
 
 
+def adapter_damage(folder: Path) -> str | None:
+    """Why the files of an adapter cannot be read, in words; None if they can."""
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    try:
+        if not isinstance(json.loads(config.read_bytes()), dict):
+            return f"{config}: damaged, not a JSON object"
+    except FileNotFoundError:
+        return f"{config}: not there"
+    except (OSError, ValueError) as error:
+        return f"{config}: damaged, {error}"
+    try:
+        with safe_open(weights, "np") as file:
+            return None if file.keys() else f"{weights}: damaged, it holds no tensor"
+    except FileNotFoundError:
+        return f"{weights}: not there"
+    except (OSError, SafetensorError) as error:
+        return f"{weights}: damaged, {error}"
+
+
 def rows_until(step: float, path: Path) -> list[dict[str, Any]]:
     """The JSON lines up to a step: a killed run wrote beyond its last checkpoint, and its last line perhaps in part."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= step:
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    damaged = 0
+    for line in lines:
+        row = _row(line)
+        if row is None:
+            damaged += 1
+        elif row["step"] <= step:
             rows.append(row)
-    return rows
+    if damaged:
+        say(f"{path}: {damaged} damaged lines are skipped")
+    last = _row(cut)
+    return [*rows, last] if last and last["step"] <= step else rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a step; None if the line is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def append_row(row: dict[str, Any], path: Path) -> None:
-    """One more JSON line."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add a JSON line."""
+    append_line(path, json.dumps(row))
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The rows as JSON lines, in place of what is there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _evaluated(split: str, with_adapter: bool) -> str:

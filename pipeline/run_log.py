@@ -1,31 +1,28 @@
 """What a training tells while it runs: the progress bar, and `metrics.jsonl`."""
 
 import math
-from contextlib import ExitStack
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder, append_row, rows_until, write_rows
 from pipeline.team import world_size
+from pipeline.training_checkpoints import mark_complete, remove_old
 
 
 class RunLog(TrainerCallback):
-    """Also says of a checkpoint that it is whole."""
+    """Also marks a checkpoint as complete, and only then removes older ones."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-        self._ending = ExitStack()
-
-    def close(self) -> None:
-        """End the bar, however the training ended, so that what is printed next has a line of its own."""
-        self._ending.close()
+    def __init__(self, run: RunFolder, keep: int) -> None:
+        """`keep` is the number of checkpoints that stay."""
+        self.run, self.keep = run, keep
+        self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
-        self._ending.callback(self.bar.close)
         if state.is_world_process_zero:
             write_rows(rows_until(state.global_step, self.run.metrics), self.run.metrics)
 
@@ -33,9 +30,11 @@ class RunLog(TrainerCallback):
         if world_size() > 1:
             torch.distributed.barrier()  # each process has written its part
         if state.is_world_process_zero:
-            self.run.mark_whole(state.global_step)
+            mark_complete(self.run.checkpoints / f"checkpoint-{state.global_step}")
+            remove_old(self.run.checkpoints, self.keep)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self.bar is not None
         self.bar.update()
 
     def on_log(
@@ -50,4 +49,13 @@ class RunLog(TrainerCallback):
             return  # a look at validation, or the summary at the end
         row = {"step": state.global_step, **logs}
         append_row({key: value if math.isfinite(value) else None for key, value in row.items()}, self.run.metrics)
+        assert self.bar is not None
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the progress bar, also of a training that failed: the error gets a line of its own."""
+        if self.bar is not None:
+            self.bar.close()

@@ -8,6 +8,8 @@ from typing import Any
 
 from cache.reader import FeatureReader
 from pipeline.config import Config
+from pipeline.files import write_text
+from pipeline.progress import say
 from pipeline.run_folder import RunFolder
 
 LIBRARIES = ("blip2-vqa-pipeline", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "h5py", "numpy")
@@ -40,17 +42,35 @@ def end_record(run: RunFolder, summary: dict[str, Any]) -> None:
 
 def read_record(run: RunFolder) -> dict[str, Any]:
     """What is known of the run; nothing of one that never began."""
-    found: dict[str, Any] = json.loads(run.record.read_text()) if run.record.is_file() else {}
-    return found
+    return _read_json(run.record) or {}
 
 
 def evaluations(run: RunFolder) -> list[dict[str, Any]]:
     """The summaries of what was evaluated, by split, without the adapter first."""
-    found = [json.loads(path.read_text()) for path in sorted(run.path.glob("evaluation-*.json"))]
+    read = [_read_json(path) for path in sorted(run.path.glob("evaluation-*.json"))]
+    found = [one for one in read if one and {"split", "adapter"} <= one.keys()]
     return sorted(found, key=lambda one: (one["split"], one["adapter"]))
 
 
+def read_evaluation(run: RunFolder, split: str, with_adapter: bool) -> dict[str, Any] | None:
+    """The summary of one evaluation; None if there is none."""
+    return _read_json(run.evaluation(split, with_adapter))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """None if the file is not there, or, with a line of log, damaged: what it says is missed, and no more."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        say(f"{path}: damaged, skipped ({error})")
+        return None
+    if not isinstance(found, dict):
+        say(f"{path}: damaged, skipped (not a JSON object)")
+        return None
+    return found
+
+
 def _write_json(record: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2))
-    partial.replace(path)
+    write_text(path, json.dumps(record, indent=2))

@@ -1,13 +1,46 @@
 """What a command says at its end, in one style: a small table on stdout, an error on stderr."""
 
+import io
 import os
 import re
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
 COLOUR = False if os.environ.get("NO_COLOR") else None
 """None is by whether it is a terminal."""
+
+
+def show_every_character() -> None:
+    """Have stdout and stderr escape what their encoding lacks, as that of LC_ALL=C does; stdin takes any bytes."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def locale_problem(name: str) -> str | None:
+    """Why this locale can name no such file, and what to set; None if it can, or none could."""
+    encoding = sys.getfilesystemencoding()
+    try:
+        name.encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        if encoding.replace("-", "") == "utf8":
+            return None
+        return (
+            f"{name!a}: the encoding of this locale, {encoding}, has no such characters; set one that has: "
+            "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        )
+    return None
+
+
+def from_home(path: str | Path) -> Path:
+    """The path that a user has typed: ~ at its beginning is a home folder, if it is one."""
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def show(summary: dict[str, Any]) -> None:

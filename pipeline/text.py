@@ -103,7 +103,9 @@ def tokenize(
         prompts += tokenizer.prompts([example.question for example in part])
         spelled = iter(tokenizer.targets([example.target for example in part if example.answers]))
         targets += [next(spelled) if example.answers else [] for example in part]
-    records = [json.dumps(example.to_record(), ensure_ascii=False).encode() for example in examples]
+    records = [
+        json.dumps(example.to_record(), ensure_ascii=False).encode("utf-8", "backslashreplace") for example in examples
+    ]
     return TextTable(
         records=Ragged.from_rows(records, np.uint8),
         image_row=np.asarray(image_rows, np.int64),

@@ -5,8 +5,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from pipeline.compat import checkpointing_arguments, disable_activation_checkpoi
 from pipeline.config import Config, TrainConfig
 from pipeline.device import check_devices, dtype_name, pick_device
 from pipeline.errors import PipelineError
+from pipeline.files import WriteError, put_in_place, require_writable, writing
 from pipeline.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.memory import peak_bytes, reset_peak
 from pipeline.monitor import Watch
@@ -35,6 +36,7 @@ from pipeline.run_record import begin_record, end_record
 from pipeline.stopping import SaveAndStop, StopRequest
 from pipeline.team import GROUP_TIMEOUT, Team
 from pipeline.trainer import Batches, StageTwoTrainer
+from pipeline.training_checkpoints import remove_incomplete, sound_checkpoint
 from pipeline.validation import KeepBest, Validator
 
 LoadBase = Callable[[Config], Blip2LanguageHalf]
@@ -64,51 +66,72 @@ def train(
 ) -> dict[str, Any] | None:
     """Train a LoRA adapter into the run folder `run`, and return the summary; None in a process that only helps.
 
-    The folder must not exist, unless `resume`: then training goes on from its last checkpoint, or from the start if it
-    has none yet. Under `torchrun` each process computes its share of every batch. `load` gives the model to adapt; in
-    the end it is as it was.
+    The folder must not exist, unless `resume`: then training goes on from its newest checkpoint without damage, or from
+    the start if none was written yet. Under `torchrun` each process computes its share of every batch. `load` gives the
+    model to adapt; in the end it is as it was.
 
     Raises:
         PipelineError, CacheError: before anything is written, if the config, the checkpoint and the cache do not fit
             together.
+        WriteError: a file could not be written; what was trained until the last checkpoint is kept.
         StoppedError: on Ctrl-C or SIGTERM, when all is saved.
     """
     _refuse_sharding()
-    with ExitStack() as holding:  # of the run's folder, until the adapter is in place
+    with _explaining_writes(run), ExitStack() as holding:  # of the run's folder, until the adapter is in place
         return _train(config.with_absolute_paths(), run, resume, load, holding)
+
+
+@contextmanager
+def _explaining_writes(run: RunFolder) -> Iterator[None]:
+    """Have a failed write say how to resume."""
+    try:
+        with writing(run.path):
+            yield
+    except WriteError as error:
+        raise error.followed_by(
+            f"`{run.going_on}`" if run.config.is_file() else "run the same command again"
+        ) from error
 
 
 def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
     started = time.perf_counter()
     with Team() as team:
         check_devices(team, config.quantization.compute_dtype)
+        checkpoint: Path | None = None
         if team.rank == 0:
-            run.check_resumable(config) if resume else run.check_new()
+            if resume:
+                run.check_resumable(config)
+                checkpoint = _hold_to_resume(run, config, holding)
+            else:
+                run.check_new()
+            require_writable(run.path)
         check_lora(config)
         data = _open_data(config)
-        run = RunFolder(team.share_out([run.path] * team.size) if team.rank == 0 else team.receive(Path))
+        shared = (run.path, checkpoint)
+        shared = team.share_out([shared] * team.size) if team.rank == 0 else team.receive(tuple)
+        run, checkpoint = RunFolder(shared[0]), shared[1]
         base = load(config)
         set_seed(config.train.seed)
         model = add_lora(base, **config.lora.model_dump())
         stop = StopRequest()
         keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if data.validator else None
         watch = Watch(model, run, config.train.watch_steps, config.train.warmup_steps, stop)
-        run_log = RunLog(run)  # marks a checkpoint as whole, after all that `watch` puts into it
-        callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, run_log]
+        # `RunLog` marks a checkpoint as complete, after all that `watch` puts into it.
+        log = RunLog(run, config.train.keep_checkpoints)
+        callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, log]
         callbacks += [keep_best] if keep_best else []
+        if team.rank == 0 and not resume:
+            holding.enter_context(_held(run))
+            run.check_new()  # another process may have begun it meanwhile
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
         if team.rank == 0:
-            holding.callback(run.hold().release)
-            if resume:  # another process may have finished it meanwhile
-                run.check_resumable(config)
             run.start(config)
             begin_record(run, config, data.batcher.features, trainer.args.device.type, dtype_name(base.dtype))
-        checkpoint = team.broadcast(run.last_checkpoint())  # a network mount may show another one elsewhere
         _tell_warmup(config.train, len(data.trainable))
         say(f"run {run.path}; if it is stopped: {run.going_on}")
         reset_peak(trainer.args.device)
         ready = time.perf_counter()
-        with stop, closing(run_log), team.others(f"it goes on with {run.going_on}"):
+        with stop, closing(log), team.others(f"it goes on with {run.going_on}"):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
         computed = team.gather((trainer.questions, trainer.nodes))
@@ -134,8 +157,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         "seconds": time.perf_counter() - started,
     }
     end_record(run, summary)
-    _save(model, run, keep_best)  # at last: its folder says that the training is finished
-    write_card(run)
+    _save(model, run, keep_best, result.global_step)  # at last: its folder says that the training is finished
     model.unload()
     disable_activation_checkpointing(base)
     return summary
@@ -156,15 +178,45 @@ def _open_data(config: Config) -> Data:
     return Data(batcher, trainable_questions(batcher, config), validator)
 
 
-def _save(model: PeftModel, run: RunFolder, keep_best: KeepBest | None) -> None:
-    """The best adapter, where it is known which is, else the last."""
-    best = run.best(keep_best.best["step"]) if keep_best and keep_best.best else None
-    if best and keep_best and best != run.best(keep_best.rows[-1]["step"]):
-        save_adapter(model, run.last_adapter)
-        best.rename(run.adapter)
-    else:
-        save_adapter(model, run.adapter)
-    shutil.rmtree(run.best(0).parent, ignore_errors=True)
+@contextmanager
+def _held(run: RunFolder) -> Iterator[None]:
+    """Keep others from the run's folder; if anything fails, remove what this process has begun and not completed."""
+    try:
+        lock = run.hold()
+    except WriteError:
+        run.discard_unstarted()
+        raise
+    before = set(run.checkpoints.glob("*"))
+    try:
+        yield
+    except BaseException:
+        remove_incomplete(run.checkpoints, before)
+        run.discard_unstarted()
+        raise
+    finally:
+        lock.release()
+
+
+def _hold_to_resume(run: RunFolder, config: Config, holding: ExitStack) -> Path | None:
+    """Hold the run's folder; the checkpoint to resume from."""
+    holding.enter_context(_held(run))
+    run.check_resumable(config)  # another process may have finished it meanwhile
+    checkpoint = sound_checkpoint(run.checkpoints, f"pipe train {run.config} --name ANOTHER")
+    if checkpoint is None:
+        say(f"{run.path}: no checkpoint was written to its end yet; training begins with the first step")
+    return checkpoint
+
+
+def _save(model: PeftModel, run: RunFolder, keep_best: KeepBest | None, step: int) -> None:
+    """Put the best adapter in its place, where it is known which is, else the last; with its card."""
+    last = run.best(step)
+    save_adapter(model, last)
+    chosen = run.best(keep_best.best["step"]) if keep_best and keep_best.best else last
+    write_card(run, chosen)
+    if chosen != last:
+        put_in_place(last, run.last_adapter)
+    put_in_place(chosen, run.adapter)
+    shutil.rmtree(last.parent, ignore_errors=True)
 
 
 def _refuse_sharding() -> None:
@@ -229,7 +281,6 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         **checkpointing_arguments(settings.gradient_checkpointing),
         **({"optim": "adamw_torch"} if base_dtype == torch.float16 else {}),  # the fused one hides skipped steps
         save_steps=settings.save_steps,
-        save_total_limit=settings.keep_checkpoints,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         seed=settings.seed,

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
 from pipeline.memory import in_parts
 from pipeline.progress import say
-from pipeline.run_folder import RunFolder, rows_until, write_rows
+from pipeline.run_folder import RunFolder, adapter_damage, rows_until, write_rows
 from pipeline.scores import check_method, counts, score
 from pipeline.team import rank, world_size
 from pipeline.text import PromptTokenizer
@@ -95,12 +95,15 @@ class KeepBest(TrainerCallback):
     def __init__(self, run: RunFolder, settings: ValidationConfig, save: Callable[[Path], object]) -> None:
         self.run, self.steps, self.patience, self.save = run, settings.steps, settings.patience, save
         self.rows: list[dict[str, Any]] = []
+        self.lost: set[int] = set()
+        """Steps whose adapter is not there any more."""
         self.seconds = 0.0
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The row of the highest accuracy, of equal ones that of the lowest loss."""
-        return max(self.rows, key=lambda row: (row["accuracy"], -row["loss"]), default=None)
+        kept = (row for row in self.rows if row["step"] not in self.lost)
+        return max(kept, key=lambda row: (row["accuracy"], -row["loss"]), default=None)
 
     @property
     def _gets_no_better(self) -> bool:
@@ -115,9 +118,16 @@ class KeepBest(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rows = rows_until(state.global_step, self.run.validation)
+        self._forget_lost()
         control.should_training_stop |= self._gets_no_better
         if state.is_world_process_zero:
             write_rows(self.rows, self.run.validation)
+
+    def _forget_lost(self) -> None:
+        """Let no adapter that is gone or damaged be the best."""
+        while (best := self.best) and (problem := adapter_damage(self.run.best(best["step"]))):
+            say(f"{problem}; the best adapter is taken from the other steps")
+            self.lost.add(best["step"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.steps and (state.global_step % self.steps == 0 or state.global_step >= state.max_steps):

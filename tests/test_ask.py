@@ -1,5 +1,6 @@
 """Answers on pictures that no cache holds are those that an evaluation gives from the cache."""
 
+import errno
 import io
 import json
 import shutil
@@ -127,10 +128,10 @@ def test_a_conversation_from_a_pipe_answers_on_stdout_and_goes_on_after_errors(
     ]  # fmt: skip
     done = pipe("ask", run.path, typed="\n".join(lines))
     assert done.exit_code == 1, "some lines were not answered"
-    answered = [bool(line) for line in done.stdout.splitlines()]
-    #        nowhere QUESTION too long ~no    notes  QUESTION broken QUESTION other what   empty  last
-    assert answered == [False, True, False, True, False, False, False, True, False, True, False, True]
-    assert done.stdout.splitlines()[7] == ask(run, Path(second), QUESTION, (), True)["answer"]
+    answered = [number for number, line in enumerate(done.stdout.splitlines()) if line]
+    assert answered == [2, 4, 9, 12, 14], "a line for each line, empty where it is no question or cannot be answered"
+    assert len(done.stdout.splitlines()) == len(lines)
+    assert done.stdout.splitlines()[9] == ask(run, Path(second), QUESTION, (), True)["answer"]
     told = done.stderr.splitlines()
     assert told[0] == "nowhere: not there; name a picture"
     assert told[1].startswith("the question is too long: ")
@@ -144,6 +145,82 @@ def test_a_conversation_may_begin_with_a_picture_and_speak_json(run: RunFolder, 
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["question"] for row in rows] == [QUESTION, "where is it?"]
     assert {row["image"] for row in rows} == {str(picture)}
+
+
+ODD = {
+    "latin-1": "wie gro\xdf?".encode("latin-1"),
+    "nothing but invalid": b"\xff\xfe\xfd",
+    "a zero byte": b"what\0shape?",
+    "zero bytes alone": b"\0\0",
+    "a lone carriage return": b"what\rshape?",
+    "blank": b"   ",
+    "empty": b"",
+    "too long": b"why " * 5000,
+    "a mark": b"\xef\xbb\xbf" + QUESTION.encode(),
+    "a zero-width space": "\u200b".encode() + QUESTION.encode(),
+    "half of a surrogate pair": b"\xed\xa0\x80?",
+    "U+2028": "what\u2028shape?".encode(),
+    "form feed": b"what\x0cshape?",
+}
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_each_line_of_a_pipe_gives_a_line_whatever_its_bytes(
+    run: RunFolder, picture: Path, as_json: bool, end: bytes
+) -> None:
+    lines = [b"\xef\xbb\xbf" + QUESTION.encode(), *ODD.values(), QUESTION.encode()]
+    words = ["ask", str(run.path), str(picture), *(["--json"] if as_json else [])]
+    done = CliRunner().invoke(main, words, input=end.join(lines))
+    assert "Traceback" not in done.stderr
+    assert done.exit_code == 1, "one is too long"
+    answers = done.stdout.split("\n")[:-1]
+    assert len(answers) == len(lines)
+    if as_json:
+        rows = [json.loads(line) for line in answers]
+        assert "too long" in rows[1 + list(ODD).index("too long")]["error"]
+        assert rows[1 + list(ODD).index("latin-1")]["question"] == "wie gro\ufffd?"
+        answers = [row["answer"] or "" for row in rows]
+    wanted = ask(run, picture, QUESTION, (), True)["answer"]
+    by_name = dict(zip(["first", *ODD, "last"], answers, strict=True))
+    assert {by_name[name] for name in ("first", "last", "a mark", "a zero-width space")} == {wanted}
+    assert [name for name, answer in by_name.items() if not answer] == [
+        "zero bytes alone", "blank", "empty", "too long"]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("wie gro\udcdf?",), ("\ufeff" + QUESTION,), ("what\ud800?",)])
+def test_a_question_of_any_bytes_is_answered(run: RunFolder, picture: Path, words: tuple[str]) -> None:
+    done = pipe("ask", run.path, picture, *words, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["question"] in ("wie gro\ufffd?", QUESTION, "what\ufffd?")
+
+
+def test_a_picture_that_is_named_and_cannot_be_read_ends_it(run: RunFolder, tmp_path: Path) -> None:
+    done = pipe("ask", run.path, tmp_path / "none.png", typed=f"{QUESTION}\n{QUESTION}\n")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == f"pipe: {tmp_path}/none.png: not there\n"
+
+
+def test_who_reads_no_further_is_told_nothing(run: RunFolder, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("pipeline.cli._Answers.tell", gone)
+    done = pipe("ask", run.path, picture, typed=f"{QUESTION}\n" * 3)
+    assert (done.exit_code, done.output) == (1, "")
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["table", "json"])
+def test_an_answer_that_stdout_has_no_letters_for_is_escaped(
+    run: RunFolder, picture: Path, monkeypatch: pytest.MonkeyPatch, as_json: list[str]
+) -> None:
+    monkeypatch.setattr("pipeline.text.PromptTokenizer.decode", lambda self, tokens: ["gr\xfcn \u2603"] * len(tokens))
+    words = ["ask", str(run.path), str(picture)]
+    for more, typed in (([QUESTION], None), ([], f"{QUESTION}\n")):
+        done = CliRunner(charset="ascii").invoke(main, [*words, *more, *as_json], input=typed)
+        assert done.exit_code == 0, done.output
+        if as_json or typed:  # click writes a table in UTF-8 where the locale has ASCII alone
+            assert ("gr\\u00fcn \\u2603" if as_json else "gr\\xfcn \\u2603") in done.stdout
 
 
 def test_on_a_terminal_prompts_go_to_stderr(

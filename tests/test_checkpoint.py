@@ -1,5 +1,6 @@
 """Each stage reads its own half of a checkpoint, and from a hub asks for no other."""
 
+import errno
 import json
 import os
 import shutil
@@ -39,6 +40,17 @@ def sharded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards_of(folder: Path, half: tuple[str, ...]) -> set[str]:
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     return {shard for name, shard in weight_map.items() if name.startswith(half)}
+
+
+def test_a_full_disk_of_temporary_files_is_named(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("Path.symlink_to", "Path.write_text", "TemporaryDirectory"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pipeline.checkpoint.{name}", fail)
+            with pytest.raises(PipelineError, match=r"No space left on device\); make room there, or set TMPDIR to"):
+                load_language_half(sharded, CPU, torch.float32)
 
 
 def without_the_other_half(sharded: Path, half: tuple[str, ...], other: tuple[str, ...], folder: Path) -> Path:

@@ -88,7 +88,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
             1,
             "/no/such/folder (model.checkpoint): no such",
         ),
-        (["precompute", "CONFIG", "model.checkpoint=~/blip"], 1, "~/blip (model.checkpoint): no such folder"),
+        (["precompute", "CONFIG", "model.checkpoint=~/blip"], 1, "/blip (model.checkpoint): no such folder"),
         (["precompute", "CONFIG", "model.checkpoint=Embeded"], 1, "did you mean embedded?"),
         (
             ["precompute", "CONFIG", "data.train.images=/no/such/folder"],
@@ -119,6 +119,52 @@ def test_bad_input_is_told_in_a_line_or_two(
     assert len(told) <= 4
     assert done.stdout == ""
     assert sorted(data_set.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("evaluate", "~/x"), ("train", "~/x"), ("report", "~/x"), ("ask", "~/x", "a.png", "what?"),
+     ("export", "~/x", "out"), ("cache", "info", "~/x"), ("cache", "rm", "~/x", "--yes"), ("cache", "ls", "~/x"),
+     ("precompute", "~/x")],
+)  # fmt: skip
+def test_home_is_meant_by_a_tilde_in_every_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = pipe(*words)
+    assert done.exit_code > 0
+    assert f"{tmp_path}/x" in done.stderr
+
+
+def test_an_ascii_locale_is_named(data_set: Path) -> None:
+    """In a real one, which Python leaves by itself unless it is told not to."""
+    (data_set / "images").rename(data_set / "gr\xfcn")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "from pipeline.cli import main; main()"
+    for key, status in (("images", 2), ("annotations", 2)):
+        words = [sys.executable, "-c", code, "precompute", str(data_set / "config.yaml")]
+        config = json.loads((data_set / "config.yaml").read_text())
+        config["data"]["train"][key] = str(data_set / "gr\xfcn")
+        (data_set / "config.yaml").write_text(json.dumps(config))
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert (
+            f"data.train.{key}: '{data_set}/gr\\xfcn': the encoding of this locale, ascii, has no such" in done.stderr
+        )
+        assert "export LC_ALL=C.UTF-8, or PYTHONUTF8=1" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_pictures_whose_name_is_no_utf_8_is_read(data_set: Path) -> None:
+    images = data_set / os.fsdecode(b"gr\xfcn")
+    try:
+        (data_set / "images").rename(images)
+    except OSError:
+        pytest.skip("the disk takes no such name")
+    words = [f"data.{split}.images={images}" for split in ("train", "val")]
+    for command in ("precompute", "train"):
+        done = pipe(command, data_set / "config.yaml", *words)
+        assert done.exit_code == 0, done.stderr
 
 
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

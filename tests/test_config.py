@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, combinations_of, flatten, load_config
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -169,3 +169,76 @@ def test_defaults_are_the_recipes() -> None:
     config = Config.model_validate({"data": {"train": {}}, "cache": {"dir": "x"}})
     assert (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.bias) == (16, 32, 0.05, "none")
     assert config.data.prompt == "Question: {question} Answer:"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cache: {dir: x}\ndata: {}\ncache: {dir: y}\n", "line 3: the key cache stands in line 1 already"),
+        ("train:\n  epochs: 1\n  'epochs': 2\n", "line 3: the key epochs stands in line 2 already"),
+        (
+            "data:\n  train:\n    images: a\n    annotations: b\n    images: c\n",
+            "line 5: the key images stands in line 3",
+        ),
+        ("lora: {target_modules: [{a: 1, a: 2}]}\n", "line 1: the key a stands in line 1"),
+        ("a: &a {r: 1}\nb: {<<: *a, r: 2, r: 3}\n", "line 2: the key r stands in line 2"),
+        ("train:\n  1: 2\n", "line 2: the key 1 is no text"),
+        ("on: {}\n", "line 1: the key on is no text"),
+        ("? [a, b]\n: c\n", "line 1: the key is no text"),
+        ('{"cache": {"dir": "x"},\n "cache": {"dir": "y"}}', "line 2: the key cache stands in line 1"),
+    ],
+)
+def test_a_key_that_stands_there_twice_or_is_no_text_is_named_with_its_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as told:
+        load_config(path)
+    assert str(told.value).startswith(f"{path}: {message}")
+
+
+def test_merges_and_aliases_may_replace_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: {checkpoint: embedded}\ncache: {dir: x}\n"
+        "data: {train: &files {images: a, annotations: b}, val: &other {<<: *files, images: c}, "
+        "test: {<<: *other, images: d}}\n"
+    )
+    config = load_config(path)
+    assert [files.images for files in config.data.splits.values()] == [Path("a"), Path("c"), Path("d")]
+    assert {files.annotations for files in config.data.splits.values()} == {Path("b")}
+
+
+def test_a_key_twice_in_an_override_is_refused_and_an_override_twice_is_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("{data: {train: {}}, cache: {dir: x}}")
+    with pytest.raises(ConfigError, match=r"'cache=\{dir: a, dir: b\}': line 1: the key dir stands in line 1"):
+        load_config(path, ["cache={dir: a, dir: b}"])
+    assert load_config(path, ["lora.r=4", "lora.r=8"]).lora.r == 8
+    for overrides in (["lora.r=4,8", "lora.r=2"], ["lora.r=2", "lora.r=4,8"], ["lora.r=4,8,4"]):
+        with pytest.raises(ConfigError, match=r"lora\.r (is given|lists a value) twice"):
+            combinations_of(overrides)
+
+
+def test_home_is_meant_by_a_tilde_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "{model: {checkpoint: ~/model}, cache: {dir: ~/cache}, train: {output_dir: ~/runs}, data: {format: hf, "
+        "train: {dataset: '~/data/*.parquet', image_dataset: ~/images}}}"
+    )
+    found = dict(flatten(load_config(path).model_dump(mode="json")))
+    keys = ("model.checkpoint", "cache.dir", "train.output_dir", "data.train.dataset", "data.train.image_dataset")
+    assert [found[key] for key in keys] == [
+        f"{tmp_path}/{name}" for name in ("model", "cache", "runs", "data/*.parquet", "images")
+    ]
+    files = load_config(
+        path, ["data={format: jsonl, train: {annotations: ~/a, images: ~}}", "cache.dir=~", "model.checkpoint=~/m"]
+    )
+    assert files.data.train is not None
+    assert (files.data.train.annotations, files.cache.dir) == (tmp_path / "a", tmp_path)
+    assert (files.data.train.images, files.model.checkpoint) == (None, f"{tmp_path}/m")
+    assert load_config(path, ["cache.dir=x~/y", "data.prompt=~ {question}"]).cache.dir == Path("x~/y")
+    with pytest.raises(ConfigError, match=r"'cache.dir=~nobody-at-all/x': cache.dir: ~ stands for a home folder that"):
+        load_config(path, ["cache.dir=~nobody-at-all/x"])

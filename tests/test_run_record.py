@@ -24,15 +24,16 @@ def test_the_record_and_the_card_tell_what_came_out(cached: Config, tmp_path: Pa
     assert f"| val, with the adapter | {accuracy:.2f} (" in (run.adapter / "README.md").read_text()
 
 
-def test_a_training_killed_before_its_card_is_evaluated_like_any(
+def test_a_training_killed_before_its_card_is_resumed_and_has_one(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.train.write_card", lambda _: exit())
+        patch.setattr("pipeline.train.write_card", lambda *_: exit())
         with pytest.raises(SystemExit):
             train(cached, run)
-    assert run.adapter.is_dir()
+    assert not run.adapter.exists(), "an adapter without its card is not finished"
+    train(cached, run, resume=True)
     evaluate(run)
     assert "| val, with the adapter | " in (run.adapter / "README.md").read_text()
     assert json.loads(run.record.read_text())["summary"]["steps"] == 4

@@ -95,7 +95,7 @@ def test_the_folder_is_held_until_the_adapter_is_in_place(
 ) -> None:
     monkeypatch.setattr("cache.lock.PATIENCE", 0)
     run, held = RunFolder(tmp_path / "run"), []
-    monkeypatch.setattr("pipeline.train.write_card", lambda run: held.append(run.is_held))
+    monkeypatch.setattr("pipeline.train.write_card", lambda run, _: held.append(run.is_held))
     train(cached, run)
     assert held == [True]
     assert not run.is_held

@@ -1,0 +1,131 @@
+"""A cache that is being read is neither removed nor repaired, and may be extended."""
+
+import gc
+import multiprocessing
+import os
+import pickle
+import shutil
+import socket
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import cache.lock
+from cache.lock import ReadLock, not_read
+from cache.reader import FeatureReader
+from cache.spec import CacheError
+from pipeline.cli import main
+from pipeline.config import Config
+
+_FORK = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+
+
+@pytest.fixture
+def folder(cached: Config, tmp_path: Path) -> Path:
+    """A cache to do anything to."""
+    return Path(shutil.copytree(cached.cache.dir, tmp_path / "cache"))
+
+
+def remove(folder: Path) -> Result:
+    return CliRunner().invoke(main, ["cache", "rm", str(folder), "--yes"])
+
+
+def _read(folder: Path, opened: Event, done: Event) -> None:
+    with FeatureReader(folder):
+        opened.set()
+        done.wait(60)
+
+
+@pytest.fixture
+def reading(folder: Path) -> Iterator[int]:
+    """Another process reads the cache; its number."""
+    opened, done = _FORK.Event(), _FORK.Event()
+    process = _FORK.Process(target=_read, args=(folder, opened, done))
+    process.start()
+    try:
+        assert opened.wait(60)
+        yield process.pid or 0
+    finally:
+        done.set()
+        process.join()
+
+
+def test_a_cache_that_another_process_reads_is_not_removed(folder: Path, reading: int) -> None:
+    before = sorted(folder.iterdir())
+    done = remove(folder)
+    assert done.exit_code == 1
+    assert f"process {reading} on {socket.gethostname()} is reading this cache" in done.stderr
+    assert "remove it when that has ended. Nothing was changed" in done.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+def test_nor_is_it_repaired(folder: Path, reading: int) -> None:
+    part = next(folder.glob("features-*.h5"))
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    done = CliRunner().invoke(main, ["cache", "repair", str(folder)])
+    assert done.exit_code == 1
+    assert "is reading this cache" in done.stderr
+    assert part.read_bytes() == data
+
+
+def test_reading_ends_with_the_reader_and_begins_again_with_the_next_row(folder: Path) -> None:
+    reader = FeatureReader(folder)
+    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), not_read(folder, "remove"):
+        pass
+    reader.close()
+    with not_read(folder, "remove"):
+        with pytest.raises(CacheError, match="is removing or repairing this cache"):
+            FeatureReader(folder)
+        with pytest.raises(CacheError, match="is removing or repairing this cache"):
+            reader.gather(np.zeros(1, np.int64))
+    reader.gather(np.zeros(1, np.int64))
+    copy = pickle.loads(pickle.dumps(reader))
+    assert remove(folder).exit_code == 1
+    del reader
+    gc.collect()
+    copy.gather(np.zeros(1, np.int64))
+    assert remove(folder).exit_code == 1, "a copy in another process reads as well"
+    del copy
+    gc.collect()
+    assert remove(folder).exit_code == 0
+    assert not folder.exists()
+
+
+def test_a_cache_that_is_read_can_be_extended_and_read_by_others(folder: Path) -> None:
+    with FeatureReader(folder), FeatureReader(folder):
+        lock = cache.lock.FolderLock(folder)
+        lock.release()
+
+
+@pytest.mark.parametrize("number", cache.lock._UNSUPPORTED)
+def test_where_the_disk_has_no_locks_it_is_read_and_removed_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with FeatureReader(folder) as reader:
+        reader.gather(np.zeros(1, np.int64))
+        assert remove(folder).exit_code == 0
+
+
+def test_nothing_is_written_for_it(folder: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
+    with FeatureReader(folder):
+        assert {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
+
+
+def test_what_is_not_there_is_not_held(tmp_path: Path) -> None:
+    ReadLock(tmp_path / "none").release()
