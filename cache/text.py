@@ -47,6 +47,13 @@ class Ragged:
         row: np.ndarray[Any, Any] = self.values[self.offsets[i] : self.offsets[i + 1]]
         return row
 
+    def take(self, rows: np.ndarray[Any, Any]) -> "Ragged":
+        """Rows (n,) in any order."""
+        lengths = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[places], offsets)
+
     @classmethod
     def from_rows(cls, rows: Iterable[Sequence[int]], dtype: DTypeLike) -> "Ragged":
         """Puts rows of whole numbers (`bytes` count as such) one after the other."""

@@ -20,6 +20,7 @@ from pipeline.progress import progress_bar
 from pipeline.run_folder import RunFolder
 from pipeline.scores import check_method, score, summarise
 from pipeline.team import world_size
+from pipeline.text import cut_answers
 from pipeline.vqa import official_form
 
 MISTAKES = 100  # listed
@@ -36,15 +37,17 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         raise PipelineError("evaluation runs in one process: start it without torchrun")
     config = run.trained_config(overrides)
     settings, official = config.evaluate, official_form(config.data.format)
-    batcher = open_batcher(config, settings.split)
+    batcher = open_batcher(config, settings.split, trained=False, answered=True)
     examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
     check_method(examples, settings.method)
+    tokenizer = load_tokenizer(config)
+    multiline = sum(cut_answers(batcher.text, tokenizer).values())
     model = load_base(config)
     if with_adapter:
         model = load_adapter(model, run.adapter)
     answering_started = time.perf_counter()
     with progress_bar("answering", len(examples), "questions") as bar:
-        found = answer_questions(model, batcher, np.arange(len(examples)), load_tokenizer(config), settings, bar.update)
+        found = answer_questions(model, batcher, np.arange(len(examples)), tokenizer, settings, bar.update)
     answering_seconds = time.perf_counter() - answering_started
     answers = [found[number] for number in range(len(examples))]
     texts = [answer.text for answer in answers]
@@ -58,6 +61,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         "run": str(run.path),
         "split": settings.split,
         **summarise(examples, scores, batcher.text.image_row.tolist()),
+        "multiline_references": multiline,
         "method": settings.method,
         "adapter": with_adapter,
         "num_beams": settings.num_beams,

@@ -27,6 +27,7 @@ from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
 from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.images import Preprocessor, read_picture
+from pipeline.lengths import find_too_long, too_long_reason
 from pipeline.preflight import (
     LEFT_OUT_NAME,
     Inputs,
@@ -39,7 +40,7 @@ from pipeline.preflight import (
 from pipeline.progress import say
 from pipeline.tables import Picture
 from pipeline.team import Team, rank
-from pipeline.text import PromptTokenizer, tokenize
+from pipeline.text import PromptTokenizer, cut_answers, log_cut_answers, select, tokenize
 from pipeline.thumbnails import making_thumbnails, most_bytes
 
 Mend = Callable[[Inputs, CacheSpec], None]
@@ -139,6 +140,9 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
             news = inputs.left_out[len(prepared.inputs.left_out) :]
             tell_left_out(inputs, news, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
+        multiline = {split: len(cut_answers(text, prepared.tokenizer)) for split, text in texts.items()}
+        for split, count in multiline.items():
+            log_cut_answers(split, count, prepared.tokenizer)
         _tell_dropped(config.cache.dir, texts)
         provenance = _provenance(config, prepared.checkpoint, inputs)
         writer.finish(texts, _attachments(inputs), provenance, thumbnails())
@@ -157,6 +161,7 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
         "copied": writer.copied,
         "failed": inputs.pictures - len(inputs.digests),
         "questions": {split: len(text) for split, text in texts.items()},
+        "multiline_answers": multiline,
         "left_out": _reasons(inputs),
         "time": {
             "preparing": prepared_at - started,
@@ -182,9 +187,11 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     require_plausible(config.model.checkpoint)
     inputs = read_inputs(config.data)
     tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
+    told = len(inputs.left_out)
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
-    texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
+    inputs, texts = _tokenize(config, inputs, tokenizer)
+    tell_left_out(inputs, inputs.left_out[told:], config.precompute.on_missing, report)
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
     if mend:
@@ -197,6 +204,24 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     say(first_line(inputs, found, config.cache))
     check_room(found, config.cache)
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
+
+
+def _tokenize(config: Config, inputs: Inputs, tokenizer: PromptTokenizer) -> tuple[Inputs, dict[str, TextTable]]:
+    """The text of each split, tokens of an earlier run taken over, and the inputs without questions too long for it."""
+    texts = {}
+    for split, examples in inputs.splits.items():
+        text = tokenize(examples, np.zeros(len(examples)), tokenizer, _earlier_text(config.cache.dir, split))
+        if long := find_too_long(examples, text, tokenizer, config, split):
+            inputs = inputs.without_questions(split, long, too_long_reason(tokenizer))
+            text = select(text, np.setdiff1d(np.arange(len(text)), long))
+        texts[split] = text
+    return inputs, texts
+
+
+def _earlier_text(folder: Path, split: str) -> TextTable | None:
+    with suppress(CacheError):  # none, or damaged: it is made anew
+        return FeatureReader(folder).text(split)
+    return None
 
 
 def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, Picture], processes: int) -> list[Share]:
@@ -230,7 +255,7 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
         if len(examples) == len(prepared.texts[split]):
             texts[split] = replace(prepared.texts[split], image_row=image_row)
         else:
-            texts[split] = tokenize(examples, image_row, prepared.tokenizer)
+            texts[split] = tokenize(examples, image_row, prepared.tokenizer, prepared.texts[split])
     return texts
 
 

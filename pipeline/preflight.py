@@ -47,6 +47,17 @@ class Inputs:
         reasons = {picture: failures[digest] for picture, digest in self.digests.items() if digest in failures}
         return _leave_out(self, reasons) if reasons else self
 
+    def without_questions(self, split: str, numbers: Sequence[int], reason: str) -> "Inputs":
+        """The same without these questions of a split, by their numbers in it."""
+        examples = self.splits[split]
+        gone = [examples[number] for number in numbers]
+        left_out = [
+            LeftOut(split, reason, one.where or str(one.image), one.question_id, str(one.image)) for one in gone
+        ]
+        dropped = set(numbers)
+        kept = [example for number, example in enumerate(examples) if number not in dropped]
+        return replace(self, splits={**self.splits, split: kept}, left_out=self.left_out + left_out)
+
 
 def read_inputs(data: DataConfig) -> Inputs:
     """Reads the annotations of every split, and every picture once for its digest.

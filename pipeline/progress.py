@@ -8,10 +8,12 @@ from tqdm import tqdm
 from pipeline.team import rank
 
 
-def progress_bar(what: str, total: int, unit: str, done: int = 0, scaled: bool = False) -> "tqdm[Any]":
+def progress_bar(
+    what: str, total: int, unit: str, done: int = 0, scaled: bool = False, delay: float = 0
+) -> "tqdm[Any]":
     """A bar with rate and time left; on a terminal it is redrawn, in a log file it is a line now and then.
 
-    `scaled` shows large numbers as k, M, G.
+    `scaled` shows large numbers as k, M, G. What is over within `delay` seconds shows no bar.
     """
     on_terminal = sys.stderr.isatty()
     return tqdm(
@@ -24,7 +26,8 @@ def progress_bar(what: str, total: int, unit: str, done: int = 0, scaled: bool =
         file=sys.stderr,
         dynamic_ncols=on_terminal,
         ncols=None if on_terminal else 100,
-        mininterval=0.1 if on_terminal else 10,
+        mininterval=0.1 if on_terminal else delay or 10,
+        delay=delay,
     )
 
 

@@ -25,7 +25,7 @@ class Targets:
         people: list[int] = []
         offsets = [0]
         for number in range(len(text)):
-            for answer, count in Counter(VQAExample.from_record(text.record(number)).answers).items():
+            for answer, count in Counter(VQAExample.from_record(text.record(number)).trainable_answers).items():
                 answers.append(spelled.setdefault(answer, len(spelled)))
                 people.append(count)
             offsets.append(len(answers))

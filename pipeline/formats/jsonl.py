@@ -6,9 +6,10 @@ from pipeline.sources import Sources, collect, pictures
 
 
 def read(sources: Sources) -> Split:
-    """One JSON object a line: `image, question, answers` (a list) or `answer` (a text).
+    """One JSON object a line: `image, question, answers` or `answer`, a text or a list of texts.
 
-    `image` is relative to the images folder. If both are there, `answers` counts. Optional:
+    `image` is relative to the images folder. If both are there, `answers` counts. Whole numbers are read as texts.
+    Optional:
     `question_id` (default: the line's number, from 1), `answer_type`, `question_type`. Blank lines are
     skipped, other fields ignored.
     """
@@ -20,7 +21,7 @@ def read(sources: Sources) -> Split:
             question_id=question_id_of(record) if "question_id" in record else number,
             image=picture(field(record, "image", str)),
             question=field(record, "question", str),
-            answers=answers_of(record),
+            answers=answers_of(record, "answers", "answer"),
             answer_type=optional_text(record, "answer_type"),
             question_type=optional_text(record, "question_type"),
         )
