@@ -45,10 +45,11 @@ class VQAExample:
     def __post_init__(self) -> None:
         if BYTE_ORDER_MARK in self.question:
             object.__setattr__(self, "question", self.question.replace(BYTE_ORDER_MARK, ""))
-        if BYTE_ORDER_MARK in "".join(self.answers):
+        said = "".join(self.answers)
+        if BYTE_ORDER_MARK in said:
             without = tuple(answer.replace(BYTE_ORDER_MARK, "") for answer in self.answers)
             object.__setattr__(self, "answers", without)
-        if self.answers and all(map(is_blank, self.answers)):
+        if is_blank(said):
             object.__setattr__(self, "answers", ())
 
     @property
@@ -70,10 +71,12 @@ class VQAExample:
             "image": str(self.image),
             "question": self.question,
             "answers": list(self.answers),
-            "answer_type": self.answer_type,
-            "question_type": self.question_type,
         }
-        return {name: value for name, value in record.items() if value is not None}
+        if self.answer_type is not None:
+            record["answer_type"] = self.answer_type
+        if self.question_type is not None:
+            record["question_type"] = self.question_type
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> "VQAExample":

@@ -185,7 +185,7 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     """Everything that can go wrong before the long work, in order of its cost."""
     require_usable(config.cache.dir)
     require_plausible(config.model.checkpoint)
-    inputs = read_inputs(config.data)
+    inputs = read_inputs(config.data, _stored_digests(config.cache.dir))
     tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
     told = len(inputs.left_out)
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
@@ -216,6 +216,13 @@ def _tokenize(config: Config, inputs: Inputs, tokenizer: PromptTokenizer) -> tup
             text = select(text, np.setdiff1d(np.arange(len(text)), long))
         texts[split] = text
     return inputs, texts
+
+
+def _stored_digests(folder: Path) -> frozenset[bytes]:
+    """Of the pictures whose features a finished cache has."""
+    with suppress(CacheError):
+        return frozenset(digest for digest, _ in FeatureReader(folder).stored())
+    return frozenset()
 
 
 def _earlier_text(folder: Path, split: str) -> TextTable | None:

@@ -5,9 +5,10 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from cache.writer import Survey
@@ -21,7 +22,8 @@ from pipeline.vqa import read_examples
 
 LEFT_OUT_NAME = "left-out.jsonl"
 NAMED = 3  # of what is left out, in a message
-AT_ONCE = 10_000  # pictures given to the threads that read
+AT_ONCE = 64  # pictures that a thread reads before the bar moves
+LARGE = 50_000_000  # bytes of annotations that take seconds to read
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Inputs:
     sources: dict[str, dict[str, str]]
     """SHA-256 of the annotation files as they were parsed, or the identity of the tables, by split and key."""
 
-    @property
+    @cached_property
     def paths(self) -> dict[bytes, Picture]:
         """Where each distinct picture is found, in the order of the questions."""
         return {self.digests[example.image]: example.image for split in self.splits.values() for example in split}
@@ -59,8 +61,10 @@ class Inputs:
         return replace(self, splits={**self.splits, split: kept}, left_out=self.left_out + left_out)
 
 
-def read_inputs(data: DataConfig) -> Inputs:
+def read_inputs(data: DataConfig, known: Collection[bytes] = frozenset()) -> Inputs:
     """Reads the annotations of every split, and every picture once for its digest.
+
+    What has one of the `known` digests was decoded before, and is not looked into.
 
     Raises `PipelineError` for annotations that cannot be read, or a folder of pictures that is not there.
     """
@@ -68,11 +72,17 @@ def read_inputs(data: DataConfig) -> Inputs:
         if files.images and not files.images.is_dir():
             raise PipelineError(f"{files.images} (data.{split}.images): no such folder. Is its disk mounted?")
     read, sources = {}, {}
-    for split, files in data.splits.items():
-        read[split], sources[split] = read_split(data.format, split, files)
+    sizes = {split: annotation_bytes(files) for split, files in data.splits.items()}
+    total = sum(sizes.values())
+    delay = 0 if total > LARGE else 2
+    with progress_bar("annotations", total, "B", scaled=True, delay=delay) as bar:
+        for split, files in data.splits.items():
+            read[split], sources[split] = read_split(data.format, split, files)
+            bar.update(sizes[split])
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
-    digests, reasons = _digest_pictures({example.image for examples in splits.values() for example in examples})
+    wanted = {example.image: None for examples in splits.values() for example in examples}
+    digests, reasons = _digest_pictures(list(wanted), known)
     return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons)
 
 
@@ -179,34 +189,48 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def _digest_pictures(pictures: set[Picture]) -> tuple[dict[Picture, bytes], dict[Picture, str]]:
+def _digest_pictures(
+    pictures: Sequence[Picture], known: Collection[bytes]
+) -> tuple[dict[Picture, bytes], dict[Picture, str]]:
     """Digest of every picture that looks like one, and why the others do not."""
-    ordered = sorted(pictures)
+
+    def digest_or_reason(picture: Picture) -> bytes | str:
+        try:
+            data = read_picture(picture)
+            digest = image_digest(data)
+            if digest not in known:
+                check_header(data)
+            return digest
+        except PictureError as error:
+            return str(error)
+
+    def read(some: Sequence[Picture]) -> list[bytes | str]:
+        return [digest_or_reason(picture) for picture in some]
+
     digests: dict[Picture, bytes] = {}
     reasons: dict[Picture, str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(ordered), "pictures") as bar:
-        for start in range(0, len(ordered), AT_ONCE):
-            some = ordered[start : start + AT_ONCE]
-            for picture, found in zip(some, pool.map(_digest_or_reason, some), strict=True):
+    chunks = [pictures[start : start + AT_ONCE] for start in range(0, len(pictures), AT_ONCE)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(pictures), "pictures") as bar:
+        for some, results in zip(chunks, pool.map(read, chunks), strict=True):
+            for picture, found in zip(some, results, strict=True):
                 if isinstance(found, bytes):
                     digests[picture] = found
                 else:
                     reasons[picture] = found
-                bar.update()
+            bar.update(len(some))
     return digests, reasons
 
 
-def _digest_or_reason(picture: Picture) -> bytes | str:
-    try:
-        data = read_picture(picture)
-        check_header(data)
-        return image_digest(data)
-    except PictureError as error:
-        return str(error)
+def annotation_bytes(files: SplitFiles) -> int:
+    """Of the files of one split; of tables none."""
+    paths = [path for path in (files.annotations, files.questions) if path and path.is_file()]
+    return sum(path.stat().st_size for path in paths)
 
 
 def _leave_out(inputs: Inputs, reasons: dict[Picture, str]) -> Inputs:
     """The inputs without the questions on the pictures in `reasons`."""
+    if not reasons:
+        return inputs
     left_out = list(inputs.left_out)
     for split, examples in inputs.splits.items():
         questions = Counter(example.image for example in examples if example.image in reasons)
