@@ -57,7 +57,7 @@ class Sources:
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RecordError(f"not UTF-8 at byte {error.start}") from None
+            raise RecordError(f"not UTF-8 at byte {error.start}; save it as UTF-8 (Excel: CSV UTF-8)") from None
 
 
 def collect(

@@ -214,6 +214,8 @@ def test_a_missing_field_is_named(tmp_path: Path, missing: str) -> None:
 
 def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="line 1: not an object but a list"):
+        read_jsonl(write_jsonl(tmp_path, ["a.png", "what?", "red"], LINE))
+    with pytest.raises(PipelineError, match=r"\[0\]: not an object but a text"):
         read_jsonl(write_jsonl(tmp_path, ["a.png", "what?", "red"]))
 
 
