@@ -3,7 +3,7 @@
 import dataclasses
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -107,7 +107,7 @@ class LeftOut:
 class Split(NamedTuple):
     """The questions of one split that can be used, in the file's order, and those that cannot."""
 
-    examples: list[VQAExample]
+    examples: Sequence[VQAExample]
     left_out: list[LeftOut]
 
 

@@ -42,6 +42,7 @@ from pipeline.tables import Picture
 from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, cut_answers, log_cut_answers, select, tokenize
 from pipeline.thumbnails import making_thumbnails, most_bytes
+from pipeline.unchanged import images_of, reader_fingerprint
 
 Mend = Callable[[Inputs, CacheSpec], None]
 
@@ -185,12 +186,13 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     """Everything that can go wrong before the long work, in order of its cost."""
     require_usable(config.cache.dir)
     require_plausible(config.model.checkpoint)
-    inputs = read_inputs(config.data, _stored_digests(config.cache.dir))
+    earlier = _finished_cache(config.cache.dir)
+    inputs = read_inputs(config.data, earlier)
     tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
     told = len(inputs.left_out)
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(checkpoint, config.data.prompt)
-    inputs, texts = _tokenize(config, inputs, tokenizer)
+    inputs, texts = _tokenize(config, inputs, tokenizer, earlier)
     tell_left_out(inputs, inputs.left_out[told:], config.precompute.on_missing, report)
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
@@ -206,11 +208,13 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
 
 
-def _tokenize(config: Config, inputs: Inputs, tokenizer: PromptTokenizer) -> tuple[Inputs, dict[str, TextTable]]:
+def _tokenize(
+    config: Config, inputs: Inputs, tokenizer: PromptTokenizer, earlier: FeatureReader | None
+) -> tuple[Inputs, dict[str, TextTable]]:
     """The text of each split, tokens of an earlier run taken over, and the inputs without questions too long for it."""
     texts = {}
     for split, examples in inputs.splits.items():
-        text = tokenize(examples, np.zeros(len(examples)), tokenizer, _earlier_text(config.cache.dir, split))
+        text = tokenize(examples, np.zeros(len(examples)), tokenizer, _earlier_text(earlier, split))
         if long := find_too_long(examples, text, tokenizer, config, split):
             inputs = inputs.without_questions(split, long, too_long_reason(tokenizer))
             text = select(text, np.setdiff1d(np.arange(len(text)), long))
@@ -218,16 +222,15 @@ def _tokenize(config: Config, inputs: Inputs, tokenizer: PromptTokenizer) -> tup
     return inputs, texts
 
 
-def _stored_digests(folder: Path) -> frozenset[bytes]:
-    """Of the pictures whose features a finished cache has."""
-    with suppress(CacheError):
-        return frozenset(digest for digest, _ in FeatureReader(folder).stored())
-    return frozenset()
+def _finished_cache(folder: Path) -> FeatureReader | None:
+    with suppress(CacheError):  # none, or a damaged one: that is told where it is opened to be written
+        return FeatureReader(folder)
+    return None
 
 
-def _earlier_text(folder: Path, split: str) -> TextTable | None:
+def _earlier_text(earlier: FeatureReader | None, split: str) -> TextTable | None:
     with suppress(CacheError):  # none, or damaged: it is made anew
-        return FeatureReader(folder).text(split)
+        return earlier.text(split) if earlier else None
     return None
 
 
@@ -258,7 +261,7 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
     """The text of each split with the rows of its images; made again if pictures failed meanwhile."""
     texts = {}
     for split, examples in inputs.splits.items():
-        image_row = np.array([rows[inputs.digests[example.image]] for example in examples], np.int64)
+        image_row = np.array([rows[inputs.digests[image]] for image in images_of(examples)], np.int64)
         if len(examples) == len(prepared.texts[split]):
             texts[split] = replace(prepared.texts[split], image_row=image_row)
         else:
@@ -300,6 +303,7 @@ def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, A
         "config": used,
         "encoder": encoder_settings(checkpoint),
         "sources": inputs.sources,
+        "reader": reader_fingerprint(),
         "left_out": _reasons(inputs),
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
     }

@@ -7,10 +7,13 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from cache.reader import FeatureReader
+from cache.spec import CacheError
 from cache.writer import Survey
 from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.errors import PipelineError
@@ -18,6 +21,7 @@ from pipeline.examples import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample
 from pipeline.images import PictureError, check_header, image_digest, read_picture
 from pipeline.progress import progress_bar, say
 from pipeline.tables import Picture, identity
+from pipeline.unchanged import images_of, unchanged_split
 from pipeline.vqa import read_examples
 
 LEFT_OUT_NAME = "left-out.jsonl"
@@ -30,7 +34,7 @@ LARGE = 50_000_000  # bytes of annotations that take seconds to read
 class Inputs:
     """The data set as it was found: the questions that can be trained on, and what cannot be and why."""
 
-    splits: dict[str, list[VQAExample]]
+    splits: dict[str, Sequence[VQAExample]]
     left_out: list[LeftOut]
     digests: dict[Picture, bytes]
     """SHA-256 of every picture that is there and looks like one."""
@@ -42,7 +46,8 @@ class Inputs:
     @cached_property
     def paths(self) -> dict[bytes, Picture]:
         """Where each distinct picture is found, in the order of the questions."""
-        return {self.digests[example.image]: example.image for split in self.splits.values() for example in split}
+        images = dict.fromkeys(image for split in self.splits.values() for image in images_of(split))
+        return {self.digests[image]: image for image in images}
 
     def without(self, failures: dict[bytes, str]) -> "Inputs":
         """The same without the questions on these pictures, by digest, and the reason noted."""
@@ -61,10 +66,10 @@ class Inputs:
         return replace(self, splits={**self.splits, split: kept}, left_out=self.left_out + left_out)
 
 
-def read_inputs(data: DataConfig, known: Collection[bytes] = frozenset()) -> Inputs:
+def read_inputs(data: DataConfig, earlier: FeatureReader | None = None) -> Inputs:
     """Reads the annotations of every split, and every picture once for its digest.
 
-    What has one of the `known` digests was decoded before, and is not looked into.
+    What the finished cache `earlier` was made of is not parsed again, nor is a picture looked into that it has.
 
     Raises `PipelineError` for annotations that cannot be read, or a folder of pictures that is not there.
     """
@@ -77,12 +82,16 @@ def read_inputs(data: DataConfig, known: Collection[bytes] = frozenset()) -> Inp
     delay = 0 if total > LARGE else 2
     with progress_bar("annotations", total, "B", scaled=True, delay=delay) as bar:
         for split, files in data.splits.items():
-            read[split], sources[split] = read_split(data.format, split, files)
+            if earlier and (unchanged := unchanged_split(earlier, data, split)):
+                examples, sources[split] = unchanged
+                read[split] = Split(examples, [])
+            else:
+                read[split], sources[split] = read_split(data.format, split, files)
             bar.update(sizes[split])
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
-    wanted = {example.image: None for examples in splits.values() for example in examples}
-    digests, reasons = _digest_pictures(list(wanted), known)
+    wanted = dict.fromkeys(image for examples in splits.values() for image in images_of(examples))
+    digests, reasons = _digest_pictures(list(wanted), _stored_digests(earlier))
     return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons)
 
 
@@ -221,6 +230,13 @@ def _digest_pictures(
     return digests, reasons
 
 
+def _stored_digests(earlier: FeatureReader | None) -> frozenset[bytes]:
+    """Of the pictures whose features the cache has."""
+    with suppress(CacheError):  # a damaged part: it is told where the cache is opened to be written
+        return frozenset(digest for digest, _ in earlier.stored()) if earlier else frozenset()
+    return frozenset()
+
+
 def annotation_bytes(files: SplitFiles) -> int:
     """Of the files of one split; of tables none."""
     paths = [path for path in (files.annotations, files.questions) if path and path.is_file()]
@@ -238,6 +254,9 @@ def _leave_out(inputs: Inputs, reasons: dict[Picture, str]) -> Inputs:
             LeftOut(split, reasons[picture], str(picture), image=str(picture), questions=count)
             for picture, count in questions.items()
         ]
-    kept = {split: [e for e in examples if e.image not in reasons] for split, examples in inputs.splits.items()}
+    kept: dict[str, Sequence[VQAExample]] = {
+        split: [example for example in examples if example.image not in reasons]
+        for split, examples in inputs.splits.items()
+    }
     digests = {picture: digest for picture, digest in inputs.digests.items() if picture not in reasons}
     return replace(inputs, splits=kept, left_out=left_out, digests=digests)

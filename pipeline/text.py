@@ -14,6 +14,7 @@ from cache.text import Ragged, TextTable
 from pipeline.errors import PipelineError
 from pipeline.examples import BYTE_ORDER_MARK, VQAExample
 from pipeline.progress import progress_bar, say
+from pipeline.unchanged import CachedExamples
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 TOKENISED_AT_ONCE = 10_000  # texts
@@ -119,7 +120,7 @@ def tokenize(
 
     Of questions whose records are in `earlier`, with its prompt and tokenizer, the tokens are taken from there.
     """
-    records = Ragged.from_rows([_to_json(example.to_record()).encode() for example in examples], np.uint8)
+    records = _records(examples)
     rows = np.full(len(examples), -1)
     if earlier is not None and (earlier.prompt, earlier.tokenizer) == (tokenizer.prompt, tokenizer.identity()):
         rows = _rows_in(earlier.records, records)
@@ -177,6 +178,12 @@ def _token_rows(examples: Sequence[VQAExample], tokenizer: PromptTokenizer) -> t
     return Ragged.from_rows(prompts, np.int32), Ragged.from_rows(targets, np.int32)
 
 
+def _records(examples: Sequence[VQAExample]) -> Ragged:
+    if isinstance(examples, CachedExamples):
+        return examples.text.records
+    return Ragged.from_rows([_to_json(example.to_record()).encode() for example in examples], np.uint8)
+
+
 def _rows_with(sought: bytes, data: bytes, offsets: np.ndarray) -> Iterable[int]:
     place = data.find(sought)
     while place >= 0:
@@ -195,6 +202,8 @@ def _rows_in(known: Ragged, wanted: Ragged) -> np.ndarray:
 
 def _merge(known: Ragged, rows: np.ndarray, new: Ragged) -> Ragged:
     """Rows `rows` of `known`, and where one is -1 the next of `new`."""
+    if len(new) == 0 and np.array_equal(rows, np.arange(len(known))):
+        return known
     values = np.concatenate([known.values, new.values])
     both = Ragged(values, np.concatenate([known.offsets, new.offsets[1:] + known.offsets[-1]]))
     return both.take(np.where(rows < 0, len(known) + np.cumsum(rows < 0) - 1, rows))
