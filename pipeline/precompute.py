@@ -25,6 +25,7 @@ from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
+from pipeline.examples import VQAExample
 from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.images import Preprocessor, read_picture
 from pipeline.lengths import find_too_long, too_long_reason
@@ -35,6 +36,7 @@ from pipeline.preflight import (
     first_line,
     left_out_lines,
     read_inputs,
+    read_split,
     tell_left_out,
 )
 from pipeline.progress import say
@@ -42,7 +44,7 @@ from pipeline.tables import Picture
 from pipeline.team import Team, rank
 from pipeline.text import PromptTokenizer, cut_answers, log_cut_answers, select, tokenize
 from pipeline.thumbnails import making_thumbnails, most_bytes
-from pipeline.unchanged import images_of, reader_fingerprint
+from pipeline.unchanged import CachedExamples, images_of, reader_fingerprint
 
 Mend = Callable[[Inputs, CacheSpec], None]
 
@@ -75,8 +77,8 @@ class Share:
 def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | None:
     """Fill the cache that `config` names, and return the summary; None in a process that only helps.
 
-    Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and
-    remakes the text each time. Under `torchrun` each process fills parts of its own. `mend` is called when the data
+    Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and makes
+    only tokens that it lacks. Under `torchrun` each process fills parts of its own. `mend` is called when the data
     set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
@@ -216,10 +218,18 @@ def _tokenize(
     for split, examples in inputs.splits.items():
         text = tokenize(examples, np.zeros(len(examples)), tokenizer, _earlier_text(earlier, split))
         if long := find_too_long(examples, text, tokenizer, config, split):
-            inputs = inputs.without_questions(split, long, too_long_reason(tokenizer))
+            places = _places(config, split, examples, long)
+            inputs = inputs.without_questions(split, places, too_long_reason(tokenizer))
             text = select(text, np.setdiff1d(np.arange(len(text)), long))
         texts[split] = text
     return inputs, texts
+
+
+def _places(config: Config, split: str, examples: Sequence[VQAExample], numbers: Sequence[int]) -> dict[int, str]:
+    """Where the records of some questions are; to tell that, those from a cache are read anew."""
+    if isinstance(examples, CachedExamples):
+        examples = read_split(config.data.format, split, config.data.splits[split])[0].examples
+    return {number: examples[number].where or "" for number in numbers}
 
 
 def _finished_cache(folder: Path) -> FeatureReader | None:

@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from cache.reader import FeatureReader
 from cache.spec import CacheError
@@ -20,6 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.examples import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample
 from pipeline.images import PictureError, check_header, image_digest, read_picture
 from pipeline.progress import progress_bar, say
+from pipeline.spelling import find_spelled
 from pipeline.tables import Picture, identity
 from pipeline.unchanged import images_of, unchanged_split
 from pipeline.vqa import read_examples
@@ -27,6 +29,8 @@ from pipeline.vqa import read_examples
 LEFT_OUT_NAME = "left-out.jsonl"
 NAMED = 3  # of what is left out, in a message
 AT_ONCE = 64  # pictures that a thread reads before the bar moves
+NOT_THERE = "not there"  # as `read_picture` puts it
+NOT_THERE_AS_SPELLED = "not there with these capital letters"
 LARGE = 50_000_000  # bytes of annotations that take seconds to read
 
 
@@ -54,14 +58,13 @@ class Inputs:
         reasons = {picture: failures[digest] for picture, digest in self.digests.items() if digest in failures}
         return _leave_out(self, reasons) if reasons else self
 
-    def without_questions(self, split: str, numbers: Sequence[int], reason: str) -> "Inputs":
-        """The same without these questions of a split, by their numbers in it."""
-        examples = self.splits[split]
-        gone = [examples[number] for number in numbers]
+    def without_questions(self, split: str, places: Mapping[int, str], reason: str) -> "Inputs":
+        """The same without some questions of a split, by their numbers in it; `places`: where each one's record is."""
+        examples, dropped = self.splits[split], set(places)
         left_out = [
-            LeftOut(split, reason, one.where or str(one.image), one.question_id, str(one.image)) for one in gone
+            LeftOut(split, reason, where, examples[number].question_id, str(examples[number].image))
+            for number, where in places.items()
         ]
-        dropped = set(numbers)
         kept = [example for number, example in enumerate(examples) if number not in dropped]
         return replace(self, splits={**self.splits, split: kept}, left_out=self.left_out + left_out)
 
@@ -91,8 +94,17 @@ def read_inputs(data: DataConfig, earlier: FeatureReader | None = None) -> Input
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
     wanted = dict.fromkeys(image for examples in splits.values() for image in images_of(examples))
-    digests, reasons = _digest_pictures(list(wanted), _stored_digests(earlier))
-    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons)
+    known = _stored_digests(earlier)
+    digests, reasons = _digest_pictures(list(wanted), known)
+    absent = [picture for picture, reason in reasons.items() if isinstance(picture, Path) and reason == NOT_THERE]
+    same, near = find_spelled(absent)
+    if same:
+        splits = {split: _respelled(examples, same) for split, examples in splits.items()}
+        more, reasons_of_more = _digest_pictures([path for path in same.values() if path not in digests], known)
+        digests |= more
+        reasons = {picture: why for picture, why in reasons.items() if picture not in same} | reasons_of_more
+    reasons |= dict.fromkeys(near, NOT_THERE_AS_SPELLED)
+    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources), reasons, near)
 
 
 def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
@@ -198,6 +210,11 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
+def _where(picture: Picture, near: Mapping[Path, Path]) -> str:
+    found = near.get(picture) if isinstance(picture, Path) else None
+    return f"{picture} (there is {found})" if found else str(picture)
+
+
 def _digest_pictures(
     pictures: Sequence[Picture], known: Collection[bytes]
 ) -> tuple[dict[Picture, bytes], dict[Picture, str]]:
@@ -243,15 +260,22 @@ def annotation_bytes(files: SplitFiles) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def _leave_out(inputs: Inputs, reasons: dict[Picture, str]) -> Inputs:
-    """The inputs without the questions on the pictures in `reasons`."""
+def _respelled(examples: Sequence[VQAExample], same: Mapping[Path, Path]) -> list[VQAExample]:
+    return [
+        replace(one, image=same[one.image]) if isinstance(one.image, Path) and one.image in same else one
+        for one in examples
+    ]
+
+
+def _leave_out(inputs: Inputs, reasons: dict[Picture, str], near: Mapping[Path, Path] = MappingProxyType({})) -> Inputs:
+    """The inputs without the questions on the pictures in `reasons`; `near`: files with nearly the names of some."""
     if not reasons:
         return inputs
     left_out = list(inputs.left_out)
     for split, examples in inputs.splits.items():
         questions = Counter(example.image for example in examples if example.image in reasons)
         left_out += [
-            LeftOut(split, reasons[picture], str(picture), image=str(picture), questions=count)
+            LeftOut(split, reasons[picture], _where(picture, near), image=str(picture), questions=count)
             for picture, count in questions.items()
         ]
     kept: dict[str, Sequence[VQAExample]] = {

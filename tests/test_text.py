@@ -310,6 +310,9 @@ def test_room_for_an_answer_is_needed_where_the_split_is_answered(tmp_path: Path
     config = data_of(tmp_path / "b", rows, precompute={"on_missing": "skip"}, evaluate={"max_new_tokens": 10})
     assert precompute(config)["questions"] == {"train": 2, "val": 2}
     assert len(open_batcher(config, "val", trained=False, answered=True).text) == 2
+    with pytest.raises(PipelineError, match=r"longer, .*val\.jsonl: line 1\)"):  # of a text that was there already
+        precompute(load_config(tmp_path / "b" / "config.yaml", ["evaluate.max_new_tokens=11",
+                                                                "precompute.on_missing=error"]))  # fmt: skip
     longer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 11})})
     with pytest.raises(PipelineError, match=r"question 1 of val is 257 tokens .*max_new_tokens=11.*takes 256\. Lower"):
         open_batcher(longer, "val", trained=False, answered=True)
