@@ -16,7 +16,7 @@ from pipeline.card import write_card
 from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
 from pipeline.language_model import load_adapter
-from pipeline.progress import progress_bar
+from pipeline.progress import progress_bar, with_bar
 from pipeline.run_folder import RunFolder
 from pipeline.scores import check_method, score, summarise
 from pipeline.team import world_size
@@ -38,7 +38,8 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     config = run.trained_config(overrides)
     settings, official = config.evaluate, official_form(config.data.format)
     batcher = open_batcher(config, settings.split, trained=False, answered=True)
-    examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
+    numbers = with_bar("questions", range(len(batcher.text)), "questions")
+    examples = [VQAExample.from_record(batcher.text.record(number)) for number in numbers]
     check_method(examples, settings.method)
     tokenizer = load_tokenizer(config)
     multiline = sum(cut_answers(batcher.text, tokenizer).values())

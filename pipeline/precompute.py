@@ -216,7 +216,8 @@ def _tokenize(
     """The text of each split, tokens of an earlier run taken over, and the inputs without questions too long for it."""
     texts = {}
     for split, examples in inputs.splits.items():
-        text = tokenize(examples, np.zeros(len(examples)), tokenizer, _earlier_text(earlier, split))
+        there = examples.text if isinstance(examples, CachedExamples) else _earlier_text(earlier, split)
+        text = tokenize(examples, np.zeros(len(examples)), tokenizer, there)
         if long := find_too_long(examples, text, tokenizer, config, split):
             places = _places(config, split, examples, long)
             inputs = inputs.without_questions(split, places, too_long_reason(tokenizer))

@@ -1,11 +1,14 @@
 """Progress bars: one look for every stage, always on stderr."""
 
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from pipeline.team import rank
+
+T = TypeVar("T")
 
 
 def progress_bar(
@@ -29,6 +32,14 @@ def progress_bar(
         mininterval=0.1 if on_terminal else delay or 10,
         delay=delay,
     )
+
+
+def with_bar(what: str, items: Sequence[T], unit: str) -> Iterator[T]:
+    """The items, with a bar if they take more than a moment."""
+    with progress_bar(what, len(items), unit, delay=2) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def say(line: str) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Blip2Config, PreTrainedTokenizerBase
 from cache.text import Ragged, TextTable
 from pipeline.errors import PipelineError
 from pipeline.examples import BYTE_ORDER_MARK, VQAExample
-from pipeline.progress import progress_bar, say
+from pipeline.progress import progress_bar, say, with_bar
 from pipeline.unchanged import CachedExamples
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
@@ -104,7 +104,7 @@ class PromptTokenizer:
 
 def retokenize(text: TextTable, tokenizer: PromptTokenizer) -> TextTable:
     """The same questions under another prompt or tokenizer."""
-    examples = [VQAExample.from_record(text.record(i)) for i in range(len(text))]
+    examples = [VQAExample.from_record(text.record(i)) for i in with_bar("questions", range(len(text)), "questions")]
     prompt_ids, target_ids = _token_rows(examples, tokenizer)
     identity = tokenizer.identity()
     return replace(text, prompt_ids=prompt_ids, target_ids=target_ids, prompt=tokenizer.prompt, tokenizer=identity)
@@ -181,7 +181,8 @@ def _token_rows(examples: Sequence[VQAExample], tokenizer: PromptTokenizer) -> t
 def _records(examples: Sequence[VQAExample]) -> Ragged:
     if isinstance(examples, CachedExamples):
         return examples.text.records
-    return Ragged.from_rows([_to_json(example.to_record()).encode() for example in examples], np.uint8)
+    listed = with_bar("questions", examples, "questions")
+    return Ragged.from_rows([_to_json(example.to_record()).encode() for example in listed], np.uint8)
 
 
 def _rows_with(sought: bytes, data: bytes, offsets: np.ndarray) -> Iterable[int]:

@@ -16,6 +16,7 @@ from pipeline.evaluate import evaluate
 from pipeline.examples import VQAExample, is_blank
 from pipeline.precompute import precompute
 from pipeline.run_folder import RunFolder
+from pipeline.scores import score
 from pipeline.targets import Targets
 from pipeline.text import PromptTokenizer, cut_answers, retokenize, select, tokenize
 from pipeline.train import train
@@ -173,6 +174,14 @@ def test_no_blank_answer_is_trained(tmp_path: Path) -> None:
     assert tokenizer.decode([text.target_ids[0].tolist()]) == ["red"]
     targets = Targets(text, tokenizer, "all", 0)(0, 0)
     assert [(tokenizer.decode([ids.tolist()])[0], weight) for ids, weight in targets] == [("red", 0.5), ("blue", 0.5)]
+
+
+@pytest.mark.parametrize(("method", "accuracy"), [("official", 90), ("lavis", 90), ("lmms-eval", 90), ("exact", 100)])
+def test_a_blank_answer_among_ten_counts_as_in_the_published_scripts(method: str, accuracy: float) -> None:
+    ten = asked("what?", *["red"] * 3, *["blue"] * 6, "")
+    assert score([ten], ["red"], method) == pytest.approx([accuracy])
+    assert score([asked("what?", "", " ")], ["red"], method) == [None]
+    assert score([asked("what?", "", "red")], [""], "exact") == [0]
 
 
 # ---- answers of several lines
