@@ -47,12 +47,22 @@ class Ragged:
         row: np.ndarray[Any, Any] = self.values[self.offsets[i] : self.offsets[i + 1]]
         return row
 
+    def take(self, rows: np.ndarray[Any, Any]) -> "Ragged":
+        """Rows (n,) in any order."""
+        lengths = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[places], offsets)
+
     @classmethod
     def from_rows(cls, rows: Iterable[Sequence[int]], dtype: DTypeLike) -> "Ragged":
         """Puts rows of whole numbers (`bytes` count as such) one after the other."""
+        rows = list(rows)
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        if rows and all(isinstance(row, bytes) for row in rows):
+            return cls(np.frombuffer(b"".join(map(bytes, rows)), np.uint8).astype(dtype, copy=False), offsets)
         arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else np.asarray(row, dtype) for row in rows]
-        offsets = np.zeros(len(arrays) + 1, np.int64)
-        np.cumsum([len(array) for array in arrays], out=offsets[1:])
         return cls(np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype), offsets)
 
 
@@ -102,6 +112,16 @@ class TextTable:
         if not isinstance(record, dict):
             raise CacheError(f"record {i} of the text is not a JSON object")
         return record
+
+    def equals(self, other: "TextTable") -> bool:
+        """Whether both hold the same, to the byte."""
+        ragged = [(getattr(self, name), getattr(other, name)) for name in _RAGGED]
+        return (
+            (self.prompt, self.tokenizer) == (other.prompt, other.tokenizer)
+            and np.array_equal(self.image_row, other.image_row)
+            and all(np.array_equal(mine.offsets, its.offsets) for mine, its in ragged)
+            and all(np.array_equal(mine.values, its.values) for mine, its in ragged)
+        )
 
     def save(self, folder: Path, split: str) -> TextEntry:
         """Writes the table to a file of its own in `folder`, named after its digest, so that none is replaced.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from errno import EMFILE, ENFILE, ENOMEM
 from functools import cache
@@ -32,6 +32,7 @@ from cache.manifest import (
     PartEntry,
     Plan,
     PlannedPart,
+    TextEntry,
     attachment_file,
 )
 from cache.own import holds_cache, listed_files, own_files
@@ -159,7 +160,7 @@ class FeatureWriter:
                 part_rows=self.part_rows,
                 parts=[part_entry(part) for part in layouts],
                 rows=int(stored.sum()),
-                splits={split: table.save(self.folder, split) for split, table in texts.items()},
+                splits={split: self._save_text(split, table) for split, table in texts.items()},
                 attachments=hashed | {thumbnails_name(part): sha256 for part, sha256 in shown.items() if sha256},
                 provenance=dict(provenance or {}),
             )
@@ -168,6 +169,14 @@ class FeatureWriter:
             for path in own:
                 if path.name not in {*listed_files(manifest), MANIFEST_NAME, LOCK_NAME}:
                     path.unlink()
+
+    def _save_text(self, split: str, table: TextTable) -> TextEntry:
+        """Writes the text of a split, if the finished cache has not the very same."""
+        with suppress(CacheError):  # no finished cache, no such split, or it is damaged
+            reader = FeatureReader(self.folder)
+            if reader.text(split).equals(table):
+                return reader.manifest.splits[split]
+        return table.save(self.folder, split)
 
     def _layouts(self) -> list[PartLayout]:
         layouts = part_layouts(self.folder, self.spec, self._sealed)

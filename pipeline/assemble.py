@@ -10,7 +10,6 @@ from transformers import Blip2Config
 
 from cache.files import sha256_of
 from cache.reader import FeatureReader
-from cache.text import TextTable
 from pipeline.batch_order import BatchOrder
 from pipeline.batching import MOST_QUESTIONS, Batcher, ImageSequence
 from pipeline.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, has_half, public_name
@@ -19,6 +18,7 @@ from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import PipelineError
 from pipeline.identity import encoder_settings, encoder_spec
 from pipeline.language_model import Blip2LanguageHalf, load_language_half
+from pipeline.lengths import check_lengths, check_room_for_answers
 from pipeline.lora import targets_of
 from pipeline.progress import say
 from pipeline.tables import identity
@@ -27,12 +27,19 @@ from pipeline.team import rank, world_size
 from pipeline.text import PromptTokenizer, retokenize
 
 
-def open_batcher(config: Config, split: str, features: FeatureReader | None = None) -> Batcher:
+def open_batcher(
+    config: Config,
+    split: str,
+    features: FeatureReader | None = None,
+    trained: bool = True,
+    answered: bool = False,
+) -> Batcher:
     """One split of the cache, after a check that it holds what `config` would put there.
 
     A changed prompt or tokenizer is no difference: the tokens are remade from the cached text. `features` is the cache
     where it is open already. Raises `CacheError` if there is no finished cache, `PipelineError` with every difference
-    of its features.
+    of its features, and if a question is too long: with its answer where the split is `trained`, with
+    `evaluate.max_new_tokens` where it is `answered`.
     """
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
     if features is None:
@@ -46,7 +53,10 @@ def open_batcher(config: Config, split: str, features: FeatureReader | None = No
     if (text.prompt, text.tokenizer) != (tokenizer.prompt, tokenizer.identity()):
         say(f"{config.cache.dir}: the prompt or the tokenizer has changed; making the tokens of {split} again")
         text = retokenize(text, tokenizer)
-    _check_lengths(text, features.spec.query_tokens, tokenizer.longest)
+    if trained:
+        check_lengths(text, tokenizer, split)
+    if answered:
+        check_room_for_answers(text, tokenizer, split, config.evaluate.max_new_tokens)
     return Batcher(features, text)
 
 
@@ -82,7 +92,7 @@ def _targets(config: Config, batcher: Batcher) -> Targets | None:
         return None
     tokenizer = load_tokenizer(config)
     targets = Targets(batcher.text, tokenizer, config.answers_trained, config.train.seed)
-    _check_lengths(batcher.text, batcher.query_tokens, tokenizer.longest, targets.longest())
+    check_lengths(batcher.text, tokenizer, "train", targets.longest())
     return targets
 
 
@@ -156,18 +166,6 @@ def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf
 def load_tokenizer(config: Config) -> PromptTokenizer:
     folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
     return PromptTokenizer(folder, config.data.prompt)
-
-
-def _check_lengths(text: TextTable, query_tokens: int, longest: int, targets: np.ndarray | None = None) -> None:
-    """`targets`: tokens of the longest that each question is trained to say, if not the text's own."""
-    behind = np.diff(text.target_ids.offsets) if targets is None else targets
-    lengths = query_tokens + np.diff(text.prompt_ids.offsets) + behind
-    if len(lengths) and lengths.max() > longest:
-        record = text.record(int(lengths.argmax()))
-        raise PipelineError(
-            f"question {record.get('question_id')!r} is {lengths.max()} tokens long with its image and answer; the "
-            f"language model takes {longest}. Shorten or leave out such questions, and run `pipe precompute` again"
-        )
 
 
 def _check_features(features: FeatureReader, config: Config, folder: Path) -> None:

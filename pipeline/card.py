@@ -70,6 +70,9 @@ def model_card(run: RunFolder, config: Config, merged: bool) -> str:
         _ANSWER.format(prompt=config.data.prompt, **config.evaluate.model_dump()),
         "```",
         "",
+        "Take `<image>`, `</s>` and the like out of questions: here they were text, the processor takes them for special "
+        "tokens.",
+        "",
         *_results(run),
         "",
         f"LoRA: {json.dumps(config.lora.model_dump())}. Language model in training: "

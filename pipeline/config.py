@@ -173,7 +173,7 @@ class PrecomputeConfig(Section):
     thumbnails: Annotated[int, Field(ge=0, le=1024)] = 128
     """Pixels of the longer side of a small picture kept beside each one's features, for `pipe report`; 0 keeps none."""
     on_missing: Literal["error", "skip"] = "error"
-    """What to do about questions that cannot be used: no picture, no answer, an id that is there twice."""
+    """What to do about questions that cannot be used: no picture, no answer, an id that is there twice, too long."""
 
 
 class QuantizationConfig(Section):

@@ -16,10 +16,11 @@ from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
 from pipeline.files import followed_by, require_writable, write_text
 from pipeline.language_model import load_adapter
-from pipeline.progress import progress_bar
+from pipeline.progress import progress_bar, with_bar
 from pipeline.run_folder import RunFolder
 from pipeline.scores import check_method, score, summarise
 from pipeline.team import world_size
+from pipeline.text import cut_answers
 from pipeline.vqa import official_form
 
 MISTAKES = 100  # listed
@@ -39,15 +40,18 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         for folder in (run.path, run.adapter):
             require_writable(folder)
     settings, official = config.evaluate, official_form(config.data.format)
-    batcher = open_batcher(config, settings.split)
-    examples = [VQAExample.from_record(batcher.text.record(i)) for i in range(len(batcher.text))]
+    batcher = open_batcher(config, settings.split, trained=False, answered=True)
+    numbers = with_bar("questions", range(len(batcher.text)), "questions")
+    examples = [VQAExample.from_record(batcher.text.record(number)) for number in numbers]
     check_method(examples, settings.method)
+    tokenizer = load_tokenizer(config)
+    multiline = sum(cut_answers(batcher.text, tokenizer).values())
     model = load_base(config)
     if with_adapter:
         model = load_adapter(model, run.adapter)
     answering_started = time.perf_counter()
     with progress_bar("answering", len(examples), "questions") as bar:
-        found = answer_questions(model, batcher, np.arange(len(examples)), load_tokenizer(config), settings, bar.update)
+        found = answer_questions(model, batcher, np.arange(len(examples)), tokenizer, settings, bar.update)
     answering_seconds = time.perf_counter() - answering_started
     answers = [found[number] for number in range(len(examples))]
     texts = [answer.text for answer in answers]
@@ -61,6 +65,7 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         "run": str(run.path),
         "split": settings.split,
         **summarise(examples, scores, batcher.text.image_row.tolist()),
+        "multiline_references": multiline,
         "method": settings.method,
         "adapter": with_adapter,
         "num_beams": settings.num_beams,

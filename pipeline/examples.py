@@ -1,7 +1,9 @@
 """What every data set is read into: questions on images, and what had to be left out."""
 
+import dataclasses
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +20,18 @@ NO_IMAGE = "caption of an image that is not listed"
 
 DIFFICULT = "difficult direct answer"  # the answer type of questions that A-OKVQA's direct-answer accuracy leaves out
 
+BYTE_ORDER_MARK = "\ufeff"  # of a file, and no part of its text
+
 _path = lru_cache(maxsize=1 << 17)(Path)  # an image has several questions, and a Path is slow to make
 
 
 @dataclass(frozen=True, slots=True)
 class VQAExample:
-    """One question on one image; `answers` are all that people gave, and none on a test split."""
+    """One question on one image; `answers` are all that people gave, and none on a test split.
+
+    Answers that are all blank are none. Beside others a blank one stays, since published scripts count it among the
+    ten that they compare with; it is never trained.
+    """
 
     question_id: int | str
     image: Picture
@@ -31,13 +39,30 @@ class VQAExample:
     answers: tuple[str, ...]
     answer_type: str | None = None
     question_type: str | None = None
+    where: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    """File and position of the record, as in error messages: "train.jsonl: line 7"; None of one from a cache."""
+
+    def __post_init__(self) -> None:
+        if BYTE_ORDER_MARK in self.question:
+            object.__setattr__(self, "question", self.question.replace(BYTE_ORDER_MARK, ""))
+        said = "".join(self.answers)
+        if BYTE_ORDER_MARK in said:
+            without = tuple(answer.replace(BYTE_ORDER_MARK, "") for answer in self.answers)
+            object.__setattr__(self, "answers", without)
+        if is_blank(said):
+            object.__setattr__(self, "answers", ())
+
+    @property
+    def trainable_answers(self) -> list[str]:
+        """Those that are not blank."""
+        return [answer for answer in self.answers if not is_blank(answer)]
 
     @property
     def target(self) -> str:
         """The most common answer, of equally common ones the first; PipelineError where there is none."""
         if not self.answers:
             raise PipelineError(f"question {self.question_id!r} has no answers: nothing to train towards")
-        return Counter(self.answers).most_common(1)[0][0]
+        return Counter(self.trainable_answers).most_common(1)[0][0]
 
     def to_record(self) -> dict[str, object]:
         """The fields as JSON types, without those that are None."""
@@ -46,10 +71,12 @@ class VQAExample:
             "image": str(self.image),
             "question": self.question,
             "answers": list(self.answers),
-            "answer_type": self.answer_type,
-            "question_type": self.question_type,
         }
-        return {name: value for name, value in record.items() if value is not None}
+        if self.answer_type is not None:
+            record["answer_type"] = self.answer_type
+        if self.question_type is not None:
+            record["question_type"] = self.question_type
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> "VQAExample":
@@ -80,5 +107,12 @@ class LeftOut:
 class Split(NamedTuple):
     """The questions of one split that can be used, in the file's order, and those that cannot."""
 
-    examples: list[VQAExample]
+    examples: Sequence[VQAExample]
     left_out: list[LeftOut]
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to be seen: spaces of any kind, and characters of no width."""
+    if text.isascii() or text[:1].isalnum():
+        return not text.strip()
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)

@@ -133,7 +133,7 @@ def differences(run: RunFolder, config: Config, merged: Path) -> dict[str, float
     """
     try:
         _check_memory(config, merged)
-        batcher = open_batcher(config, config.evaluate.split)
+        batcher = open_batcher(config, config.evaluate.split, trained=False, answered=True)
     except (CacheError, PipelineError) as error:
         say(f"the merged model is not compared with the run: {error}")
         return None

@@ -25,8 +25,10 @@ from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import check_devices, dtype_name, pick_device, pick_dtype
 from pipeline.encoder import load_encoder
 from pipeline.encoding import LOOP_TIMES, Encoded, PictureEncoder
+from pipeline.examples import VQAExample
 from pipeline.identity import encoder_settings, encoder_spec, load_preprocessor
 from pipeline.images import Preprocessor, read_picture
+from pipeline.lengths import find_too_long, too_long_reason
 from pipeline.preflight import (
     LEFT_OUT_NAME,
     Inputs,
@@ -35,13 +37,15 @@ from pipeline.preflight import (
     left_out_lines,
     log_rescaled,
     read_inputs,
+    read_split,
     tell_left_out,
 )
 from pipeline.progress import say
 from pipeline.tables import Picture
 from pipeline.team import ENCODING_TIMEOUT, Team, rank
-from pipeline.text import PromptTokenizer, tokenize
+from pipeline.text import PromptTokenizer, cut_answers, log_cut_answers, select, tokenize
 from pipeline.thumbnails import making_thumbnails, most_bytes
+from pipeline.unchanged import CachedExamples, images_of, reader_fingerprint
 
 Mend = Callable[[Inputs, CacheSpec], None]
 
@@ -74,8 +78,8 @@ class Share:
 def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | None:
     """Fill the cache that `config` names, and return the summary; None in a process that only helps.
 
-    Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and
-    remakes the text each time. Under `torchrun` each process fills parts of its own. `mend` is called when the data
+    Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and makes
+    only tokens that it lacks. Under `torchrun` each process fills parts of its own. `mend` is called when the data
     set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
@@ -142,6 +146,9 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
             news = inputs.left_out[len(prepared.inputs.left_out) :]
             tell_left_out(inputs, news, config.precompute.on_missing, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
+        multiline = {split: len(cut_answers(text, prepared.tokenizer)) for split, text in texts.items()}
+        for split, count in multiline.items():
+            log_cut_answers(split, count, prepared.tokenizer)
         _tell_dropped(config.cache.dir, texts)
         provenance = _provenance(config, prepared.checkpoint, inputs)
         writer.finish(texts, _attachments(inputs), provenance, thumbnails())
@@ -160,6 +167,7 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
         "copied": writer.copied,
         "failed": inputs.pictures - len(inputs.digests),
         "questions": {split: len(text) for split, text in texts.items()},
+        "multiline_answers": multiline,
         "left_out": _reasons(inputs),
         "rescaled_images": inputs.rescaled_images,
         "time": {
@@ -187,11 +195,14 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     small_files = fetch_small_files(model.checkpoint, model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(small_files, config.data.prompt)
     load_preprocessor(small_files)  # raises what is wrong with it
-    inputs = read_inputs(config.data)
+    earlier = _finished_cache(config.cache.dir)
+    inputs = read_inputs(config.data, earlier)
     tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
     log_rescaled(inputs)
+    told = len(inputs.left_out)
     checkpoint = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_HALF)
-    texts = {split: tokenize(examples, [0] * len(examples), tokenizer) for split, examples in inputs.splits.items()}
+    inputs, texts = _tokenize(config, inputs, tokenizer, earlier)
+    tell_left_out(inputs, inputs.left_out[told:], config.precompute.on_missing, report)
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
     if mend:
@@ -204,6 +215,41 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     say(first_line(inputs, found, config.cache))
     check_room(found, config.cache)
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
+
+
+def _tokenize(
+    config: Config, inputs: Inputs, tokenizer: PromptTokenizer, earlier: FeatureReader | None
+) -> tuple[Inputs, dict[str, TextTable]]:
+    """The text of each split, tokens of an earlier run taken over, and the inputs without questions too long for it."""
+    texts = {}
+    for split, examples in inputs.splits.items():
+        there = examples.text if isinstance(examples, CachedExamples) else _earlier_text(earlier, split)
+        text = tokenize(examples, np.zeros(len(examples)), tokenizer, there)
+        if long := find_too_long(examples, text, tokenizer, config, split):
+            places = _places(config, split, examples, long)
+            inputs = inputs.without_questions(split, places, too_long_reason(tokenizer))
+            text = select(text, np.setdiff1d(np.arange(len(text)), long))
+        texts[split] = text
+    return inputs, texts
+
+
+def _places(config: Config, split: str, examples: Sequence[VQAExample], numbers: Sequence[int]) -> dict[int, str]:
+    """Where the records of some questions are; to tell that, those from a cache are read anew."""
+    if isinstance(examples, CachedExamples):
+        examples = read_split(config.data.format, split, config.data.splits[split])[0].examples
+    return {number: examples[number].where or "" for number in numbers}
+
+
+def _finished_cache(folder: Path) -> FeatureReader | None:
+    with suppress(CacheError):  # none, or a damaged one: that is told where it is opened to be written
+        return FeatureReader(folder)
+    return None
+
+
+def _earlier_text(earlier: FeatureReader | None, split: str) -> TextTable | None:
+    with suppress(CacheError):  # none, or damaged: it is made anew
+        return earlier.text(split) if earlier else None
+    return None
 
 
 def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, Picture], processes: int) -> list[Share]:
@@ -233,11 +279,11 @@ def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[s
     """The text of each split with the rows of its images; made again if pictures failed meanwhile."""
     texts = {}
     for split, examples in inputs.splits.items():
-        image_row = np.array([rows[inputs.digests[example.image]] for example in examples], np.int64)
+        image_row = np.array([rows[inputs.digests[image]] for image in images_of(examples)], np.int64)
         if len(examples) == len(prepared.texts[split]):
             texts[split] = replace(prepared.texts[split], image_row=image_row)
         else:
-            texts[split] = tokenize(examples, image_row, prepared.tokenizer)
+            texts[split] = tokenize(examples, image_row, prepared.tokenizer, prepared.texts[split])
     return texts
 
 
@@ -275,6 +321,7 @@ def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, A
         "config": used,
         "encoder": encoder_settings(checkpoint),
         "sources": inputs.sources,
+        "reader": reader_fingerprint(),
         "left_out": _reasons(inputs),
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
     }

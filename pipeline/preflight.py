@@ -5,30 +5,41 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
+from cache.reader import FeatureReader
+from cache.spec import CacheError
 from cache.writer import Survey
 from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.errors import PipelineError
 from pipeline.examples import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample
 from pipeline.images import PictureError, check_header, image_digest, read_picture
 from pipeline.progress import progress_bar, say
+from pipeline.spelling import find_spelled
 from pipeline.tables import Picture, identity
+from pipeline.unchanged import images_of, unchanged_split
 from pipeline.vqa import read_examples
 
 LEFT_OUT_NAME = "left-out.jsonl"
 NAMED = 3  # of what is left out, in a message
-AT_ONCE = 10_000  # pictures given to the threads that read
+AT_ONCE = 64  # pictures that a thread reads before the bar moves
+NOT_THERE = "not there"  # as `read_picture` puts it
+NOT_THERE_AS_SPELLED = "not there with these capital letters"
+JPEG = b"\xff\xd8"  # those that Pillow reads have 8 bits a channel: of one that was encoded the header tells no more
+LARGE = 50_000_000  # bytes of annotations that take seconds to read
 
 
 @dataclass
 class Inputs:
     """The data set as it was found: the questions that can be trained on, and what cannot be and why."""
 
-    splits: dict[str, list[VQAExample]]
+    splits: dict[str, Sequence[VQAExample]]
     left_out: list[LeftOut]
     digests: dict[Picture, bytes]
     """SHA-256 of every picture that is there and looks like one."""
@@ -39,10 +50,11 @@ class Inputs:
     rescaled: set[Picture] = field(default_factory=set)
     """Those of more than 8 bits a channel or of float pixels: each is scaled to its own range."""
 
-    @property
+    @cached_property
     def paths(self) -> dict[bytes, Picture]:
         """Where each distinct picture is found, in the order of the questions."""
-        return {self.digests[example.image]: example.image for split in self.splits.values() for example in split}
+        images = dict.fromkeys(image for split in self.splits.values() for image in images_of(split))
+        return {self.digests[image]: image for image in images}
 
     @property
     def rescaled_images(self) -> int:
@@ -54,9 +66,21 @@ class Inputs:
         reasons = {picture: failures[digest] for picture, digest in self.digests.items() if digest in failures}
         return _leave_out(self, reasons) if reasons else self
 
+    def without_questions(self, split: str, places: Mapping[int, str], reason: str) -> "Inputs":
+        """The same without some questions of a split, by their numbers in it; `places`: where each one's record is."""
+        examples, dropped = self.splits[split], set(places)
+        left_out = [
+            LeftOut(split, reason, where, examples[number].question_id, str(examples[number].image))
+            for number, where in places.items()
+        ]
+        kept = [example for number, example in enumerate(examples) if number not in dropped]
+        return replace(self, splits={**self.splits, split: kept}, left_out=self.left_out + left_out)
 
-def read_inputs(data: DataConfig) -> Inputs:
+
+def read_inputs(data: DataConfig, earlier: FeatureReader | None = None) -> Inputs:
     """Reads the annotations of every split, and every picture once for its digest.
+
+    What the finished cache `earlier` was made of is not parsed again, nor is a picture looked into that it has.
 
     Raises `PipelineError` for annotations that cannot be read, or a folder of pictures that is not there.
     """
@@ -64,14 +88,34 @@ def read_inputs(data: DataConfig) -> Inputs:
         if files.images and not files.images.is_dir():
             raise PipelineError(f"{files.images} (data.{split}.images): no such folder. Is its disk mounted?")
     read, sources = {}, {}
-    for split, files in data.splits.items():
-        read[split], sources[split] = read_split(data.format, split, files)
+    sizes = {split: annotation_bytes(files) for split, files in data.splits.items()}
+    total = sum(sizes.values())
+    delay = 0 if total > LARGE else 2
+    with progress_bar("annotations", total, "B", scaled=True, delay=delay) as bar:
+        for split, files in data.splits.items():
+            if earlier and (unchanged := unchanged_split(earlier, data, split)):
+                examples, sources[split] = unchanged
+                read[split] = Split(examples, [])
+            else:
+                read[split], sources[split] = read_split(data.format, split, files)
+            bar.update(sizes[split])
     splits = {split: found.examples for split, found in read.items()}
     left_out = [one for found in read.values() for one in found.left_out]
-    scanned, reasons = _scan_pictures({example.image for examples in splits.values() for example in examples})
+    wanted = dict.fromkeys(image for examples in splits.values() for image in images_of(examples))
+    known = _stored_digests(earlier)
+    scanned, reasons = _scan_pictures(list(wanted), known)
+    absent = [picture for picture, reason in reasons.items() if isinstance(picture, Path) and reason == NOT_THERE]
+    same, near = find_spelled(absent)
+    if same:
+        splits = {split: _respelled(examples, same) for split, examples in splits.items()}
+        more, reasons_of_more = _scan_pictures([path for path in same.values() if path not in scanned], known)
+        scanned |= more
+        reasons = {picture: why for picture, why in reasons.items() if picture not in same} | reasons_of_more
+    reasons |= dict.fromkeys(near, NOT_THERE_AS_SPELLED)
     digests = {picture: digest for picture, (digest, _) in scanned.items()}
     rescaled = {picture for picture, (_, is_rescaled) in scanned.items() if is_rescaled}
-    return _leave_out(Inputs(splits, left_out, digests, len(digests) + len(reasons), sources, rescaled), reasons)
+    inputs = Inputs(splits, left_out, digests, len(digests) + len(reasons), sources, rescaled)
+    return _leave_out(inputs, reasons, near)
 
 
 def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
@@ -189,41 +233,81 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def _scan_pictures(pictures: set[Picture]) -> tuple[dict[Picture, tuple[bytes, bool]], dict[Picture, str]]:
-    """Digest of every picture that looks like one and whether it is rescaled, and why the others do not."""
-    ordered = sorted(pictures)
+def _where(picture: Picture, near: Mapping[Path, Path]) -> str:
+    found = near.get(picture) if isinstance(picture, Path) else None
+    return f"{picture} (there is {found})" if found else str(picture)
+
+
+def _scan_pictures(
+    pictures: Sequence[Picture], known: Collection[bytes]
+) -> tuple[dict[Picture, tuple[bytes, bool]], dict[Picture, str]]:
+    """Digest of every picture that looks like one and whether it is rescaled, and why the others do not.
+
+    `known`: digests of pictures whose features are stored.
+    """
+
+    def scan_all(some: Sequence[Picture]) -> list[tuple[bytes, bool] | str]:
+        return [_scan(picture, known) for picture in some]
+
     scanned: dict[Picture, tuple[bytes, bool]] = {}
     reasons: dict[Picture, str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(ordered), "pictures") as bar:
-        for start in range(0, len(ordered), AT_ONCE):
-            some = ordered[start : start + AT_ONCE]
-            for picture, found in zip(some, pool.map(_scan_or_reason, some), strict=True):
+    chunks = [pictures[start : start + AT_ONCE] for start in range(0, len(pictures), AT_ONCE)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(pictures), "pictures") as bar:
+        for some, results in zip(chunks, pool.map(scan_all, chunks), strict=True):
+            for picture, found in zip(some, results, strict=True):
                 if isinstance(found, str):
                     reasons[picture] = found
                 else:
                     scanned[picture] = found
-                bar.update()
+            bar.update(len(some))
     return scanned, reasons
 
 
-def _scan_or_reason(picture: Picture) -> tuple[bytes, bool] | str:
+def _scan(picture: Picture, known: Collection[bytes]) -> tuple[bytes, bool] | str:
     try:
         data = read_picture(picture)
-        is_rescaled = check_header(data)
-        return image_digest(data), is_rescaled
+        digest = image_digest(data)
+        if digest in known and data.startswith(JPEG):
+            return digest, False
+        return digest, check_header(data)
     except PictureError as error:
         return str(error)
 
 
-def _leave_out(inputs: Inputs, reasons: dict[Picture, str]) -> Inputs:
-    """The inputs without the questions on the pictures in `reasons`."""
+def _stored_digests(earlier: FeatureReader | None) -> frozenset[bytes]:
+    """Of the pictures whose features the cache has."""
+    with suppress(CacheError):  # a damaged part: it is told where the cache is opened to be written
+        return frozenset(digest for digest, _ in earlier.stored()) if earlier else frozenset()
+    return frozenset()
+
+
+def annotation_bytes(files: SplitFiles) -> int:
+    """Of the files of one split; of tables none."""
+    paths = [path for path in (files.annotations, files.questions) if path and path.is_file()]
+    return sum(path.stat().st_size for path in paths)
+
+
+def _respelled(examples: Sequence[VQAExample], same: Mapping[Path, Path]) -> list[VQAExample]:
+    return [
+        replace(one, image=same[one.image]) if isinstance(one.image, Path) and one.image in same else one
+        for one in examples
+    ]
+
+
+def _leave_out(inputs: Inputs, reasons: dict[Picture, str], near: Mapping[Path, Path] = MappingProxyType({})) -> Inputs:
+    """The inputs without the questions on the pictures in `reasons`; `near`: files with nearly the names of some."""
+    if not reasons:
+        return inputs
     left_out = list(inputs.left_out)
     for split, examples in inputs.splits.items():
         questions = Counter(example.image for example in examples if example.image in reasons)
         left_out += [
-            LeftOut(split, reasons[picture], str(picture), image=str(picture), questions=count)
+            LeftOut(split, reasons[picture], _where(picture, near), image=str(picture), questions=count)
             for picture, count in questions.items()
         ]
-    kept = {split: [e for e in examples if e.image not in reasons] for split, examples in inputs.splits.items()}
+    kept: dict[str, Sequence[VQAExample]] = {
+        split: [example for example in examples if example.image not in reasons]
+        for split, examples in inputs.splits.items()
+    }
     digests = {picture: digest for picture, digest in inputs.digests.items() if picture not in reasons}
     return replace(inputs, splits=kept, left_out=left_out, digests=digests)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.rows import find_header
 from pipeline.sources import Sources
 
 _HEAD = 1 << 20  # bytes that are looked at
@@ -23,7 +24,15 @@ class Form(NamedTuple):
     remedy: str = ""
 
 
-_LISTED = Form("jsonl", remedy="write one object a line, without the list around them")
+_CONVERSATIONS = (
+    "this looks like LLaVA's conversations: write a record with image, question and answer for each question of a "
+    "human and the answer to it, the question without <image>"
+)
+_OTHER_NAMES = {
+    "image": ("image_name", "image_path", "image_file", "img_name", "img_path", "img", "file_name", "filename"),
+    "question": ("prompt", "instruction", "q"),
+    "question_id": ("qid", "id"),
+}
 
 
 def mistaken(format: str, sources: Sources) -> str | None:
@@ -44,6 +53,9 @@ def recognise(path: Path) -> Form | None:
             text = file.read(_HEAD).decode("utf-8-sig", errors="replace")
     except OSError:
         return None
+    if text.lstrip()[:1] not in ("[", "{"):
+        header = find_header(text)
+        return _form_of_own(dict.fromkeys(header.names)) if header else None
     value, _ = _beginning(text, 0, _DEPTH)
     return _form_of_an_object(value) if isinstance(value, dict) else _form_of_a_list(_first(value))
 
@@ -51,7 +63,7 @@ def recognise(path: Path) -> Form | None:
 def _instead(found: Form, given: Form, split: str) -> str:
     whose = f"{found.format}'s {found.key}" if found.format in _KEYS else found.format
     if found.remedy:
-        return f"this is one JSON list of what {found.format} has a line each: {found.remedy}"
+        return f"{found.remedy}; then data.format={found.format} reads it"
     steps = [f"data.format={found.format}"] if found.format != given.format else []
     if found.key != given.key:
         steps.append(f"data.{split}.{found.key} to this file")
@@ -63,10 +75,10 @@ def _form_of_a_list(record: Mapping[str, object]) -> Form | None:
     if not record.keys().isdisjoint(("direct_answers", "difficult_direct_answer", "correct_choice_idx")):
         return Form("aokvqa")
     if not {"image", "question"} <= record.keys():
-        return None
+        return _form_of_own(record)
     answers = record.get("answers")
     if isinstance(answers, list) and answers and isinstance(answers[0], str):
-        return _LISTED
+        return Form("jsonl")
     return Form("lavis" if "answer" in record or ("answers" not in record and "question_id" in record) else "vizwiz")
 
 
@@ -83,7 +95,23 @@ def _form_of_an_object(whole: Mapping[str, object]) -> Form | None:
     if {"question_id", "answers"} <= annotation.keys():
         return Form("vqav2", "annotations")
     first = next(iter(whole.values()), None)
-    return Form("gqa") if isinstance(first, dict) and {"imageId", "question"} <= first.keys() else None
+    if isinstance(first, dict) and {"imageId", "question"} <= first.keys():
+        return Form("gqa")
+    return _form_of_own(whole)
+
+
+def _form_of_own(record: Mapping[str, object]) -> Form | None:
+    """The form of a record that people made: ours, or one that nearly is."""
+    if "conversations" in record:
+        return Form("jsonl", remedy=_CONVERSATIONS)
+    if {"image", "question"} <= record.keys():
+        return Form("jsonl")
+    renamed = {name: next((other for other in others if other in record), None) for name, others in _OTHER_NAMES.items()
+               if name not in record}  # fmt: skip
+    if any(name not in record and not renamed[name] for name in ("image", "question")):
+        return None
+    names = " and ".join(f"{other} to {name}" for name, other in renamed.items() if other)
+    return Form("jsonl", remedy=f"rename {names}")
 
 
 def _first(records: object) -> Mapping[str, object]:

@@ -102,11 +102,13 @@ def question_id_of(record: Mapping[str, object]) -> int | str:
     return field(record, "question_id", int)
 
 
-def answers_of(record: Mapping[str, object]) -> tuple[str, ...]:
-    """`answers`, a list, or else `answer`, a text; none if there is neither."""
-    if "answers" in record:
-        return optional_texts(record, "answers")
-    return (field(record, "answer", str),) if "answer" in record else ()
+def answers_of(record: Mapping[str, object], *names: str) -> tuple[str, ...]:
+    """The first of these fields that is there and not null: an answer, or a list of them; none if there is none."""
+    name = next((name for name in names if record.get(name) is not None), None)
+    if name is None:
+        return ()
+    value = record[name]
+    return texts_of(value, name) if isinstance(value, list) else (answer_text(value, name),)
 
 
 def optional_texts(record: Mapping[str, object], name: str) -> tuple[str, ...]:
@@ -114,12 +116,29 @@ def optional_texts(record: Mapping[str, object], name: str) -> tuple[str, ...]:
 
 
 def texts_of(values: list[Any], name: str = "answers") -> tuple[str, ...]:
-    for position, value in enumerate(values):
-        if type(value) is not str:
-            raise RecordError(f"'{name}[{position}]' is {_kind(value)}, not a text")
+    return tuple([answer_text(value, f"{name}[{position}]") for position, value in enumerate(values)])
+
+
+def answer_text(value: object, name: str = "answer") -> str:
+    """An answer as people would write it: a whole number in digits."""
+    if type(value) is str:
         if not value.isascii():
             check_encodable(name, value)
-    return tuple(values)
+        return value
+    if type(value) is int:
+        return str(value)
+    hint = '; write "yes" or "no"' if type(value) is bool else ""
+    if type(value) is float:
+        hint = f'; write it as a text: "{value}"'
+    raise RecordError(f"{name!r} is {_kind(value)}, not a text{hint}")
+
+
+def answer_of(record: object, name: str = "answer") -> str:
+    """The answer of a record that must have one."""
+    known = object_of(record)
+    if name not in known:
+        raise RecordError(f"no field {name!r}")
+    return answer_text(known[name], name)
 
 
 def _kind(value: object) -> str:

@@ -57,7 +57,7 @@ class Sources:
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RecordError(f"not UTF-8 at byte {error.start}") from None
+            raise RecordError(f"not UTF-8 at byte {error.start}; save it as UTF-8 (Excel: CSV UTF-8)") from None
 
 
 def collect(
@@ -71,6 +71,7 @@ def collect(
     """The split that `make` makes of the file's (position, record)s; `lacks` replaces `Sources.lacks`."""
     examples: dict[int | str, VQAExample] = {}
     left_out: list[LeftOut] = []
+    file = str(path)
     lacks = lacks or sources.lacks
     for position, example in each(records, place, make):
         key = example.question_id
@@ -80,9 +81,11 @@ def collect(
             reason = None if example.answers else lacks(key)
         if reason is None:
             examples[key] = example
+            object.__setattr__(example, "where", f"{file}: {place.format(position)}")  # frozen, but not out of hand yet
         else:
-            where = f"{path}: {place.format(position)}"
-            left_out.append(LeftOut(sources.split, reason, where, key, str(example.image)))
+            left_out.append(
+                LeftOut(sources.split, reason, f"{file}: {place.format(position)}", key, str(example.image))
+            )
     return Split(list(examples.values()), left_out)
 
 

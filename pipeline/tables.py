@@ -18,7 +18,7 @@ from typing import Any
 
 from cache.files import sha256_of
 from pipeline.errors import PipelineError
-from pipeline.progress import say
+from pipeline.progress import progress_bar, say
 from pipeline.records import RecordError
 from pipeline.remembered import file_states, recall, remember
 
@@ -108,8 +108,11 @@ class Table:
         some = self._rows.select_columns(sorted(columns))
         for column in columns:
             _validate(column, some[:][column])
-        for start in range(0, len(some), AT_ONCE):
-            yield from enumerate(some[start : start + AT_ONCE].to_pylist(), start)
+        with progress_bar(f"rows of {self.name}", len(some), "rows", delay=2) as bar:
+            for start in range(0, len(some), AT_ONCE):
+                rows = some[start : start + AT_ONCE].to_pylist()
+                yield from enumerate(rows, start)
+                bar.update(len(rows))
 
     def pictures(self, column: str, images: Path | None) -> Cells:
         """The pictures of a column; those that are files are looked for in `images`, by default beside the table."""

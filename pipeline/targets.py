@@ -7,6 +7,7 @@ import numpy as np
 
 from cache.text import Ragged, TextTable
 from pipeline.examples import VQAExample
+from pipeline.progress import with_bar
 from pipeline.text import PromptTokenizer
 
 Choice = Literal["drawn", "all"]
@@ -24,8 +25,8 @@ class Targets:
         answers: list[int] = []
         people: list[int] = []
         offsets = [0]
-        for number in range(len(text)):
-            for answer, count in Counter(VQAExample.from_record(text.record(number)).answers).items():
+        for number in with_bar("answers", range(len(text)), "questions"):
+            for answer, count in Counter(VQAExample.from_record(text.record(number)).trainable_answers).items():
                 answers.append(spelled.setdefault(answer, len(spelled)))
                 people.append(count)
             offsets.append(len(answers))

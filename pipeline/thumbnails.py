@@ -57,6 +57,8 @@ def _wait(folder: Path, made: Mapping[str, "Future[str]"]) -> dict[str, str]:
 def _make(folder: Path, part: str, digests: np.ndarray, read: Read, longer_side: int) -> str:
     """The thumbnails of one part, those taken over that are there already; -> SHA-256 of their file."""
     sha256, earlier = _earlier(folder, part, digests, longer_side)
+    if sha256 and all(earlier):
+        return sha256
     pictures = [
         known or _thumbnail(digest.tobytes(), read, longer_side) for known, digest in zip(earlier, digests, strict=True)
     ]

@@ -35,6 +35,7 @@ from pipeline.run_log import RunLog
 from pipeline.run_record import begin_record, end_record
 from pipeline.stopping import SaveAndStop, StopRequest
 from pipeline.team import GROUP_TIMEOUT, Team
+from pipeline.text import cut_answers, log_cut_answers
 from pipeline.trainer import Batches, StageTwoTrainer
 from pipeline.training_checkpoints import remove_incomplete, sound_checkpoint
 from pipeline.validation import KeepBest, Validator
@@ -54,6 +55,8 @@ class Data:
     trainable: np.ndarray
     """Numbers of the questions that have an answer."""
     validator: Validator | None
+    cut: int
+    """Questions with answers of which only a part can be said."""
 
 
 def load_for_training(config: Config) -> Blip2LanguageHalf:
@@ -147,6 +150,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         "train_loss": _mean_loss(run) if checkpoint else result.training_loss,  # the library's forgets what was before
         "questions": len(data.trainable),
         "without_answer": len(data.batcher.text) - len(data.trainable),
+        "multiline_answers": data.cut,
         "skipped_steps": trainer.skipped_steps,
         "validation": keep_best.summary() if keep_best else {},
         "lora": watch.summary(),
@@ -171,11 +175,13 @@ def _mean_loss(run: RunFolder) -> float | None:
 
 def _open_data(config: Config) -> Data:
     batcher = open_batcher(config, "train")
-    validator = None
+    tokenizer, validator = load_tokenizer(config), None
     if config.validation.steps is not None:
-        other = open_batcher(config, config.validation.split, batcher.features)
-        validator = Validator(other, load_tokenizer(config), config.validation, config.evaluate)
-    return Data(batcher, trainable_questions(batcher, config), validator)
+        other = open_batcher(config, config.validation.split, batcher.features, answered=True)
+        validator = Validator(other, tokenizer, config.validation, config.evaluate)
+    cut = len(cut_answers(batcher.text, tokenizer))
+    log_cut_answers("train", cut, tokenizer)
+    return Data(batcher, trainable_questions(batcher, config), validator, cut)
 
 
 @contextmanager

@@ -82,7 +82,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], method: str = "officia
         a-okvqa: that of A-OKVQA's direct answers (allenai/aokvqa, evaluation/eval_predictions.py, as of May
             2024): min(1, matches / 3) over all answers, the texts compared as they stand. It skips questions
             marked `difficult_direct_answer` and gives 0 where a prediction is missing: both are the caller's.
-        exact: 100 if the prediction equals one of the answers, spaces around them and case apart; else 0.
+        exact: 100 if the prediction equals one of the answers, spaces around them and case apart; else 0, and
+            for an empty prediction.
 
     The first two round in their summaries, which is left to the caller. `official` agrees with vqaEval.py
     read as Python 3. Under Python 2 the original takes only 0 to 9 for digits beside a comma or period, and
@@ -121,7 +122,8 @@ def _a_okvqa(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _exact(prediction: str, answers: Sequence[str]) -> float:
-    return 100.0 if prediction.strip().lower() in {answer.strip().lower() for answer in answers} else 0.0
+    said = prediction.strip().lower()
+    return 100.0 if said and said in {answer.strip().lower() for answer in answers} else 0.0
 
 
 METHODS: dict[str, Callable[[str, Sequence[str]], float]] = {

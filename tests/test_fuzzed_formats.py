@@ -38,7 +38,7 @@ _VQAV2 = {
         "annotations.*.question_id": "whole text",
         "annotations.*.answers": "list",
         "annotations.*.answers.*": "object text",
-        "annotations.*.answers.*.answer": "text",
+        "annotations.*.answers.*.answer": "text whole",
         "annotations.*.answer_type": "text null missing",
         "annotations.*.question_type": "text null missing",
     },
@@ -49,9 +49,9 @@ TAKEN: dict[str, dict[str, dict[str, str]]] = {
             "*": "object",
             "*.image": "text",
             "*.question": "text",
-            "*.answer": "text missing",
-            "*.answers": "list missing",
-            "*.answers.*": "text",
+            "*.answer": "text whole list null missing",
+            "*.answers": "text whole list null missing",
+            "*.answers.*": "text whole",
             "*.question_id": "whole text missing",
             "*.answer_type": "text null missing",
         }
@@ -66,7 +66,7 @@ TAKEN: dict[str, dict[str, dict[str, str]]] = {
             "*.image_id": "whole",
             "*.question": "text",
             "*.direct_answers": "list missing",
-            "*.direct_answers.*": "text",
+            "*.direct_answers.*": "text whole",
             "*.difficult_direct_answer": "truth",
         }
     },
@@ -78,7 +78,7 @@ TAKEN: dict[str, dict[str, dict[str, str]]] = {
             "*.question": "text",
             "*.answers": "list missing",
             "*.answers.*": "object",
-            "*.answers.*.answer": "text",
+            "*.answers.*.answer": "text whole",
             "*.answer_type": "text null missing",
         }
     },
@@ -91,7 +91,7 @@ TAKEN: dict[str, dict[str, dict[str, str]]] = {
             "data.*.image_id": "text",
             "data.*.question": "text",
             "data.*.answers": "list missing",
-            "data.*.answers.*": "text",
+            "data.*.answers.*": "text whole",
         }
     },
     "gqa": {
@@ -100,7 +100,7 @@ TAKEN: dict[str, dict[str, dict[str, str]]] = {
             "*": "object",
             "*.imageId": "text",
             "*.question": "text",
-            "*.answer": "text missing",
+            "*.answer": "text whole list null missing",
             "*.types": "object missing",
             "*.types.structural": "text null missing",
             "*.types.semantic": "text null missing",
@@ -113,8 +113,8 @@ TAKEN: dict[str, dict[str, dict[str, str]]] = {
             "*.question_id": "whole text missing",
             "*.image": "text",
             "*.question": "text",
-            "*.answer": "text list missing",
-            "*.answer.*": "text",
+            "*.answer": "text whole list null missing",
+            "*.answer.*": "text whole",
         }
     },
     "coco_captions": {
@@ -127,7 +127,7 @@ TAKEN: dict[str, dict[str, dict[str, str]]] = {
             "annotations": "list",
             "annotations.*": "object",
             "annotations.*.image_id": "whole",
-            "annotations.*.caption": "text",
+            "annotations.*.caption": "text whole",
         }
     },
 }

@@ -314,7 +314,7 @@ def test_a_picture_goes_to_other_processes(tmp_path: Path) -> None:
         ([{}, {"question": None}], {}, r"row 1: 'question' is null, not a text"),
         ([{}], {"question": [5]}, r"row 0: 'question' is a whole number, not a text"),
         ([{}], {"question": [["a"]]}, r"row 0: 'question' is a list, not a text"),
-        ([{}, {}], {"answer": [None, 7]}, r"row 1: 'answer' is a whole number, not a text"),
+        ([{}, {}], {"answer": [None, 7.5]}, r"row 1: 'answer' is a number with a fraction, not a text; write"),
         ([{}], {"answers": [[["red"]]]}, r"row 0: 'answers\[0\]' is a list, not a text"),
         ([{}], {"answers": [["red", None]]}, r"row 0: 'answers\[1\]' is null, not a text"),
         ([{}], {"answers": [[{"text": "red"}]]}, r"row 0: 'answers\[0\]' is null, not a text"),

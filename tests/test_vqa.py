@@ -104,7 +104,7 @@ def test_a_record_leaves_out_what_is_not_known() -> None:
     assert record == {"question_id": 3, "image": "x/a.png", "question": "what?", "answers": ["red"]}
 
 
-@pytest.mark.parametrize("broken", [{"answers": "red"}, {"answers": [1]}, {"image": None}, {"question_id": True}])
+@pytest.mark.parametrize("broken", [{"answers": "red"}, {"answers": [1.5]}, {"image": None}, {"question_id": True}])
 def test_a_broken_record_is_refused(broken: dict[str, object]) -> None:
     record = VQAExample(3, Path("a.png"), "what?", ("red",)).to_record() | broken
     with pytest.raises(PipelineError, match=next(iter(broken))):
@@ -190,10 +190,10 @@ def test_braces_in_a_path_stay_as_they_are(tmp_path: Path, name: str) -> None:
     [
         ({"question": None}, "'question' is null, not a text"),
         ({"image": 3}, "'image' is a whole number, not a text"),
-        ({"answer": ["red"]}, "'answer' is a list, not a text"),
-        ({"answers": "red"}, "'answers' is a text, not a list"),
+        ({"answer": True}, '\'answer\' is true or false, not a text; write "yes" or "no"'),
+        ({"answer": {"text": "red"}}, "'answer' is an object, not a text"),
         ({"answers": ["red", 2.5]}, r"'answers\[1\]' is a number with a fraction"),
-        ({"answers": None}, "'answers' is null, not a list"),
+        ({"answers": ["red", None]}, r"'answers\[1\]' is null, not a text"),
         ({"question_id": True}, "'question_id' is true or false"),
         ({"question_id": 1.0}, "'question_id' is a number with a fraction"),
         ({"answer_type": 1}, "'answer_type' is a whole number"),
@@ -214,6 +214,8 @@ def test_a_missing_field_is_named(tmp_path: Path, missing: str) -> None:
 
 def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="line 1: not an object but a list"):
+        read_jsonl(write_jsonl(tmp_path, ["a.png", "what?", "red"], LINE))
+    with pytest.raises(PipelineError, match=r"\[0\]: not an object but a text"):
         read_jsonl(write_jsonl(tmp_path, ["a.png", "what?", "red"]))
 
 
@@ -395,7 +397,7 @@ def test_vqav2_test_split_with_annotations_keeps_unanswered_questions_but_not_th
         ([QUESTION | {"image_id": "9"}], [ANNOTATION], r"questions\[0\]: 'image_id' is a text, not a whole number"),
         ([QUESTION, 3], [ANNOTATION], r"questions\[1\]: not an object but a whole number"),
         ([QUESTION], [ANNOTATION | {"answers": {}}], r"annotations\[0\]: 'answers' is an object, not a list"),
-        ([QUESTION], [ANNOTATION | {"answers": [{"answer": 2}]}], r"annotations\[0\]: 'answer' is a whole number"),
+        ([QUESTION], [ANNOTATION | {"answers": [{"answer": 2.5}]}], r"annotations\[0\]: 'answer' is a number with"),
         ([QUESTION], [ANNOTATION | {"answers": [{"raw": "x"}]}], r"annotations\[0\]: no field 'answer'"),
         ([QUESTION], [ANNOTATION | {"answers": [None]}], r"annotations\[0\]: not an object but null"),
         ([QUESTION], [{"question_id": 42}], r"annotations\[0\]: no field 'answers'"),

@@ -1,7 +1,7 @@
 """COCO's captions: pictures to describe, with no question."""
 
 from pipeline.examples import NO_IMAGE, LeftOut, Split, VQAExample
-from pipeline.records import each, field, naming, object_of, parse_json
+from pipeline.records import answer_of, each, field, naming, object_of, parse_json
 from pipeline.sources import Sources, collect, pictures
 
 
@@ -18,7 +18,7 @@ def read(sources: Sources) -> Split:
 
     def caption(_: int, value: object) -> tuple[int, str]:
         record = object_of(value)
-        return field(record, "image_id", int), field(record, "caption", str)
+        return field(record, "image_id", int), answer_of(record, "caption")
 
     def example(_: int, value: object) -> VQAExample:
         record = object_of(value)
@@ -32,11 +32,11 @@ def read(sources: Sources) -> Split:
         captioned = list(each(enumerate(annotations), place, caption))
         for _, (image_id, text) in captioned:
             captions.setdefault(image_id, []).append(text)
-        examples, left_out = collect(sources, path, "images[{}]", enumerate(field(whole, "images", list)), example)
-    images = {one.question_id for one in examples} | {one.question_id for one in left_out}
-    left_out += [
+        found = collect(sources, path, "images[{}]", enumerate(field(whole, "images", list)), example)
+    images = {one.question_id for one in found.examples} | {one.question_id for one in found.left_out}
+    unlisted = [
         LeftOut(sources.split, NO_IMAGE, f"{path}: {place.format(position)}", image_id, questions=0)
         for position, (image_id, _) in captioned
         if image_id not in images
     ]
-    return Split(examples, left_out)
+    return found._replace(left_out=found.left_out + unlisted)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.examples import Split, VQAExample
-from pipeline.records import RecordError, field, list_of, naming, parse_json
+from pipeline.records import RecordError, answer_text, field, list_of, naming, parse_json
 from pipeline.sources import Sources, collect, pictures
 
 
@@ -26,7 +26,7 @@ def read(sources: Sources) -> Split:
         if not isinstance(record, list) or len(record) != 3:
             raise RecordError("not a list of question, answer and image id")
         fields = dict(zip(("question", "answer", "image id"), record, strict=True))
-        answer = field(fields, "answer", str)
+        answer = answer_text(fields["answer"])
         answer_type = "yes/no" if answer in ("yes", "no") else "other"
         image = picture(f"{field(fields, 'image id', int)}.png")
         return VQAExample(position, image, field(fields, "question", str), (answer,), answer_type)

@@ -4,7 +4,16 @@ from sys import intern
 from typing import Any
 
 from pipeline.examples import Split, VQAExample
-from pipeline.records import RecordError, check_encodable, field, naming, object_of, optional_text, parse_json
+from pipeline.records import (
+    RecordError,
+    answers_of,
+    check_encodable,
+    field,
+    naming,
+    object_of,
+    optional_text,
+    parse_json,
+)
 from pipeline.sources import Sources, collect, pictures
 
 _READ = ("imageId", "question", "answer", "types")  # of a question; its scene graph and programs are ten times that
@@ -27,7 +36,7 @@ def read(sources: Sources) -> Split:
             question_id=question_id,
             image=picture(f"{field(record, 'imageId', str)}.jpg"),
             question=field(record, "question", str),
-            answers=(intern(field(record, "answer", str)),) if "answer" in record else (),
+            answers=tuple(map(intern, answers_of(record, "answer"))),
             answer_type=optional_text(types, "structural"),
             question_type=optional_text(types, "semantic"),
         )

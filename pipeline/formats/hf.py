@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from sys import intern
 from typing import Any
 
-from pipeline.examples import DIFFICULT, LeftOut, Split, VQAExample
-from pipeline.records import RecordError, field, naming, question_id_of, texts_of
+from pipeline.examples import DIFFICULT, LeftOut, Split, VQAExample, is_blank
+from pipeline.records import RecordError, answer_text, field, naming, question_id_of, texts_of
 from pipeline.sources import Sources, collect
 from pipeline.tables import Table, TablePicture, open_table
 
-_ANSWERS = ("answers", "direct_answers", "answer", "multiple_choice_answer")  # the first that is not empty counts
+_ANSWERS = ("answers", "direct_answers", "answer", "multiple_choice_answer")  # the first that is not blank counts
 _IDS = ("question_id", "questionId", "id")
 _IMAGE_IDS = ("imageId", "image_id")
 _TYPES = ("answer_type", "question_type")
@@ -55,12 +55,12 @@ def read(sources: Sources) -> Split:
                 row if key is None else question_id_of({"question_id": record[key]}),
                 picture,
                 field(record, question, str),
-                next(filter(None, (_texts(name, record[name]) for name in answers)), ()),
+                next(filter(_holds_answer, (_texts(name, record[name]) for name in answers)), ()),
                 *types,
             )
 
-        examples, left_out = collect(sources, table.name, "row {}", records(), example)
-    return Split(examples, without + left_out)
+        found = collect(sources, table.name, "row {}", records(), example)
+    return found._replace(left_out=without + found.left_out)
 
 
 def _pictures(sources: Sources, table: Table) -> tuple[str | None, Callable[[int, _Record], TablePicture | None]]:
@@ -88,9 +88,13 @@ def _texts(column: str, value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        return (field({column: value}, column, str),)
+        return (answer_text(value, column),)
     texts = [item.get("answer") if isinstance(item, dict) else item for item in value]
     return tuple(map(intern, texts_of(texts, column)))  # answers repeat
+
+
+def _holds_answer(texts: tuple[str, ...]) -> bool:
+    return not all(map(is_blank, texts))
 
 
 def _listed(text: str) -> object:

@@ -1,9 +1,7 @@
 """LAVIS's own form, in which it offers VQAv2, OK-VQA and Visual Genome."""
 
-from collections.abc import Mapping
-
 from pipeline.examples import Split, VQAExample
-from pipeline.records import field, object_of, optional_texts, question_id_of
+from pipeline.records import answers_of, field, object_of, question_id_of
 from pipeline.sources import Sources, collect_list, pictures
 
 
@@ -21,13 +19,7 @@ def read(sources: Sources) -> Split:
             question_id=position if "question_id" not in record and "answer" in record else question_id_of(record),
             image=picture(field(record, "image", str)),
             question=field(record, "question", str),
-            answers=_answers(record),
+            answers=answers_of(record, "answer"),
         )
 
     return collect_list(sources, example)
-
-
-def _answers(record: Mapping[str, object]) -> tuple[str, ...]:
-    if isinstance(record.get("answer"), str):
-        return (field(record, "answer", str),)
-    return optional_texts(record, "answer")

@@ -1,7 +1,7 @@
 """VizWiz-VQA."""
 
 from pipeline.examples import Split, VQAExample
-from pipeline.records import field, object_of, optional_text
+from pipeline.records import answer_of, field, object_of, optional_text
 from pipeline.sources import Sources, collect_list, pictures
 
 
@@ -20,7 +20,7 @@ def read(sources: Sources) -> Split:
             question_id=name,
             image=picture(name),
             question=field(record, "question", str),
-            answers=tuple([field(object_of(answer), "answer", str) for answer in answers]),
+            answers=tuple([answer_of(answer) for answer in answers]),
             answer_type=optional_text(record, "answer_type"),
         )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.examples import ANNOTATED_TWICE, LeftOut, Split, VQAExample
 from pipeline.records import (
+    answer_of,
     check_encodable,
     each,
     field,
@@ -49,8 +50,8 @@ def read(sources: Sources) -> Split:
             return VQAExample(key, image, field(record, "question", str), answers, answer_type, question_type)
 
         records = enumerate(field(whole, "questions", list))
-        examples, left_out = collect(sources, path, "questions[{}]", records, example, lacks)
-    return Split(examples, annotated_twice + left_out)
+        found = collect(sources, path, "questions[{}]", records, example, lacks)
+    return found._replace(left_out=annotated_twice + found.left_out)
 
 
 def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None, list[LeftOut]]:
@@ -88,6 +89,6 @@ def _answer_alone(record: dict[str, Any]) -> object:
 
 
 def _answers(answers: list[Any]) -> tuple[str, ...]:
-    texts = tuple([item if type(item) is str else field(object_of(item), "answer", str) for item in answers])
+    texts = tuple([item if type(item) is str else answer_of(item) for item in answers])
     check_encodable("answer", "".join(texts))
     return texts

@@ -55,24 +55,28 @@ def write_items(path: Path, head: str, items: Iterator[str], tail: str) -> None:
         file.write(tail)
 
 
-def make_vqav2(folder: Path, count: int, rng: random.Random) -> list[Path]:
+def make_vqav2(
+    folder: Path, count: int, rng: random.Random, images: int | None = None, subtype: str = "train2014"
+) -> list[Path]:
+    """`count` questions on images numbered from 0, five on each or as many `images` as are told."""
     texts = made_answers(rng)
+    images = images or -(-count // 5)
 
     def question(number: int) -> dict[str, Any]:
         text = f"what is the {' '.join(rng.choices(WORDS, k=4))}?"
-        return {"image_id": number // 5, "question": text, "question_id": number}
+        return {"image_id": number * images // count, "question": text, "question_id": number}
 
     def annotation(number: int) -> dict[str, Any]:
         common = rng.choice(texts)
         given = [common if rng.random() < 0.6 else rng.choice(texts) for _ in range(10)]
         answers = [{"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(given, 1)]
         types = {"question_type": "what is the", "answer_type": "other", "multiple_choice_answer": common}
-        return types | {"answers": answers, "image_id": number // 5, "question_id": number}
+        return types | {"answers": answers, "image_id": number * images // count, "question_id": number}
 
     paths = [folder / "questions.json", folder / "annotations.json"]
     for path, make in zip(paths, (question, annotation), strict=True):
         items = map(json.dumps, map(make, range(count)))
-        write_items(path, f'{{"data_subtype": "train2014", "{path.stem}": [', items, "]}")
+        write_items(path, f'{{"data_subtype": "{subtype}", "{path.stem}": [', items, "]}")
     return paths
 
 
