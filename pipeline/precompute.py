@@ -202,6 +202,8 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     told = len(inputs.left_out)
     checkpoint = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_HALF)
     inputs, texts = _tokenize(config, inputs, tokenizer, earlier)
+    if earlier:
+        earlier.close()  # a repair takes rows out, which it may not while the cache is read
     tell_left_out(inputs, inputs.left_out[told:], config.precompute.on_missing, report)
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
