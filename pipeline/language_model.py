@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -307,9 +308,19 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(model: Blip2LanguageHalf, adapter: Path) -> PeftModel:
-    """`model` with the adapter that `pipe train` wrote to `adapter`, for answering."""
+    """`model` with the adapter that `pipe train` wrote to `adapter`, for answering.
+
+    Raises:
+        PipelineError: it cannot be read, is of another model, or lacks a tensor.
+    """
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            saved = set(file.keys())
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first_line = str(error).splitlines()[0]
         raise PipelineError(f"{adapter}: not an adapter of this model ({first_line}); train the run again") from None
+    wanted = {name.replace(".default", "") for name, _ in adapted.named_parameters() if ".lora_" in name}
+    if lacking := sorted(wanted - saved):  # PEFT takes fresh ones in their place, and warns
+        raise PipelineError(f"{adapter}: lacks {lacking[0]} ({len(lacking)} tensors in all); train the run again")
+    return adapted

@@ -1,17 +1,20 @@
 """Files of a run that a disk, a copy or a person has damaged: training resumes from what is sound, and says so."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from test_train import files_of, with_train
 
 from pipeline.cli import main
 from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.evaluate import evaluate
 from pipeline.grid import _LoadOnce
 from pipeline.run_folder import RunFolder, rows_until
 from pipeline.run_record import evaluations, read_record
@@ -190,3 +193,15 @@ def test_an_adapter_that_is_damaged_is_named_and_made_again(
     reported = CliRunner().invoke(main, ["report", str(run.path)])
     assert reported.exit_code == 0
     assert f"{run.adapter / name}: " in reported.stderr
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused_by_name(finished: RunFolder, tmp_path: Path) -> None:
+    """PEFT takes a fresh one in its place, which does nothing."""
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished.path, run.path)
+    path = run.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = sorted(tensors)[3]
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path)
+    with pytest.raises(PipelineError, match=f"lacks {re.escape(gone)}"):
+        evaluate(run)
