@@ -70,8 +70,8 @@ def model_card(run: RunFolder, config: Config, merged: bool) -> str:
         _ANSWER.format(prompt=config.data.prompt, **config.evaluate.model_dump()),
         "```",
         "",
-        "Take `<image>`, `</s>` and the like out of questions: in training they were text, and the processor takes "
-        "them for special tokens.",
+        "Take `<image>`, `</s>` and the like out of questions: in training they were text, to the processor they are "
+        "special tokens.",
         "",
         *_results(run),
         "",

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.examples import VQAExample
 from pipeline.files import followed_by, require_writable, write_text
 from pipeline.language_model import load_adapter
-from pipeline.progress import progress_bar, with_bar
+from pipeline.progress import progress_bar, say, with_bar
 from pipeline.run_folder import RunFolder
 from pipeline.scores import check_method, score, summarise
 from pipeline.team import world_size
@@ -46,6 +46,8 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
     check_method(examples, settings.method)
     tokenizer = load_tokenizer(config)
     multiline = sum(cut_answers(batcher.text, tokenizer).values())
+    if multiline:
+        say(f"{settings.split}: {multiline} references have several lines, and a prediction never has more than one")
     model = load_base(config)
     if with_adapter:
         model = load_adapter(model, run.adapter)
