@@ -112,7 +112,7 @@ def classes() -> Iterator[str]:
     yield from names.values()
 
 
-@pytest.mark.parametrize("name", classes())
+@pytest.mark.parametrize("name", list(classes()))
 def test_a_tensor_that_is_missing_or_of_another_shape_is_refused_by_name(name: str, tmp_path: Path) -> None:
     missing = refused(with_tensors(tmp_path / "missing", lambda tensors: tensors.pop(name)))
     assert f"{WEIGHTS} lacks {name}" in missing

@@ -73,9 +73,6 @@ def change_config(folder: Path, section: str, **changes: object) -> None:
             lambda f: change_config(f, "qformer_config", hidden_act="relu"), "encoder_fingerprint", id="activation"
         ),
         pytest.param(
-            lambda f: change_processor(f, size={"height": 32, "width": 64}), 'size: cache has .*64.*wanted', id="size"
-        ),
-        pytest.param(
             lambda f: change_processor(f, image_mean=[0.5, 0.5, 0.5]), "image_mean: cache has .*wanted .0.5", id="mean"
         ),
         pytest.param(lambda f: change_processor(f, resample=2), "resample: cache has 3, wanted 2", id="resampling"),

@@ -22,10 +22,11 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def count_readings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    read: list[Path] = []
+def count_readings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Path]]:
+    """What the tensors were read of, at each time."""
+    read: list[dict[str, Path]] = []
     real = checkpoint._fingerprint
-    monkeypatch.setattr(checkpoint, "_fingerprint", lambda folder, where: (read.append(folder), real(folder, where))[1])
+    monkeypatch.setattr(checkpoint, "_fingerprint", lambda files: (read.append(files), real(files))[1])
     return read
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -253,7 +253,11 @@ def stop_in_the_middle(go: Path) -> None:
 
 
 def has_open(running: Running, path: Path) -> bool:
-    return any(link.resolve() == path for link in Path(f"/proc/{running.process.pid}/fd").iterdir())
+    for link in Path(f"/proc/{running.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if link.readlink() == path:
+                return True
+    return False
 
 
 def be_patient(seconds: float) -> None:
