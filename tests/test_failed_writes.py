@@ -32,7 +32,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.train import load_for_training, train
 
 NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO]
-SAMPLES = 5
+SOME, MANY = 5, 40
 
 
 class Disk:
@@ -122,13 +122,13 @@ def refusing(folder: Path, refused: int = 0) -> Iterator[Disk]:
             _disk = None
 
 
-def refused_writes(folder: Path, work: Callable[[], object], every: bool) -> Iterator[int]:
-    """The number of each write of `work`, or of some of them; `work` is done once to count them."""
+def refused_writes(folder: Path, work: Callable[[], object], samples: int) -> Iterator[int]:
+    """The numbers of so many writes of `work`, evenly spread, or of all; `work` is done once to count them."""
     with refusing(folder) as disk:
         work()
-    step = 1 if every else disk.writes // SAMPLES
-    assert disk.writes >= SAMPLES
-    yield from range(1 if every else 1 + step // 2, disk.writes + 1, step)
+    assert disk.writes >= SOME
+    step = max(1, disk.writes // samples)
+    yield from range(1 + step // 2, disk.writes + 1, step)
 
 
 def half_written(folder: Path) -> list[Path]:
@@ -136,7 +136,7 @@ def half_written(folder: Path) -> list[Path]:
     return found + [path for path in folder.rglob("checkpoint-*") if not (path / "whole").exists()]
 
 
-EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
+MOMENTS = pytest.mark.parametrize("samples", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +146,10 @@ def config(cached: Config) -> Config:
     return watched.model_copy(update={"validation": validation})
 
 
-@EVERY
-def test_training(config: Config, tmp_path: Path, every: bool) -> None:
+@MOMENTS
+def test_training(config: Config, tmp_path: Path, samples: int) -> None:
     load, wanted = _LoadOnce(), RunFolder(tmp_path / "whole")
-    for refused in refused_writes(tmp_path, lambda: train(config, wanted, load=load), every):
+    for refused in refused_writes(tmp_path, lambda: train(config, wanted, load=load), samples):
         run = RunFolder(tmp_path / "runs" / str(refused))
         with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as told:
             train(config, run, load=load)
@@ -169,9 +169,9 @@ def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFold
     return run
 
 
-@EVERY
+@MOMENTS
 @pytest.mark.parametrize("stage", ["evaluate", "export", "report"])
-def test_a_stage_on_a_run(trained: RunFolder, tmp_path: Path, stage: str, every: bool) -> None:
+def test_a_stage_on_a_run(trained: RunFolder, tmp_path: Path, stage: str, samples: int) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(trained.path, run.path)
 
@@ -180,7 +180,7 @@ def test_a_stage_on_a_run(trained: RunFolder, tmp_path: Path, stage: str, every:
             return export(run, tmp_path / "exported" / to)
         return report([run], tmp_path / "reports" / to) if stage == "report" else evaluate(run)
 
-    for refused in refused_writes(tmp_path, lambda: work("counted"), every):
+    for refused in refused_writes(tmp_path, lambda: work("counted"), samples):
         before = files_of(run.path / "adapter")
         to = f"after-{refused}"
         with refusing(tmp_path, refused), pytest.raises(WriteError, match="run the same command again"):
