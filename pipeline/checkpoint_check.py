@@ -36,7 +36,7 @@ _Small = Annotated[float, Field(gt=0, lt=1)]
 class _Section(BaseModel):
     """Keys that decide what is computed; others may stand beside them. Defaults are transformers' own."""
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     model_type: str = ""
     dtype: _Dtype | None = None
