@@ -186,7 +186,6 @@ def test_a_training_of_biases_in_half_precision_goes_on_as_if_never_stopped(cach
         update={
             "lora": lora,
             "quantization": cached.quantization.model_copy(update={"compute_dtype": "bfloat16"}),
-            "validation": cached.validation.model_copy(update={"steps": 2, "questions": 3}),
             "train": cached.train.model_copy(update={"batch_size": 4}),
         }
     )
