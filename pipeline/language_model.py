@@ -134,6 +134,7 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             pad_token_id=padding,
             do_sample=False,
             num_beams=num_beams,
+            use_cache=True,  # a config that training has saved often says false
             return_dict_in_generate=True,
             output_scores=True,
             **{cache_argument(self.language_model): cache},
