@@ -41,6 +41,8 @@ class _Section(BaseModel):
     model_type: str = ""
     dtype: _Dtype | None = None
     torch_dtype: _Dtype | None = None
+    return_dict: Literal[True] = True
+    chunk_size_feed_forward: Literal[0] = 0
 
 
 class _Vision(_Section):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -26,10 +26,11 @@ from pipeline.checkpoint import LANGUAGE_HALF
 from pipeline.checkpoint_check import end_tokens, model_tensors
 from pipeline.compat import cache_argument
 from pipeline.errors import PipelineError
+from pipeline.faults import one_line
 from pipeline.files import replacing_folder
 from pipeline.loading import load_half, require_finite
 from pipeline.lora import compute_with_float_biases, require_all_saved, targets_in_full_model, targets_of
-from pipeline.memory import give_back_memory, keep_no_freed_memory
+from pipeline.memory import give_back_memory, is_out_of_memory, keep_no_freed_memory
 from pipeline.tree_attention import TREE_ATTENTION, additive_masks
 
 TREES = ("query_features", "input_ids", "text_lengths", "position_ids", "block_masks")
@@ -133,6 +134,7 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             pad_token_id=padding,
             do_sample=False,
             num_beams=num_beams,
+            use_cache=True,  # a config that training has saved often says false
             return_dict_in_generate=True,
             output_scores=True,
             **{cache_argument(self.language_model): cache},
@@ -311,16 +313,21 @@ def load_adapter(model: Blip2LanguageHalf, adapter: Path) -> PeftModel:
     """`model` with the adapter that `pipe train` wrote to `adapter`, for answering.
 
     Raises:
-        PipelineError: it cannot be read, is of another model, or lacks a tensor.
+        PipelineError: it cannot be read, is of another model, lacks a tensor, or holds one that is not finite.
     """
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-        with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-            saved = set(file.keys())
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first_line = str(error).splitlines()[0]
-        raise PipelineError(f"{adapter}: not an adapter of this model ({first_line}); train the run again") from None
-    wanted = {name.replace(".default", "") for name, _ in adapted.named_parameters() if ".lora_" in name}
-    if lacking := sorted(wanted - saved):  # PEFT takes fresh ones in their place, and warns
+        saved = load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    except Exception as error:  # of a damaged file each release of the library raises something else
+        if is_out_of_memory(error):
+            raise
+        raise PipelineError(
+            f"{adapter}: not an adapter of this model ({one_line(error)}); train the run again"
+        ) from None
+    if lacking := sorted(wanted - saved.keys()):  # PEFT takes fresh ones in their place, and warns
         raise PipelineError(f"{adapter}: lacks {lacking[0]} ({len(lacking)} tensors in all); train the run again")
+    for name, tensor in sorted(saved.items()):
+        if not tensor.isfinite().all():
+            raise PipelineError(f"{adapter}: {name} is not finite; train the run again")
     return adapted

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from pipeline.checkpoint import only_half
+from pipeline.checkpoint_files import CONFIG
 from pipeline.errors import PipelineError
+from pipeline.faults import one_line
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -19,13 +21,18 @@ def load_half(model_class: type[Model], folder: Path, half: tuple[str, ...], **s
     """Load what `model_class` is of the checkpoint in `folder`, whose weights of `half` it takes.
 
     Raises:
-        PipelineError: a tensor is missing, of another shape, or not finite. `check_checkpoint`, which reads no
-            weights, finds the first two earlier.
+        PipelineError: a tensor is missing, of another shape, or not finite; or the library takes the config for none
+            that it can load. `check_checkpoint`, which reads no weights, finds the first two earlier.
     """
     with only_half(folder, half) as view, _errors_only():
-        model, found = model_class.from_pretrained(
-            view, output_loading_info=True, ignore_mismatched_sizes=True, **settings
-        )
+        try:
+            model, found = model_class.from_pretrained(
+                view, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
+        except (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
+            raise PipelineError(
+                f"{folder}: the checkpoint cannot be loaded: {one_line(error)}; see its {CONFIG}"
+            ) from error
     filled = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
     if filled:
         raise PipelineError(

@@ -5,6 +5,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipeline.faults import one_line
 from pipeline.progress import progress_bar, say, with_bar
 from pipeline.unchanged import CachedExamples
 
-VOCABULARIES = ("tokenizer.json", "vocab.json")
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 TOKENISED_AT_ONCE = 10_000  # texts
 RULES = 2
 """How texts become tokens here. A change of it makes the tokens of every cache anew."""
@@ -105,8 +106,9 @@ class PromptTokenizer:
 
 def load_tokenizer_files(checkpoint_folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises `PipelineError` if its files are missing or damaged."""
-    if not any((checkpoint_folder / name).exists() for name in VOCABULARIES):
-        raise PipelineError(f"{checkpoint_folder}: the checkpoint has no tokenizer ({' or '.join(VOCABULARIES)})")
+    if not any(all((checkpoint_folder / name).is_file() for name in files) for files in VOCABULARIES):
+        wanted = " or ".join(" with ".join(files) for files in VOCABULARIES)
+        raise PipelineError(f"{checkpoint_folder}: the checkpoint has no tokenizer ({wanted})")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint_folder)
         tokenizer.backend_tokenizer.encode("a")
@@ -119,7 +121,7 @@ def load_tokenizer_files(checkpoint_folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer_files(folder: Path) -> list[str]:
-    names = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    names = (*chain(*VOCABULARIES), "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     return [name for name in names if (folder / name).exists()]
 
 

@@ -137,17 +137,18 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         with stop, closing(log), team.others(f"it goes on with {run.going_on}"):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
-        computed = team.gather((trainer.questions, trainer.nodes))
+        computed = team.gather((trainer.questions, trainer.nodes, result.training_loss))
     if stop.made and result.global_step < trainer.state.max_steps:
         done = f"step {result.global_step} of {trainer.state.max_steps}"
         raise StoppedError(f"stopped at {done}, saved; it goes on with: {run.going_on}")
     if team.rank > 0:
         return None
-    questions, nodes = (sum(counts) for counts in zip(*computed, strict=True))
+    questions, nodes = sum(one[0] for one in computed), sum(one[1] for one in computed)
+    loss = fmean(one[2] for one in computed)  # of the steps since the last log the library has each process's own
     summary = {
         "run": str(run.path),
         "steps": result.global_step,
-        "train_loss": _mean_loss(run) if checkpoint else result.training_loss,  # the library's forgets what was before
+        "train_loss": _mean_loss(run) if checkpoint else loss,  # the library's forgets what was before
         "questions": len(data.trainable),
         "without_answer": len(data.batcher.text) - len(data.trainable),
         "multiline_answers": data.cut,

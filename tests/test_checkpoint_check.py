@@ -240,6 +240,39 @@ def _same(first: tuple[torch.Tensor, torch.Tensor, str], second: tuple[torch.Ten
     assert first[2] == second[2]
 
 
+def test_a_config_that_keeps_no_cache_answers_alike(tmp_path: Path) -> None:
+    """As one that was saved in a training with gradient checkpointing."""
+    probabilities = []
+    for number, use_cache in enumerate((True, False)):
+        text = {**_config()["text_config"], "use_cache": use_cache}
+        folder = copy_of(tmp_path / str(number), config={**_config(), "text_config": text})
+        tokenizer = PromptTokenizer(folder, "Question: {question} Answer:")
+        table = tokenize([VQAExample(0, Path("a.png"), "what shape is it?", ())], [0], tokenizer)
+        asked = Picture(torch.full((16, 128), 0.1), table)
+        model = load_language_half(folder, CPU, torch.float32)
+        answer = answer_questions(model, asked, np.zeros(1, np.int64), tokenizer, EvaluateConfig())[0]
+        probabilities.append((answer.text, answer.log_probability))
+    assert probabilities[0] == probabilities[1]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize(("key", "value"), [("return_dict", False), ("chunk_size_feed_forward", 3)])
+def test_a_setting_that_the_model_does_not_compute_with_is_refused(
+    section: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    config = {**_config(), section: {**_config()[section], key: value}}
+    assert f"{section}.{key} is {value}" in refused(copy_of(tmp_path / "c", config=config))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("_attn_implementation", "none"), ("transformers_weights", "other.safetensors")]
+)
+def test_a_setting_that_the_library_refuses_is_told_with_the_checkpoint(key: str, value: str, tmp_path: Path) -> None:
+    folder = copy_of(tmp_path / "c", config={**_config(), key: value})
+    with pytest.raises(PipelineError, match=re.escape(f"{folder}: the checkpoint cannot be loaded: ")):
+        load_encoder(folder, CPU, torch.float32)
+
+
 def test_of_several_end_tokens_the_first_is_taught(tmp_path: Path) -> None:
     text = {**_config()["text_config"], "eos_token_id": [202, 2]}
     several = PromptTokenizer(copy_of(tmp_path / "c", config={**_config(), "text_config": text}), "{question}")
@@ -261,6 +294,7 @@ def test_a_section_that_is_not_there_is_the_librarys_default_and_fits_no_tensor(
         ({"tokenizer": "[]"}, "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded"),
         ({"tokenizer": {}}, "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded"),
         ({"tokenizer": None}, "the checkpoint has no tokenizer"),
+        ({"tokenizer": None, "vocab": {"a": 0}}, "(tokenizer.json or vocab.json with merges.txt)"),
         ({"tokenizer_config": "{"}, "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded"),
         ({"tokenizer_config": {"tokenizer_class": "Nothing"}}, ""),
         ({"tokenizer_config": None}, "the tokenizer has 540 tokens, the language model 539"),

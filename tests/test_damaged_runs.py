@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_train import files_of, with_train
+from torch import Tensor, nn
 
 from pipeline.cli import main
 from pipeline.config import Config
@@ -195,13 +197,50 @@ def test_an_adapter_that_is_damaged_is_named_and_made_again(
     assert f"{run.adapter / name}: " in reported.stderr
 
 
-def test_an_adapter_that_lacks_a_tensor_is_refused_by_name(finished: RunFolder, tmp_path: Path) -> None:
-    """PEFT takes a fresh one in its place, which does nothing."""
-    run = RunFolder(tmp_path / "run")
+def damaged_adapter(finished: RunFolder, folder: Path, damage: Callable[[dict[str, Tensor]], object]) -> RunFolder:
+    run = RunFolder(folder / "run")
     shutil.copytree(finished.path, run.path)
     path = run.adapter / "adapter_model.safetensors"
     tensors = load_file(path)
-    gone = sorted(tensors)[3]
-    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path)
-    with pytest.raises(PipelineError, match=f"lacks {re.escape(gone)}"):
+    damage(tensors)
+    save_file(tensors, path)
+    return run
+
+
+@pytest.fixture(scope="module")
+def with_biases(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = RunFolder(tmp_path_factory.mktemp("biases") / "run")
+    train(config.model_copy(update={"lora": config.lora.model_copy(update={"bias": "all"})}), run)
+    return run
+
+
+@pytest.mark.parametrize("kind", [".lora_A.weight", ".lora_B.weight", ".bias"])
+def test_an_adapter_that_lacks_a_tensor_is_refused_by_name(with_biases: RunFolder, tmp_path: Path, kind: str) -> None:
+    """PEFT takes a fresh one in its place, which does nothing, or the checkpoint's bias."""
+    gone: list[str] = []
+
+    def remove(tensors: dict[str, Tensor]) -> None:
+        gone.append(next(name for name in sorted(tensors) if name.endswith(kind)))
+        del tensors[gone[0]]
+
+    run = damaged_adapter(with_biases, tmp_path, remove)
+    with pytest.raises(PipelineError, match=f"lacks {re.escape(gone[0])}"):
+        evaluate(run)
+
+
+def test_an_adapter_that_is_not_finite_is_refused_by_name(finished: RunFolder, tmp_path: Path) -> None:
+    run = damaged_adapter(finished, tmp_path, lambda tensors: nn.init.constant_(tensors[max(tensors)], torch.nan))
+    with pytest.raises(PipelineError, match=r"lora_B\.weight is not finite"):
+        evaluate(run)
+
+
+@pytest.mark.parametrize(("key", "value"), [("r", "wide"), ("target_modules", 7), ("lora_alpha", None), ("bias", "x"),
+                                            ("peft_type", "NONE"), ("target_modules", ["other"])])  # fmt: skip
+def test_an_adapter_whose_config_is_wrong_is_refused_in_a_line(
+    finished: RunFolder, tmp_path: Path, key: str, value: object
+) -> None:
+    run = damaged_adapter(finished, tmp_path, lambda tensors: None)
+    path = run.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(PipelineError, match=re.escape(f"{run.adapter}: not an adapter of this model (")):
         evaluate(run)

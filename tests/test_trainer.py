@@ -252,17 +252,20 @@ def test_time_spent_waiting_for_batches_is_logged(cached: Config, tmp_path: Path
 def test_two_processes_give_the_adapter_of_one(cached: Config, tmp_path: Path) -> None:
     """54 questions in batches of 53: of the second there is nothing for one of the two."""
     config = tmp_path / "config.yaml"
-    config.write_text(with_train(cached, batch_size=53, max_steps=4, output_dir=tmp_path).to_yaml())
+    config.write_text(with_train(cached, batch_size=53, max_steps=4, logging_steps=3, output_dir=tmp_path).to_yaml())
     alone, both = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "both")
+    losses = []
     for run, size in ((alone, 1), (both, 2)):
         words = ("train", config, "--name", run.path.name, "--json")
         ended = together(tmp_path, size, *words, prepare=forbid_freeing_the_group)
         assert [one.status for one in ended] == [0] * size, ended[-1].err
         assert not any(FREED in one.err for one in ended)
         assert json.loads(ended[0].out)["steps"] == 4
+        losses.append(json.loads(ended[0].out)["train_loss"])
         assert not ended[-1].out or size == 1
     assert difference(adapter_of(both), adapter_of(alone)) < 1e-4
-    assert len(both.metrics.read_text().splitlines()) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the step behind the last log included"
+    assert len(both.metrics.read_text().splitlines()) == len(alone.metrics.read_text().splitlines())
     assert len(both.watch.read_text().splitlines()) == 2, "process 0 alone looks"
 
 
