@@ -70,9 +70,7 @@ def test_the_trainers_arguments_go_by_the_newest_name(
     assert not compat.checkpoints_activations(arguments(**compat.checkpointing_arguments(False)))
 
 
-def test_no_old_name_is_called_in_a_training(
-    cached: Config, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_old_name_is_called_in_a_training(cached: Config, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With answers in between and activations that do not fit, which is where the renamed names are used."""
     monkeypatch.setattr("pipeline.trainer.nodes_that_fit", lambda *_: 1)
     settings = cached.train.model_copy(update={"max_steps": 1, "warmup_steps": 0})
