@@ -172,7 +172,8 @@ class Conversation:
             else:
                 self.tell(self.answer(self.image, self.features, line))
         except PictureError as error:
-            self.problem = f"{_shortened(line)}: {error}; name a picture"
+            advice = "name a picture" if _names_picture(line) else "name a picture before a question"
+            self.problem = f"{_shortened(line)}: {error}; {advice}"
         except PipelineError as error:
             self.problem = str(error)
         if self.problem:

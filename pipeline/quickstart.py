@@ -42,7 +42,6 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         "adapter": str(run.adapter),
         "next": [
             f"pipe report {run.path}",
-            f"pipe report {run.path}",
             f"pipe evaluate {run.path} --preset official",
             f"pipe train {run.config} lora.r=8 --name rank-8",
             "README.md, 'Your own data'",

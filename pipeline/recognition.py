@@ -79,6 +79,8 @@ def _form_of_a_list(record: Mapping[str, object]) -> Form | None:
     answers = record.get("answers")
     if isinstance(answers, list) and answers and isinstance(answers[0], str):
         return Form("jsonl")
+    if isinstance(record.get("answer"), str):  # LAVIS's is a list
+        return Form("jsonl")
     return Form("lavis" if "answer" in record or ("answers" not in record and "question_id" in record) else "vizwiz")
 
 

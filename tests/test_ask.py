@@ -133,7 +133,7 @@ def test_a_conversation_from_a_pipe_answers_on_stdout_and_goes_on_after_errors(
     assert len(done.stdout.splitlines()) == len(lines)
     assert done.stdout.splitlines()[9] == ask(run, Path(second), QUESTION, (), True)["answer"]
     told = done.stderr.splitlines()
-    assert told[0] == "nowhere: not there; name a picture"
+    assert told[0] == "nowhere: not there; name a picture before a question"
     assert told[1].startswith("the question is too long: ")
     assert [line.split(": ")[0] for line in told[2:]] == [
         f"{tmp_path}/notes", QUESTION, f"{tmp_path}/broken.png", "other.png", "pipe"]  # fmt: skip

@@ -67,6 +67,12 @@ def test_data_of_ones_own_in_a_list_or_a_table_is_recognised(tmp_path: Path) -> 
     assert "this looks like jsonl, not vizwiz: set data.format=jsonl" in told("vizwiz", annotations=path)
 
 
+def test_a_broken_list_of_ones_own_is_not_taken_for_laviss(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text('[{"image": "a.png", "question": "what?", "answer": "red"},]')
+    assert told("jsonl", annotations=path).startswith(f"{path}: not JSON at line 1")
+
+
 RAD = {"qid": 1, "image_name": "0.png", "question": "what?", "answer": "red"}
 LLAVA = {"id": "0", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}]}
 
