@@ -113,6 +113,6 @@ class Split(NamedTuple):
 
 def is_blank(text: str) -> bool:
     """Whether there is nothing to be seen: spaces of any kind, and characters of no width."""
-    if text.isascii() or text[:1].isalnum():
-        return not text.strip()
-    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+    return not text[:1].isalnum() and all(
+        character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text
+    )

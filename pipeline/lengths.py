@@ -60,11 +60,11 @@ def _check(
         return
     longest = int(lengths.argmax())
     others = f", and {count - 1} more are too long" if count > 1 else ""
-    advice = f"{instead}shorten such questions and run `pipe precompute` again, or skip them there with "
+    advice = f"{instead}shorten such questions, or skip them with precompute.on_missing=skip: in either case run "
     raise PipelineError(
         f"question {text.record(longest).get('question_id')!r} of {split} is {lengths[longest]} tokens long with "
         f"{what}; the language model takes {tokenizer.longest}{others}. {advice[0].upper()}{advice[1:]}"
-        "precompute.on_missing=skip"
+        "`pipe precompute` again, with the overrides of this command"
     )
 
 

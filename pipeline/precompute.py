@@ -325,5 +325,6 @@ def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, A
         "sources": inputs.sources,
         "reader": reader_fingerprint(),
         "left_out": _reasons(inputs),
+        "respelled": inputs.respelled,
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
     }

@@ -49,6 +49,8 @@ class Inputs:
     """SHA-256 of the annotation files as they were parsed, or the identity of the tables, by split and key."""
     rescaled: set[Picture] = field(default_factory=set)
     """Those of more than 8 bits a channel or of float pixels: each is scaled to its own range."""
+    respelled: int = 0
+    """How many images were found under another spelling of their name."""
 
     @cached_property
     def paths(self) -> dict[bytes, Picture]:
@@ -114,7 +116,7 @@ def read_inputs(data: DataConfig, earlier: FeatureReader | None = None) -> Input
     reasons |= dict.fromkeys(near, NOT_THERE_AS_SPELLED)
     digests = {picture: digest for picture, (digest, _) in scanned.items()}
     rescaled = {picture for picture, (_, is_rescaled) in scanned.items() if is_rescaled}
-    inputs = Inputs(splits, left_out, digests, len(digests) + len(reasons), sources, rescaled)
+    inputs = Inputs(splits, left_out, digests, len(digests) + len(reasons), sources, rescaled, len(same))
     return _leave_out(inputs, reasons, near)
 
 
@@ -160,7 +162,8 @@ def tell_left_out(inputs: Inputs, news: Sequence[LeftOut], on_missing: str, repo
     """Says what is newly left out; lists all of it in `report` and raises `PipelineError` if that stops the run."""
     if not news:
         return
-    if on_missing == "skip" and any(inputs.splits.values()):
+    empty = [split for split, examples in inputs.splits.items() if not examples]
+    if on_missing == "skip" and not empty:
         say(f"left out: {in_words(news)}")
         return
     listed = ""
@@ -168,7 +171,7 @@ def tell_left_out(inputs: Inputs, news: Sequence[LeftOut], on_missing: str, repo
         _list_left_out(inputs, report)
         listed = f". All of them: {report}"
     if on_missing == "skip":
-        raise PipelineError(f"nothing is left to encode: {in_words(news)}{listed}. Check data.*.images")
+        raise PipelineError(f"no question of {', '.join(empty)} is left: {in_words(news)}{listed}. Check data.*.images")
     raise PipelineError(
         f"cannot be used: {in_words(news)}{listed}. Mend the data, or leave these questions out with "
         "precompute.on_missing=skip"

@@ -13,6 +13,8 @@ _HEAD = 1 << 20  # bytes that are looked at
 _DEPTH = 5  # of lists and objects that the head may cut off: file, list, record, answers, answer
 _NEXT_KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:')
 _KEYS = {"vqav2": ("questions", "annotations")}  # the other formats have annotations alone
+_VIZWIZ_TEST = {"image", "question", "answerable", "answer_type"}
+_READS_TOO = {("jsonl", "lavis")}  # what LAVIS writes is a list of one's own, too
 _DECODER = json.JSONDecoder()
 
 
@@ -41,7 +43,7 @@ def mistaken(format: str, sources: Sources) -> str | None:
     for key in _KEYS.get(format, ("annotations",)):
         path: Path | None = getattr(sources, key)
         found = recognise(path) if path else None
-        if found and found != Form(format, key):
+        if found and found != Form(format, key) and (format, found.format) not in _READS_TOO:
             told.append(f"{path}: {_instead(found, Form(format, key), sources.split)}")
     return "; ".join(dict.fromkeys(told)) or None
 
@@ -81,7 +83,9 @@ def _form_of_a_list(record: Mapping[str, object]) -> Form | None:
         return Form("jsonl")
     if isinstance(record.get("answer"), str):  # LAVIS's is a list
         return Form("jsonl")
-    return Form("lavis" if "answer" in record or ("answers" not in record and "question_id" in record) else "vizwiz")
+    if "answer" in record or ("answers" not in record and "question_id" in record):
+        return Form("lavis")
+    return Form("vizwiz" if "answers" in record or record.keys() <= _VIZWIZ_TEST else "jsonl")
 
 
 def _form_of_an_object(whole: Mapping[str, object]) -> Form | None:
@@ -99,6 +103,9 @@ def _form_of_an_object(whole: Mapping[str, object]) -> Form | None:
     first = next(iter(whole.values()), None)
     if isinstance(first, dict) and {"imageId", "question"} <= first.keys():
         return Form("gqa")
+    wrapped = next((key for key, value in whole.items() if {"image", "question"} <= _first(value).keys()), None)
+    if wrapped is not None:
+        return Form("jsonl", remedy=f"keep only the list at {wrapped!r} in the file")
     return _form_of_own(whole)
 
 

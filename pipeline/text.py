@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from cache.text import Ragged, TextTable
 from pipeline.checkpoint_check import check_config, end_tokens
 from pipeline.errors import PipelineError
-from pipeline.examples import BYTE_ORDER_MARK, VQAExample
+from pipeline.examples import BYTE_ORDER_MARK, VQAExample, is_blank
 from pipeline.faults import one_line
 from pipeline.progress import progress_bar, say, with_bar
 from pipeline.unchanged import CachedExamples
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 TOKENISED_AT_ONCE = 10_000  # texts
-RULES = 2
+RULES = 3
 """How texts become tokens here. A change of it makes the tokens of every cache anew."""
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -77,7 +77,7 @@ class PromptTokenizer:
         answer = answer.strip()
         if not self.end or self.end not in answer:
             return answer
-        return next(filter(None, map(str.strip, answer.split(self.end))), "")
+        return next((part for part in map(str.strip, answer.split(self.end)) if not is_blank(part)), "")
 
     def is_cut(self, answer: str) -> bool:
         """Whether there is more in an answer than can be said."""

@@ -20,7 +20,7 @@ from pipeline.tables import Picture
 READERS = ("examples.py", "records.py", "rows.py", "sources.py", "tables.py", "vqa.py", "formats/*.py")
 _FILES = ("annotations", "questions")
 # A record is JSON: a quote inside a text stands behind a backslash, so that this can only be the field.
-_IMAGE = re.compile(rb'"image": "((?:[^"\\]|\\.)*)"')
+_IMAGE = re.compile(rb'"image": "([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
 class CachedExamples(Sequence[VQAExample]):
@@ -56,7 +56,7 @@ def unchanged_split(
     """The cached questions of a split, and the SHA-256 of its files, if reading them would give the very same.
 
     They would if the bytes of the annotation files, the config's keys for them and the code that reads are the same,
-    and nothing was left out: what is left out depends on the pictures, too. None otherwise.
+    and nothing was skipped or respelled: those depend on the images, too. None otherwise.
     """
     files, made = data.splits[split], earlier.manifest.provenance
     settings: dict[str, Any] = made.get("config", {}).get("data", {})
@@ -64,6 +64,7 @@ def unchanged_split(
     is_same = (
         reader_fingerprint() == made.get("reader", "")
         and not made.get("left_out")
+        and not made.get("respelled")
         and settings.get("format") == data.format
         and settings.get(split) == files.absolute().model_dump(mode="json")
         and hashes
@@ -99,7 +100,7 @@ def _images(text: TextTable) -> list[Path]:
 
     @cache
     def path(spelled: bytes) -> Path:
-        return Path(json.loads(b'"' + spelled + b'"'))
+        return Path(json.loads(b'"' + spelled + b'"') if b"\\" in spelled else spelled.decode())
 
     found = [path(spelled) for spelled in _IMAGE.findall(text.records.values.tobytes())]
     return found if len(found) == len(text) else []

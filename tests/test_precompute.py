@@ -117,8 +117,17 @@ def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set
     with pytest.raises(PipelineError, match=r"images \(data.train.images\): no such folder"):
         precompute(config)
     (data_set / "images").mkdir()
-    with pytest.raises(PipelineError, match=r"nothing is left to encode: 72 questions .*Check data.\*.images"):
+    with pytest.raises(PipelineError, match=r"no question of train, val is left: 72 questions .*Check data.\*.images"):
         precompute(config)
+
+
+def test_a_split_of_which_nothing_is_left_is_an_error_even_if_questions_are_skipped(data_set: Path) -> None:
+    rows = [json.loads(line) for line in (data_set / "val.jsonl").read_text().splitlines()]
+    (data_set / "val.jsonl").write_text("\n".join(json.dumps(row | {"question": "why " * 900}) for row in rows))
+    with pytest.raises(
+        PipelineError, match=r"no question of val is left: \d+ questions \(longer, .*val\.jsonl: line 1"
+    ):
+        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
 
 
 def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_set: Path) -> None:

@@ -146,3 +146,27 @@ def test_what_is_nothing_known_is_not_recognised(tmp_path: Path, data: bytes) ->
     path.write_bytes(data)
     assert recognise(path) is None
     assert recognise(tmp_path) is recognise(tmp_path / "gone") is None
+
+
+@pytest.mark.parametrize("broken", ['[{"image": "0.png", "question": "q", "answer": "a"},]',
+                                    '[{"image": "0.png", "question": "q", "answer": 0.5}]'])  # fmt: skip
+def test_a_fault_in_a_list_of_ones_own_is_told_alone(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(broken)
+    assert told("jsonl", annotations=path).startswith(f"{path}: ")
+    assert "looks like" not in told("jsonl", annotations=path)
+
+
+def test_a_list_inside_an_object_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"version": 1, "data": [{"image": "0.png", "question": "q", "answer": "a"}]}))
+    assert "keep only the list at 'data' in the file; then data.format=jsonl reads it" in told(
+        "jsonl", annotations=path
+    )
+
+
+def test_records_without_answers_are_not_taken_for_vizwiz(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{"image": "0.png", "question": "q", "label": "a"}]))
+    assert "looks like" not in told("jsonl", annotations=path)
+    assert "no answer" in told("jsonl", annotations=path)

@@ -147,7 +147,7 @@ def test_a_run_with_nothing_to_do_makes_no_tokens(data_set: Path, monkeypatch: p
 
 # ---- blank answers
 
-BLANK = ["", "   ", "\t\n", "\u00a0", "\u3000\u2003", "\u200b", "\ufeff", "\u2028\u200d"]
+BLANK = ["", "   ", "\t\n", "\u00a0", "\u3000\u2003", "\u200b", "\ufeff", "\u2028\u200d", "\0"]
 
 
 @pytest.mark.parametrize("blank", BLANK)
@@ -194,6 +194,7 @@ def test_a_blank_answer_among_ten_counts_as_in_the_published_scripts(method: str
         ("red\r\nthe ground is white", "red"),
         ("\n\n red \n", "red"),
         ("\n \nred\nblue", "red"),
+        ("\u200b\nred", "red"),
         ("red", "red"),
         ("a red\tball", "a red\tball"),
     ],

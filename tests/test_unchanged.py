@@ -150,6 +150,21 @@ def test_what_was_skipped_is_looked_for_again(data: Path, parsed: list[str]) -> 
     assert again(skip)["questions"] == {"train": 18, "val": 6}
 
 
+def test_a_name_that_was_respelled_is_looked_for_again(data: Path, parsed: list[str]) -> None:
+    lines = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(lines.replace("plain.png", "cafe\u0301.png"))
+    (data / "images" / "caf\u00e9.png").write_bytes((data / "images" / "5.png").read_bytes())
+    again()
+    parsed.clear()
+    (data / "images" / "cafe\u0301.png").write_bytes((data / "images" / "6.png").read_bytes())
+    again()
+    assert "train" in parsed
+    text = FeatureReader(Path("cache")).text("train")
+    images = {text.record(number)["image"] for number in range(len(text))}
+    assert "images/cafe\u0301.png" in images
+    assert "images/caf\u00e9.png" not in images
+
+
 def test_a_picture_that_is_gone_or_edited_is_noticed(data: Path, parsed: list[str]) -> None:
     (data / "images" / "5.png").write_bytes((data / "images" / "6.png").read_bytes())
     assert again()["encoded"] == 0
