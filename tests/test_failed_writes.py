@@ -32,7 +32,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.train import load_for_training, train
 
 NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO]
-SOME, MANY = 5, 40
+SOME, MANY = 5, 20
 
 
 class Disk:
