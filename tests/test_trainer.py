@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from processes import wait_for
 from rounding import relative_difference
@@ -95,8 +96,8 @@ def test_the_step_is_the_same_however_it_is_split(cached: Config, tmp_path: Path
         runs[name] = RunFolder(tmp_path / name)
         whole = with_train(cached, batch_size=54, max_steps=6, **settings)  # all questions in each step
         train(whole, runs[name])
-    assert difference(adapter_of(runs["2"]), adapter_of(runs["auto"])) < 1e-4
-    assert difference(adapter_of(runs["apart"]), adapter_of(runs["auto"])) < 1e-4
+    assert difference(adapter_of(runs["2"]), adapter_of(runs["auto"])) < rounding.FLOAT32
+    assert difference(adapter_of(runs["apart"]), adapter_of(runs["auto"])) < rounding.FLOAT32
 
 
 def out_of_memory_beyond(most: int, computed: list[int]) -> Callable[..., object]:
@@ -126,7 +127,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_no_step(
     assert "out of memory at step 1 with" in told[0]
     assert "the effective batch stays as it is" in told[0]
     assert max(computed) == 18
-    assert difference(adapter_of(halved), adapter_of(whole)) < 1e-4
+    assert difference(adapter_of(halved), adapter_of(whole)) < rounding.FLOAT32
 
 
 def test_where_not_one_sequence_fits_it_says_what_to_try(
@@ -148,7 +149,7 @@ def test_gradient_checkpointing_is_chosen_only_if_one_image_does_not_fit(
     usual = RunFolder(tmp_path / "usual")
     train(cached, usual)
     assert "gradient checkpointing" not in capsys.readouterr().err
-    assert difference(adapter_of(run), adapter_of(usual)) < 1e-4
+    assert difference(adapter_of(run), adapter_of(usual)) < rounding.FLOAT32
 
 
 def test_steps_that_are_not_finite_are_left_out_and_counted(
@@ -263,8 +264,8 @@ def test_two_processes_give_the_adapter_of_one(cached: Config, tmp_path: Path) -
         assert json.loads(ended[0].out)["steps"] == 4
         losses.append(json.loads(ended[0].out)["train_loss"])
         assert not ended[-1].out or size == 1
-    assert difference(adapter_of(both), adapter_of(alone)) < 1e-4
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the step behind the last log included"
+    assert difference(adapter_of(both), adapter_of(alone)) < rounding.FLOAT32
+    assert losses[1] == pytest.approx(losses[0], rel=rounding.FLOAT32), "the step behind the last log included"
     assert len(both.metrics.read_text().splitlines()) == len(alone.metrics.read_text().splitlines())
     assert len(both.watch.read_text().splitlines()) == 2, "process 0 alone looks"
 
