@@ -18,6 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from transformers import BlipImageProcessorPil
+
 from cache.part import PartWriter
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
@@ -60,7 +62,10 @@ def make_checkpoint(folder: Path, size: str) -> Path:
         write_random_checkpoint(checkpoint, size)
     for path in embedded_checkpoint().glob("*tokenizer*.json"):  # any tokenizer: the tokens are made already
         shutil.copy(path, checkpoint)
-    shutil.copy(embedded_checkpoint() / "processor_config.json", checkpoint)
+    processor = BlipImageProcessorPil.from_pretrained(embedded_checkpoint())
+    side = config_of(size).vision_config.image_size
+    processor.size = {"height": side, "width": side}
+    processor.save_pretrained(checkpoint)
     return checkpoint
 
 
