@@ -169,10 +169,18 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 def put_in_place(source: Path, folder: Path) -> None:
     """Rename the folder `source` to `folder`; one that was there before goes when the new one has its name."""
     old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # a disk that took no rename did not take that back either
+        old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    source.rename(folder)
+    try:
+        source.rename(folder)
+    except OSError:
+        with suppress(OSError):
+            if old.exists():
+                old.rename(folder)
+        raise
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -25,7 +25,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
 from pipeline.export import export
-from pipeline.files import WriteError, append_line, replacing_folder, require_writable, write_text
+from pipeline.files import WriteError, append_line, put_in_place, replacing_folder, require_writable, write_text
 from pipeline.grid import _LoadOnce
 from pipeline.report import report
 from pipeline.run_folder import RunFolder
@@ -132,7 +132,9 @@ def refused_writes(folder: Path, work: Callable[[], object], samples: int) -> It
 
 
 def half_written(folder: Path) -> list[Path]:
-    found = [path for path in folder.rglob("*") if path.suffix in (".tmp", ".partial", ".old")]
+    found = [path for path in folder.rglob("*") if path.suffix in (".tmp", ".partial")]
+    # One that could not get its name back, since the disk takes no rename, is all that there is.
+    found += [path for path in folder.rglob("*.old") if path.with_suffix("").exists()]
     return found + [path for path in folder.rglob("checkpoint-*") if not (path / "whole").exists()]
 
 
@@ -225,6 +227,30 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             replace_and_fail(folder)
         assert files_of(folder) == {"file": content}
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = tmp_path / "folder", Path.rename
+    for stays in ("folder", "folder.old"):  # the disk refuses one rename, or that back to the old name as well
+        with replacing_folder(folder) as partial:
+            (partial / "file").write_bytes(b"first")
+        refused = {"folder.partial", *(["folder.old"] if stays == "folder.old" else [])}
+
+        def refuse(path: Path, target: Path, refused: set[str] = refused) -> Path:
+            if path.name in refused:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return rename(path, target)
+
+        (tmp_path / "folder.partial").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", refuse)
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                put_in_place(tmp_path / "folder.partial", folder)
+        assert files_of(tmp_path / stays) == {"file": b"first"}
+    with replacing_folder(folder) as partial:
+        (partial / "file").write_bytes(b"third")
+    assert files_of(folder) == {"file": b"third"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_what_takes_no_file_is_known_before(tmp_path: Path) -> None:
