@@ -126,7 +126,7 @@ def test_plain_peft_adapts_on_the_full_model_what_was_trained(
     plain = PeftModel.from_pretrained(full, str(tmp_path / "adapter"))
     assert {name.removeprefix("base_model.model.") for name in adapted(plain)} == expected
     theirs = _logits(plain.eval().get_base_model(), features, ids)
-    assert torch.allclose(ours, theirs, atol=rounding.LOGITS[torch.float32])
+    assert torch.allclose(ours, theirs, atol=rounding.FLOAT32)
     assert not torch.allclose(ours, _logits(half, features, ids), atol=1e-2)
 
 
