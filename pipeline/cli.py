@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeline.terminal import complain, from_home, locale_problem, show, show_every_character
+from pipeline.common.terminal import complain, from_home, locale_problem, show, show_every_character
 
 if TYPE_CHECKING:
-    from pipeline.ask import Conversation
+    from pipeline.commands.ask import Conversation
 
 
 class UserPath(click.Path):
@@ -75,15 +75,15 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
 @contextmanager
 def _ending_process() -> Iterator[None]:
     """`ending_process`, imported when a command runs."""
-    from pipeline.team import ending_process
+    from pipeline.common.distributed import ending_process
 
     with ending_process():
         yield
 
 
 def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
-    from pipeline.errors import ConfigError
-    from pipeline.team import local_rank
+    from pipeline.common.distributed import local_rank
+    from pipeline.common.errors import ConfigError
 
     speaks = local_rank() == 0  # of what all processes of a machine meet alike
     try:
@@ -105,8 +105,8 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
 
 def _in_words(error: BaseException) -> str:
     from cache.spec import CacheError
-    from pipeline.errors import PipelineError
-    from pipeline.files import disk_problem
+    from pipeline.common.errors import PipelineError
+    from pipeline.common.files import disk_problem
 
     if isinstance(error, PipelineError | CacheError):
         return str(error)
@@ -118,7 +118,7 @@ def _in_words(error: BaseException) -> str:
         return problem
     if isinstance(error, OSError):
         return str(error)
-    from pipeline.memory import is_out_of_memory
+    from pipeline.blip2.memory import is_out_of_memory
 
     first_line = (str(error).strip() or "no message").splitlines()[0]  # what a library raises deep inside
     hint = "; try a smaller batch (train.micro_batch, *.batch_size)" if is_out_of_memory(error) else ""
@@ -166,7 +166,7 @@ def quickstart(overrides: tuple[str, ...]) -> dict[str, Any]:
               pipe quickstart train.seed=1
     """
     _load_bitsandbytes()
-    from pipeline.quickstart import quickstart
+    from pipeline.commands.quickstart import quickstart
 
     return quickstart(overrides)
 
@@ -188,7 +188,7 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[
               pipe precompute configs/your_data.yaml cache.dir=/data/caches/mine --dry-run
               torchrun --nproc-per-node 4 --no-python pipe precompute configs/your_data.yaml
     """
-    from pipeline import precompute as stage_one
+    from pipeline.commands import precompute as stage_one
     from pipeline.config import load_config
 
     _quiet_transformers()
@@ -221,7 +221,7 @@ def train(
               pipe train runs/wide --resume
     """
     from pipeline.config import combinations_of, load_config
-    from pipeline.run_folder import RunFolder, named_run, next_run
+    from pipeline.runs.folder import RunFolder, named_run, next_run
 
     combinations, fixed = combinations_of(overrides)
     is_grid = len(combinations) > 1
@@ -235,14 +235,14 @@ def train(
     run = going_on or (named_run(folder, name) if name else next_run(folder, config.stem))
     _load_bitsandbytes()
     if is_grid:
-        from pipeline.grid import train_grid
+        from pipeline.commands.grid import train_grid
 
         return train_grid(config, combinations, fixed, run, resume)
     if dry_run:
-        from pipeline.forecast import forecast
+        from pipeline.training.estimate import forecast
 
         return forecast(loaded)
-    from pipeline.train import train
+    from pipeline.commands.train import train
 
     return train(loaded, run, resume)
 
@@ -285,9 +285,9 @@ def evaluate(
               pipe evaluate runs/easy_vqa-1 --preset official --adapter none
     """
     _load_bitsandbytes()
+    from pipeline.commands.evaluate import evaluate
     from pipeline.config import PRESETS
-    from pipeline.evaluate import evaluate
-    from pipeline.run_folder import RunFolder
+    from pipeline.runs.folder import RunFolder
 
     named = {"split": split, "num_beams": num_beams, "method": method}
     given = PRESETS.get(preset or "", {}) | {key: value for key, value in named.items() if value is not None}
@@ -315,8 +315,8 @@ def report(runs: tuple[Path, ...], output: Path | None, pictures: int, seed: int
     Example:  pipe report runs/easy_vqa-1
               pipe report runs/* --output compared.html
     """
-    from pipeline.report import report
-    from pipeline.run_folder import RunFolder
+    from pipeline.commands.report import report
+    from pipeline.runs.folder import RunFolder
 
     return report([RunFolder(run) for run in runs], output, pictures, seed)
 
@@ -342,9 +342,9 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     """
     image, question, overrides = _image_and_question(words)
     _load_bitsandbytes()
-    from pipeline import ask as asking
+    from pipeline.commands import ask as asking
     from pipeline.config import PRESETS
-    from pipeline.run_folder import RunFolder
+    from pipeline.runs.folder import RunFolder
 
     options = [f"evaluate.{key}={value}" for key, value in PRESETS.get(preset or "", {}).items()]
     how = (*options, *overrides), adapter == "trained"
@@ -382,8 +382,8 @@ def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool
               pipe export runs/easy_vqa-1 models/easy_vqa --merge --push me/blip2-easy-vqa
     """
     _load_bitsandbytes()
-    from pipeline.export import export
-    from pipeline.run_folder import RunFolder
+    from pipeline.commands.export import export
+    from pipeline.runs.folder import RunFolder
 
     return export(RunFolder(run), destination, overrides, merge, push)
 
@@ -412,7 +412,7 @@ class _Answers:
 
 def _hear_lines(conversation: "Conversation", image: str | None, answers: _Answers) -> None:
     """All lines of a pipe, whatever their bytes; each gives one line, so that all keep their place."""
-    from pipeline.errors import PipelineError
+    from pipeline.common.errors import PipelineError
 
     if image:
         _show_first(conversation, from_home(image))
@@ -430,8 +430,8 @@ def _hear_lines(conversation: "Conversation", image: str | None, answers: _Answe
 
 def _show_first(conversation: "Conversation", image: Path) -> None:
     """The picture that the command names. Raises `PipelineError`: no question could be answered."""
-    from pipeline.errors import PipelineError
-    from pipeline.images import PictureError
+    from pipeline.common.errors import PipelineError
+    from pipeline.encoding.images import PictureError
 
     try:
         conversation.show(image)
@@ -469,8 +469,8 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
               pipe benchmark --size tiny --turns 10 --plot benchmark.svg
     """
     _load_bitsandbytes()
-    from pipeline.benchmark import benchmark, draw
-    from pipeline.files import require_writable
+    from pipeline.commands.benchmark import benchmark, draw
+    from pipeline.common.files import require_writable
 
     if plot:
         require_writable(plot.parent)
@@ -501,7 +501,7 @@ def cache_ls(root: Path) -> dict[str, Any]:
     Example:  pipe cache ls
               pipe cache ls /data
     """
-    from pipeline.upkeep import list_caches
+    from pipeline.encoding.upkeep import list_caches
 
     return list_caches(root)
 
@@ -515,7 +515,7 @@ def cache_info(folder: Path) -> dict[str, Any]:
     \b
     Example:  pipe cache info caches/easy_vqa
     """
-    from pipeline import upkeep
+    from pipeline.encoding import upkeep
 
     return upkeep.cache_info(upkeep.cache_folder(folder))
 
@@ -534,12 +534,12 @@ def cache_verify(folder: Path, reencode: int) -> dict[str, Any]:
     Example:  pipe cache verify caches/easy_vqa
               pipe cache verify caches/easy_vqa --reencode 20
     """
-    from pipeline import upkeep
+    from pipeline.encoding import upkeep
 
     found = upkeep.cache_folder(folder)
     summary = upkeep.verify(found)
     if reencode and not summary["damaged"]:
-        from pipeline.repair import reencode as encode_again
+        from pipeline.commands.repair import reencode as encode_again
 
         _quiet_transformers()
         summary |= encode_again(found, reencode)
@@ -559,7 +559,7 @@ def cache_repair(folder: Path) -> dict[str, Any]:
     Example:  pipe cache repair caches/easy_vqa
               pipe cache repair configs/your_data.yaml
     """
-    from pipeline.repair import repair
+    from pipeline.commands.repair import repair
 
     _quiet_transformers()
     return repair(folder)
@@ -575,8 +575,8 @@ def cache_rm(folder: Path, yes: bool) -> dict[str, Any]:
     \b
     Example:  pipe cache rm caches/easy_vqa
     """
-    from pipeline import upkeep
-    from pipeline.errors import PipelineError
+    from pipeline.common.errors import PipelineError
+    from pipeline.encoding import upkeep
 
     found = upkeep.cache_folder(folder)
     if not yes and not _confirmed(f"Delete the cache {found}?"):

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from pipeline.errors import ConfigError
-from pipeline.tables import TableName, is_local
-from pipeline.terminal import locale_problem
-from pipeline.yaml_text import parse_yaml
+from pipeline.common.errors import ConfigError
+from pipeline.common.table_name import TableName, is_local
+from pipeline.common.terminal import locale_problem
+from pipeline.common.yaml_text import parse_yaml
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]

@@ -1,67 +1,16 @@
 """Small real inputs: rendered pictures on disk, a config over them, and the checkpoint inside the package."""
 
-import json
 import os
-import random
-from importlib.metadata import version
 from pathlib import Path
 
 # Before torch is imported: the tests run in parallel, and threads that wait for each other on shared cores crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from PIL import Image
+from data_set import write_config, write_data_set
 
+from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.config import Config, load_config
-from pipeline.embedded import embedded_checkpoint
-from pipeline.embedded.scenes import draw_scene
-
-SAVES_LORA_ONLY = pytest.mark.skipif(
-    tuple(map(int, version("peft").split(".")[:2])) < (0, 21), reason="this peft does not save lora_only's biases"
-)
-PICTURES = 24
-QUESTIONS_A_PICTURE = 3
-
-
-def write_data_set(folder: Path, pictures: int = PICTURES, seed: int = 0) -> None:
-    """`train.jsonl`, `val.jsonl` and `images/` of rendered scenes; three quarters of the pictures are for training."""
-    rng = random.Random(seed)
-    (folder / "images").mkdir(parents=True)
-    lines: dict[str, list[str]] = {"train": [], "val": []}
-    for number in range(pictures):
-        scene = draw_scene(rng)
-        Image.fromarray(scene.pixels).save(folder / "images" / f"{number}.png")
-        thing = scene.things[0]
-        asked = [("what shape is it?", thing.shape), ("what color is it?", thing.colour), ("where is it?", thing.place)]
-        for question, answer in asked:
-            row = {"image": f"{number}.png", "question": question, "answer": answer}
-            lines["val" if number % 4 == 3 else "train"].append(json.dumps(row))
-    for split, rows in lines.items():
-        (folder / f"{split}.jsonl").write_text("\n".join(rows))
-
-
-def write_config(folder: Path, **sections: object) -> Path:
-    """A config over the data set in `folder`, everything that it makes in `folder` too."""
-    config = {
-        "model": {"checkpoint": "embedded"},
-        "data": {
-            "format": "jsonl",
-            "train": {"annotations": f"{folder}/train.jsonl", "images": f"{folder}/images"},
-            "val": {"annotations": f"{folder}/val.jsonl", "images": f"{folder}/images"},
-        },
-        "cache": {"dir": f"{folder}/cache", "dtype": "float32"},
-        "precompute": {"batch_size": 8, "num_workers": 0, "dtype": "float32"},
-        "quantization": {"compute_dtype": "float32"},
-        "lora": {"dropout": 0.0},
-        "train": {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1,
-                  "save_steps": 2, "output_dir": f"{folder}/runs"},
-        "evaluate": {"split": "val", "method": "exact"},
-    }  # fmt: skip
-    for section, values in sections.items():
-        config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +29,7 @@ def data_set(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A config whose cache is finished; shared, so nothing may be changed in it."""
-    from pipeline.precompute import precompute
+    from pipeline.commands.precompute import precompute
 
     folder = tmp_path_factory.mktemp("cached")
     write_data_set(folder)

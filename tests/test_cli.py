@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from click import Group, unstyle
 from click.testing import CliRunner, Result
-from conftest import write_config
+from data_set import write_config
 
 from pipeline.cli import _load_bitsandbytes, main
+from pipeline.common.terminal import painted, table
 from pipeline.config import Config, load_config
-from pipeline.terminal import painted, table
 
 
 def commands() -> list[str]:
@@ -168,7 +168,7 @@ def test_a_folder_of_pictures_whose_name_is_no_utf_8_is_read(data_set: Path) -> 
 
 
 def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.formats.easy_vqa.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.data.formats.easy_vqa.find_spec", lambda name: None)
     done = pipe("precompute", data_set / "config.yaml", "data={format: easy_vqa, train: {}}")
     assert done.exit_code == 1
     assert "pip install easy-vqa" in done.stderr
@@ -331,7 +331,7 @@ def test_a_dry_run_is_not_stopped_by_pictures_that_turn_out_broken(
     broken.write_bytes(broken.read_bytes()[:-200])
     dry_run = ("precompute", data_set / "config.yaml", "--dry-run", "--json")
     assert json.loads(pipe(*dry_run).stdout)["images_per_second"] > 0
-    monkeypatch.setattr("pipeline.encoding.read_picture", lambda path: b"")
+    monkeypatch.setattr("pipeline.encoding.encoding_loop.read_picture", lambda path: b"")
     assert json.loads(pipe(*dry_run).stdout)["images_per_second"] is None
 
 

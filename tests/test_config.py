@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.common.errors import ConfigError
 from pipeline.config import Config, combinations_of, flatten, load_config
-from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EASY = CONFIGS / "easy_vqa.yaml"

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_config, write_data_set
+from data_set import write_config, write_data_set
 from safetensors.torch import load_file, save_file
 
 from cache.manifest import _load_signed, _save_signed
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.assemble import open_batcher
+from pipeline.batches.assemble import open_batcher
+from pipeline.commands.precompute import precompute
+from pipeline.commands.repair import reencode
+from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
-from pipeline.encoding import Encoded
-from pipeline.errors import PipelineError
-from pipeline.images import Preprocessor
-from pipeline.precompute import precompute
-from pipeline.repair import reencode
+from pipeline.encoding.encoding_loop import Encoded
+from pipeline.encoding.images import Preprocessor
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_what_of_the_config_decides_nothing_is_no_difference(made: Path) -> None
 def test_the_settings_are_compared_where_the_encoders_tensors_are_not(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.assemble.has_half", lambda *_: False)
+    monkeypatch.setattr("pipeline.batches.assemble.has_half", lambda *_: False)
     open_batcher(config_of(made), "train")
     change_config(made, "vision_config", num_attention_heads=2)
     with pytest.raises(PipelineError, match=r"vision_config\.num_attention_heads: cache has 4, wanted 2"):
@@ -122,7 +122,7 @@ def test_encoding_again_tells_rounding_from_another_encoder(made: Path, monkeypa
     same = reencode(made / "cache", 5)
     assert (same["reencoded"], same["reencode_differs"], same["damaged"]) == (5, False, [])
     change_config(made, "vision_config", hidden_act="relu")
-    monkeypatch.setattr("pipeline.repair.encoder_spec", lambda *_: FeatureReader(made / "cache").spec)
+    monkeypatch.setattr("pipeline.commands.repair.encoder_spec", lambda *_: FeatureReader(made / "cache").spec)
     other = reencode(made / "cache", 5)
     assert (other["reencode_differs"], len(other["damaged"])) == (True, 5)
     shutil.rmtree(made / "images")
@@ -195,7 +195,7 @@ def test_an_annotation_edited_while_pictures_are_encoded_stops_training(
 ) -> None:
     path = made / "train.jsonl"
     monkeypatch.setattr(
-        "pipeline.precompute._encode", lambda *_: (path.write_text("\n" + path.read_text()), Encoded())[1]
+        "pipeline.commands.precompute._encode", lambda *_: (path.write_text("\n" + path.read_text()), Encoded())[1]
     )
     precompute(config_of(made))
     with pytest.raises(PipelineError, match=r"train\.jsonl .* is not what .* was made of"):

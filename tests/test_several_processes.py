@@ -10,26 +10,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_config, write_data_set
+from data_set import write_config, write_data_set
 from PIL import Image
 from processes import HUNG, Ended, Running, contents, pipe, started, wait_for
+from ranks import FREED, forbid_freeing_the_group, team, together
 
 import cache.lock
 import cache.part
-import pipeline.encoding
+import pipeline.encoding.encoding_loop
 from cache.audit import verify
 from cache.reader import FeatureReader
 from cache.writer import survey
-from pipeline.images import read_picture
-from pipeline.team import ENCODING_TIMEOUT, GROUP_TIMEOUT, Team
+from pipeline.common.distributed import ENCODING_TIMEOUT, GROUP_TIMEOUT, Team
+from pipeline.encoding.images import read_picture
 
 PIPE = Path(sys.executable).with_name("pipe")
 PICTURES = 44
@@ -37,7 +37,6 @@ BROKEN = "13.png"  # in a part of process 1, whatever the number of processes ab
 DEEP = "15.png"
 
 REASON = "cannot be decoded: image file is truncated"
-FREED = "the process group is freed"
 
 
 @pytest.fixture(scope="module")
@@ -62,29 +61,6 @@ def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return contents(folder / "cache")
 
 
-@contextmanager
-def team(logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None) -> Iterator[list[Running]]:
-    """`pipe WORDS` in processes that belong together."""
-    with socket.socket() as free, ExitStack() as processes:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-        free.close()
-        yield [
-            processes.enter_context(
-                started(
-                    logs, *words, prepare=prepare,
-                    environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                )
-            )
-            for rank in range(size)
-        ]  # fmt: skip
-
-
-def together(logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None) -> list[Ended]:
-    with team(logs, size, *words, prepare=prepare) as processes:
-        return [process.ended() for process in processes]
-
-
 def slow_pictures() -> None:
     """So that something can happen in the middle."""
 
@@ -93,7 +69,7 @@ def slow_pictures() -> None:
         return read_picture(path)
 
     cache.part.COMMIT_SECONDS = 0.0
-    pipeline.encoding.read_picture = read
+    pipeline.encoding.encoding_loop.read_picture = read
 
 
 @pytest.mark.parametrize("size", [2, 6])
@@ -186,15 +162,6 @@ def test_killed_in_one_number_and_finished_in_another(
     assert contents(tmp_path / "cache") == alone
 
 
-def forbid_freeing_the_group() -> None:
-    """It may wait for ever for the group's threads, which may wait for the interpreter's lock."""
-
-    def free(*_: object) -> None:
-        print(FREED, file=sys.stderr, flush=True)
-
-    torch.distributed.destroy_process_group = free
-
-
 def test_the_group_is_never_freed(config: Path, tmp_path: Path) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache")
     ended = together(tmp_path, 2, *words, prepare=forbid_freeing_the_group)
@@ -208,7 +175,7 @@ def test_a_process_in_a_group_ends_without_freeing_anything(tmp_path: Path, end:
     script = f"""
 import atexit, sys
 from torch import distributed
-from pipeline.team import ending_process
+from pipeline.common.distributed import ending_process
 
 class Freed:
     def __del__(self):
@@ -249,7 +216,7 @@ def stop_in_the_middle(go: Path) -> None:
             time.sleep(0.01)
         return read_picture(path)
 
-    pipeline.encoding.read_picture = read
+    pipeline.encoding.encoding_loop.read_picture = read
 
 
 def has_open(running: Running, path: Path) -> bool:

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import write_config, write_data_set
+from data_set import write_config, write_data_set
 from processes import HUNG, Ended, Mounts, Running, contents, pipe, started
 
 import cache.part
-import pipeline.encoding
-import pipeline.precompute
+import pipeline.commands.precompute
+import pipeline.encoding.encoding_loop
 from cache.audit import verify
 from cache.format import NOT_WRITTEN, PAGE, PART_NAME, inspect_part
-from pipeline.images import read_picture
+from pipeline.encoding.images import read_picture
 
 PICTURES = 52
 PART_ROWS = 10  # six parts: of the last, of two rows, no picture can be decoded
@@ -77,13 +77,13 @@ def slow_pictures() -> None:
         return read_picture(path)
 
     commit_always()
-    pipeline.encoding.read_picture = read
+    pipeline.encoding.encoding_loop.read_picture = read
 
 
 def no_look_ahead() -> None:
     """As if another program had taken the room after the command has looked."""
     commit_always()
-    pipeline.precompute.check_room = lambda *_: None  # type: ignore[assignment]
+    pipeline.commands.precompute.check_room = lambda *_: None  # type: ignore[assignment]
 
 
 def rows_done(folder: Path) -> int | None:

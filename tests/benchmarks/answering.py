@@ -30,17 +30,17 @@ from cache.reader import FeatureReader
 from cache.spec import CacheSpec
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
-from pipeline.answering import Answer, answer_questions
-from pipeline.batching import Batcher
-from pipeline.benchmark import ALPHA, META, TARGETS, Question, R, ask, matrix_product_peak, plain_model
+from pipeline.answers.generation import Answer, answer_questions
+from pipeline.batches.sequences import Batcher
+from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
+from pipeline.blip2.embedded import embedded_checkpoint
+from pipeline.blip2.encoder import Blip2Encoder
+from pipeline.blip2.language_model import Blip2LanguageHalf, load_language_half
+from pipeline.blip2.random_checkpoint import SIZES, config_of, write_random_checkpoint
+from pipeline.commands.benchmark import ALPHA, META, TARGETS, Question, R, ask, matrix_product_peak, plain_model
 from pipeline.config import DataConfig, EvaluateConfig, SplitFiles
-from pipeline.device import dtype_name, pick_device, pick_dtype
-from pipeline.embedded import embedded_checkpoint
-from pipeline.encoder import Blip2Encoder
-from pipeline.language_model import Blip2LanguageHalf, load_language_half
-from pipeline.random_checkpoint import SIZES, config_of, write_random_checkpoint
-from pipeline.text import PromptTokenizer
-from pipeline.vqa import read_examples
+from pipeline.data.text import PromptTokenizer
+from pipeline.data.vqa import read_examples
 
 
 def main() -> None:

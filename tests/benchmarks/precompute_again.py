@@ -34,12 +34,12 @@ from cache.part import PartWriter
 from cache.text import Ragged
 from cache.thumbnails import Thumbnails
 from cache.writer import FeatureWriter
+from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
+from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.config import load_config
-from pipeline.device import dtype_name, pick_device, pick_dtype
-from pipeline.embedded import embedded_checkpoint
-from pipeline.identity import encoder_spec
-from pipeline.images import thumbnail
-from pipeline.preflight import read_inputs
+from pipeline.encoding.encoder_spec import encoder_spec
+from pipeline.encoding.images import thumbnail
+from pipeline.encoding.preflight import read_inputs
 
 SPLITS = {"train": ("train2014", 82_783, 443_757), "val": ("val2014", 40_504, 214_354)}
 JPEGS = 16  # different ones, before the comments

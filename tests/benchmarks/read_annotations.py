@@ -23,7 +23,7 @@ READ = """
 import resource, sys, time
 from pathlib import Path
 
-from pipeline.vqa import read_examples
+from pipeline.data.vqa import read_examples
 
 
 def megabytes():

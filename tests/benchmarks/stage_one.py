@@ -22,12 +22,12 @@ from transformers import Blip2Config
 
 from cache.spec import CacheSpec
 from cache.writer import FeatureWriter
-from pipeline.checkpoint import ENCODER_HALF, fingerprint
-from pipeline.device import dtype_name, pick_device, pick_dtype
-from pipeline.embedded import embedded_checkpoint
-from pipeline.encoder import Blip2Encoder, load_encoder
-from pipeline.encoding import Encoded, PictureEncoder
-from pipeline.images import Preprocessor, image_digest, read_picture
+from pipeline.blip2.checkpoint import ENCODER_HALF, fingerprint
+from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
+from pipeline.blip2.embedded import embedded_checkpoint
+from pipeline.blip2.encoder import Blip2Encoder, load_encoder
+from pipeline.encoding.encoding_loop import Encoded, PictureEncoder
+from pipeline.encoding.images import Preprocessor, image_digest, read_picture
 
 
 def main() -> None:

@@ -23,11 +23,11 @@ from transformers import BlipImageProcessorPil
 from cache.part import PartWriter
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
-from pipeline.benchmark import ask
-from pipeline.embedded import embedded_checkpoint
-from pipeline.identity import encoder_spec
-from pipeline.random_checkpoint import SIZES, config_of, write_random_checkpoint
-from pipeline.text import PromptTokenizer
+from pipeline.blip2.embedded import embedded_checkpoint
+from pipeline.blip2.random_checkpoint import SIZES, config_of, write_random_checkpoint
+from pipeline.commands.benchmark import ask
+from pipeline.data.text import PromptTokenizer
+from pipeline.encoding.encoder_spec import encoder_spec
 
 PROMPT = "Question: {question} Answer:"
 

@@ -20,11 +20,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.device import pick_device
-from pipeline.memory import peak_bytes, reset_peak
-from pipeline.monitor import Watch
-from pipeline.run_folder import RunFolder
-from pipeline.stopping import StopRequest
+from pipeline.blip2.device import pick_device
+from pipeline.blip2.memory import peak_bytes, reset_peak
+from pipeline.runs.folder import RunFolder
+from pipeline.training.lora_monitor import Watch
+from pipeline.training.stopping import StopRequest
 
 
 def adapted_model(layers: int, width: int, rank: int, device: torch.device) -> PeftModel:

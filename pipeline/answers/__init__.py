@@ -1,0 +1,1 @@
+"""Generated answers, their scores, and VQA accuracy."""

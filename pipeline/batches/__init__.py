@@ -1,0 +1,1 @@
+"""Cache rows and tokens -> batches: which questions, in which order, in which sequences."""

@@ -1,0 +1,1 @@
+"""The model: checkpoint files, its two halves, attention, prefix tree, merging, device and memory."""

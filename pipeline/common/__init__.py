@@ -1,0 +1,1 @@
+"""What every room uses: errors, logging and progress, terminal, distributed, hub, files."""

@@ -1,0 +1,1 @@
+"""Published forms of data sets -> `VQAExample`s -> prompts, tokens and targets."""

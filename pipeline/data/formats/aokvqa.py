@@ -1,0 +1,35 @@
+"""A-OKVQA."""
+
+from collections.abc import Sequence
+
+from pipeline.data.examples import DIFFICULT, Split, VQAExample
+from pipeline.data.records import field, object_of, optional_texts
+from pipeline.data.sources import Sources, collect_list, pictures
+
+
+def read(sources: Sources) -> Split:
+    """A-OKVQA (aokvqa_v1p0_{split}.json): a list of `question_id, image_id, question, difficult_direct_answer,
+    direct_answers[]`, the last not on test; the pictures are COCO 2017's, `{image_id:012d}.jpg`.
+
+    The direct answers are read, not the choices. Those questions that are called difficult for direct answers have
+    the answer type `DIFFICULT`.
+    """
+    picture = pictures(sources.need("images"))
+
+    def example(_: int, value: object) -> VQAExample:
+        record = object_of(value)
+        return VQAExample(
+            question_id=field(record, "question_id", str),
+            image=picture(f"{field(record, 'image_id', int):012d}.jpg"),
+            question=field(record, "question", str),
+            answers=optional_texts(record, "direct_answers"),
+            answer_type=DIFFICULT if field(record, "difficult_direct_answer", bool) else "direct answer",
+        )
+
+    return collect_list(sources, example)
+
+
+def results(examples: Sequence[VQAExample], answers: Sequence[str]) -> object:
+    """As its leaderboard takes them, without the multiple choice."""
+    pairs = zip(examples, answers, strict=True)
+    return {example.question_id: {"direct_answer": answer} for example, answer in pairs}

@@ -1,0 +1,42 @@
+"""COCO's captions: pictures to describe, with no question."""
+
+from pipeline.data.examples import NO_IMAGE, LeftOut, Split, VQAExample
+from pipeline.data.records import answer_of, each, field, naming, object_of, parse_json
+from pipeline.data.sources import Sources, collect, pictures
+
+
+def read(sources: Sources) -> Split:
+    """COCO captions (captions_{split}.json): `images[]{id, file_name}, annotations[]{image_id, caption}`, no
+    annotations in a test split's image_info_{split}.json.
+
+    An example a picture: its id is the question's id, the question is empty, the answers are the captions in the
+    file's order. Captions of images that are not listed are left out.
+    """
+    path, picture = sources.need("annotations"), pictures(sources.need("images"))
+    captions: dict[int, list[str]] = {}
+    place = "annotations[{}]"
+
+    def caption(_: int, value: object) -> tuple[int, str]:
+        record = object_of(value)
+        return field(record, "image_id", int), answer_of(record, "caption")
+
+    def example(_: int, value: object) -> VQAExample:
+        record = object_of(value)
+        key = field(record, "id", int)
+        return VQAExample(key, picture(field(record, "file_name", str)), "", tuple(captions.get(key, ())))
+
+    with naming(path):
+        whole = object_of(parse_json(sources.read_text(path)))
+        may_lack = sources.may_lack_answers and "annotations" not in whole
+        annotations = [] if may_lack else field(whole, "annotations", list)
+        captioned = list(each(enumerate(annotations), place, caption))
+        for _, (image_id, text) in captioned:
+            captions.setdefault(image_id, []).append(text)
+        found = collect(sources, path, "images[{}]", enumerate(field(whole, "images", list)), example)
+    images = {one.question_id for one in found.examples} | {one.question_id for one in found.left_out}
+    unlisted = [
+        LeftOut(sources.split, NO_IMAGE, f"{path}: {place.format(position)}", image_id, questions=0)
+        for position, (image_id, _) in captioned
+        if image_id not in images
+    ]
+    return found._replace(left_out=found.left_out + unlisted)

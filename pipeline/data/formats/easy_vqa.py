@@ -1,0 +1,37 @@
+"""easy-VQA, a PyPI package."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline.common.errors import PipelineError
+from pipeline.data.examples import Split, VQAExample
+from pipeline.data.records import RecordError, answer_text, field, list_of, naming, parse_json
+from pipeline.data.sources import Sources, collect, pictures
+
+
+def read(sources: Sources) -> Split:
+    """easy-VQA (PyPI, easy-vqa): the package carries text and pictures, so no path is needed.
+
+    `data/{split}/questions.json` is [[question, answer, image id], ...]; the id is the position.
+    """
+    if sources.split not in ("train", "test"):
+        raise PipelineError(f"easy_vqa has the splits train and test, not {sources.split!r}")
+    package = find_spec("easy_vqa")
+    if package is None or not package.submodule_search_locations:
+        raise PipelineError("data.format easy_vqa needs the easy-vqa package: pip install easy-vqa")
+    folder = Path(package.submodule_search_locations[0], "data", sources.split)
+    picture = pictures(folder / "images")
+
+    def example(position: int, record: object) -> VQAExample:
+        if not isinstance(record, list) or len(record) != 3:
+            raise RecordError("not a list of question, answer and image id")
+        fields = dict(zip(("question", "answer", "image id"), record, strict=True))
+        answer = answer_text(fields["answer"])
+        answer_type = "yes/no" if answer in ("yes", "no") else "other"
+        image = picture(f"{field(fields, 'image id', int)}.png")
+        return VQAExample(position, image, field(fields, "question", str), (answer,), answer_type)
+
+    path = folder / "questions.json"
+    with naming(path):
+        records = list_of(parse_json(sources.read_text(path)))
+        return collect(sources, path, "[{}]", enumerate(records), example)

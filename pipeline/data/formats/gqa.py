@@ -1,0 +1,56 @@
+"""GQA."""
+
+from sys import intern
+from typing import Any
+
+from pipeline.data.examples import Split, VQAExample
+from pipeline.data.records import (
+    RecordError,
+    answers_of,
+    check_encodable,
+    field,
+    naming,
+    object_of,
+    optional_text,
+    parse_json,
+)
+from pipeline.data.sources import Sources, collect, pictures
+
+_READ = ("imageId", "question", "answer", "types")  # of a question; its scene graph and programs are ten times that
+
+
+def read(sources: Sources) -> Split:
+    """GQA ({split}_questions.json): an object of question id -> `{imageId, question, answer, types?}`, no answer on
+    test; the picture is `{imageId}.jpg`.
+
+    The short answer is read, not `fullAnswer`. The answer type is `types.structural` (verify, query, choose, logical,
+    compare), the question type `types.semantic`. One file: the shards of all 14 million questions are not joined.
+    """
+    path, picture = sources.need("annotations"), pictures(sources.need("images"))
+
+    def example(question_id: str, value: object) -> VQAExample:
+        check_encodable("question id", question_id)
+        record = object_of(value)
+        types = object_of(record.get("types", {}))
+        return VQAExample(
+            question_id=question_id,
+            image=picture(f"{field(record, 'imageId', str)}.jpg"),
+            question=field(record, "question", str),
+            answers=tuple(map(intern, answers_of(record, "answer"))),
+            answer_type=optional_text(types, "structural"),
+            question_type=optional_text(types, "semantic"),
+        )
+
+    with naming(path):
+        whole = object_of(parse_json(sources.read_text(path), pairs_hook=_what_is_read))
+        return collect(sources, path, "{}", whole.items(), example)
+
+
+def _what_is_read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without what is not read, dropped while the file is being parsed."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"{twice!r} is there twice")
+    return {name: record[name] for name in _READ if name in record} if "imageId" in record else record

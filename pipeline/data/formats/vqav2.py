@@ -1,0 +1,94 @@
+"""VQAv2 and OK-VQA."""
+
+from sys import intern
+from typing import Any
+
+from pipeline.data.examples import ANNOTATED_TWICE, LeftOut, Split, VQAExample
+from pipeline.data.records import (
+    answer_of,
+    check_encodable,
+    each,
+    field,
+    naming,
+    object_of,
+    optional_text,
+    parse_json,
+    question_id_of,
+)
+from pipeline.data.sources import Sources, collect, pictures
+
+_Annotation = tuple[tuple[str, ...], str | None, str | None]  # answers, answer type, question type
+_NOT_ANNOTATED: _Annotation = ((), None, None)
+
+
+def read(sources: Sources) -> Split:
+    """VQAv2 and OK-VQA: a questions file, an annotations file joined on `question_id`, COCO's images.
+
+    Questions: `data_subtype, questions[]{question_id, image_id, question}`; the picture is
+    `COCO_{data_subtype}_{image_id:012d}.jpg`. Annotations: `annotations[]{question_id, answers[]{answer},
+    question_type?, answer_type?}`; a test split may have none. Annotations of other questions are ignored;
+    where the file is given, questions that are not in it are left out, on test splits too.
+    """
+    path, picture = sources.need("questions"), pictures(sources.need("images"))
+    annotations, annotated_twice = _annotations(sources)
+
+    def lacks(question_id: int | str) -> str | None:
+        if annotations is None or question_id in annotations:
+            return sources.lacks(question_id)
+        return f"no annotation in {sources.annotations}"
+
+    with naming(path):
+        whole = object_of(parse_json(sources.read_text(path)))
+        # test-dev is a part of test: its pictures are test's.
+        prefix = f"COCO_{field(whole, 'data_subtype', str).replace('test-dev', 'test')}"
+
+        def example(_: int, value: object) -> VQAExample:
+            record = object_of(value)
+            key = question_id_of(record)
+            answers, answer_type, question_type = (annotations or {}).get(key, _NOT_ANNOTATED)
+            image = picture(f"{prefix}_{field(record, 'image_id', int):012d}.jpg")
+            return VQAExample(key, image, field(record, "question", str), answers, answer_type, question_type)
+
+        records = enumerate(field(whole, "questions", list))
+        found = collect(sources, path, "questions[{}]", records, example, lacks)
+    return found._replace(left_out=annotated_twice + found.left_out)
+
+
+def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None, list[LeftOut]]:
+    """Annotations by question id, None on a test split without; and the repeated ones, of which the first counts."""
+    if sources.annotations is None and sources.may_lack_answers:
+        return None, []
+    path = sources.need("annotations")
+    annotations: dict[int | str, _Annotation] = {}
+    twice: list[LeftOut] = []
+
+    def annotation(_: int, value: object) -> tuple[int | str, _Annotation]:
+        record = object_of(value)
+        answers = _answers(field(record, "answers", list))
+        types = optional_text(record, "answer_type"), optional_text(record, "question_type")
+        return question_id_of(record), (answers, *types)
+
+    with naming(path):
+        records = field(object_of(parse_json(sources.read_text(path), hook=_answer_alone)), "annotations", list)
+        for position, (key, made) in each(enumerate(records), "annotations[{}]", annotation):
+            if key not in annotations:
+                annotations[key] = made
+            else:
+                where = f"{path}: annotations[{position}]"
+                twice.append(LeftOut(sources.split, ANNOTATED_TWICE, where, key, questions=0))
+    return annotations, twice
+
+
+def _answer_alone(record: dict[str, Any]) -> object:
+    """An answer record -> its answer, while the file is being parsed; any other record as it is.
+
+    VQAv2's 4.4 million answer records take 1.3 GB, and some 200,000 answers are distinct.
+    """
+    answer = record.get("answer")
+    return intern(answer) if type(answer) is str and "answers" not in record else record
+
+
+def _answers(answers: list[Any]) -> tuple[str, ...]:
+    texts = tuple([item if type(item) is str else answer_of(item) for item in answers])
+    check_encodable("answer", "".join(texts))
+    return texts

@@ -1,0 +1,147 @@
+"""Which published form a file has, by its first records: for the user who named another one."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.data.rows import find_header
+from pipeline.data.sources import Sources
+
+_HEAD = 1 << 20  # bytes that are looked at
+_DEPTH = 5  # of lists and objects that the head may cut off: file, list, record, answers, answer
+_NEXT_KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:')
+_KEYS = {"vqav2": ("questions", "annotations")}  # the other formats have annotations alone
+_VIZWIZ_TEST = {"image", "question", "answerable", "answer_type"}
+_READS_TOO = {("jsonl", "lavis")}  # what LAVIS writes is a list of one's own, too
+_DECODER = json.JSONDecoder()
+
+
+class Form(NamedTuple):
+    """A data format, the config's key for a file of it, and what the file must become before it can stand there."""
+
+    format: str
+    key: str = "annotations"
+    remedy: str = ""
+
+
+_CONVERSATIONS = (
+    "this looks like LLaVA's conversations: write a record with image, question and answer for each question of a "
+    "human and the answer to it, the question without <image>"
+)
+_OTHER_NAMES = {
+    "image": ("image_name", "image_path", "image_file", "img_name", "img_path", "img", "file_name", "filename"),
+    "question": ("prompt", "instruction", "q"),
+    "question_id": ("qid", "id"),
+}
+
+
+def mistaken(format: str, sources: Sources) -> str | None:
+    """What to set instead, if a file of `sources` looks like another format's, or stands at another file's key."""
+    told = []
+    for key in _KEYS.get(format, ("annotations",)):
+        path: Path | None = getattr(sources, key)
+        found = recognise(path) if path else None
+        if found and found != Form(format, key) and (format, found.format) not in _READS_TOO:
+            told.append(f"{path}: {_instead(found, Form(format, key), sources.split)}")
+    return "; ".join(dict.fromkeys(told)) or None
+
+
+def recognise(path: Path) -> Form | None:
+    """The form that a file seems to have; None for a file that is not known or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_HEAD).decode("utf-8-sig", errors="replace")
+    except OSError:
+        return None
+    if text.lstrip()[:1] not in ("[", "{"):
+        header = find_header(text)
+        return _form_of_own(dict.fromkeys(header.names)) if header else None
+    value, _ = _beginning(text, 0, _DEPTH)
+    return _form_of_an_object(value) if isinstance(value, dict) else _form_of_a_list(_first(value))
+
+
+def _instead(found: Form, given: Form, split: str) -> str:
+    whose = f"{found.format}'s {found.key}" if found.format in _KEYS else found.format
+    if found.remedy:
+        return f"{found.remedy}; then data.format={found.format} reads it"
+    steps = [f"data.format={found.format}"] if found.format != given.format else []
+    if found.key != given.key:
+        steps.append(f"data.{split}.{found.key} to this file")
+    other = given.format if found.format != given.format else f"its {given.key}"
+    return f"this looks like {whose}, not {other}: set {' and '.join(steps)}"
+
+
+def _form_of_a_list(record: Mapping[str, object]) -> Form | None:
+    if not record.keys().isdisjoint(("direct_answers", "difficult_direct_answer", "correct_choice_idx")):
+        return Form("aokvqa")
+    if not {"image", "question"} <= record.keys():
+        return _form_of_own(record)
+    answers = record.get("answers")
+    if isinstance(answers, list) and answers and isinstance(answers[0], str):
+        return Form("jsonl")
+    if isinstance(record.get("answer"), str):  # LAVIS's is a list
+        return Form("jsonl")
+    if "answer" in record or ("answers" not in record and "question_id" in record):
+        return Form("lavis")
+    return Form("vizwiz" if "answers" in record or record.keys() <= _VIZWIZ_TEST else "jsonl")
+
+
+def _form_of_an_object(whole: Mapping[str, object]) -> Form | None:
+    if {"image", "question"} <= whole.keys():
+        return Form("jsonl")
+    if {"image_id", "question"} <= _first(whole.get("data")).keys():
+        return Form("textvqa")
+    if {"image_id", "question"} <= _first(whole.get("questions")).keys():
+        return Form("vqav2", "questions")
+    annotation = _first(whole.get("annotations"))
+    if "caption" in annotation or {"id", "file_name"} <= _first(whole.get("images")).keys():
+        return Form("coco_captions")
+    if {"question_id", "answers"} <= annotation.keys():
+        return Form("vqav2", "annotations")
+    first = next(iter(whole.values()), None)
+    if isinstance(first, dict) and {"imageId", "question"} <= first.keys():
+        return Form("gqa")
+    wrapped = next((key for key, value in whole.items() if {"image", "question"} <= _first(value).keys()), None)
+    if wrapped is not None:
+        return Form("jsonl", remedy=f"keep only the list at {wrapped!r} in the file")
+    return _form_of_own(whole)
+
+
+def _form_of_own(record: Mapping[str, object]) -> Form | None:
+    """The form of a record that people made: ours, or one that nearly is."""
+    if "conversations" in record:
+        return Form("jsonl", remedy=_CONVERSATIONS)
+    if {"image", "question"} <= record.keys():
+        return Form("jsonl")
+    renamed = {name: next((other for other in others if other in record), None) for name, others in _OTHER_NAMES.items()
+               if name not in record}  # fmt: skip
+    if any(name not in record and not renamed[name] for name in ("image", "question")):
+        return None
+    names = " and ".join(f"{other} to {name}" for name, other in renamed.items() if other)
+    return Form("jsonl", remedy=f"rename {names}")
+
+
+def _first(records: object) -> Mapping[str, object]:
+    """The first of a list of records; an empty one if there is none."""
+    record = records[0] if isinstance(records, list) and records else None
+    return record if isinstance(record, dict) else {}
+
+
+def _beginning(text: str, at: int, depth: int) -> tuple[object, int]:
+    """The JSON value at a place, and where it ends; of one that is cut off or broken, what stands before that."""
+    while text[at : at + 1].isspace():
+        at += 1
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+        return value, end
+    except (ValueError, RecursionError):
+        opening = text[at : at + 1] if depth else ""
+    if opening == "[":
+        return [_beginning(text, at + 1, depth - 1)[0]], len(text)
+    found: dict[str, object] = {}
+    at += 1
+    while opening == "{" and (key := _NEXT_KEY.match(text, at)):
+        found[key[1]], at = _beginning(text, key.end(), depth - 1)
+    return found if opening == "{" else None, len(text)

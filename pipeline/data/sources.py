@@ -1,0 +1,112 @@
+"""Where one split of a data set lies, and how its records become a `Split`."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from pipeline.common.errors import PipelineError
+from pipeline.common.table_name import TableName
+from pipeline.data.examples import NO_ANSWER, TWICE, LeftOut, Split, VQAExample
+from pipeline.data.records import Position, RecordError, each, list_of, naming, parse_json
+
+OnRead = Callable[[Path, bytes], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where one split lies: `data.{split}` of the config."""
+
+    split: str
+    annotations: Path | None = None
+    images: Path | None = None
+    questions: Path | None = None
+    on_read: OnRead = lambda path, data: None
+    """Is told the bytes of each annotation file: those that are parsed, whatever becomes of the file later."""
+    tables: Mapping[str, TableName] = field(default_factory=dict)
+    """By key: `dataset`, `image_dataset`."""
+
+    @property
+    def may_lack_answers(self) -> bool:
+        return self.split.startswith("test")
+
+    def lacks(self, question_id: int | str) -> str | None:
+        """Why a question without answers is left out, or None where it may lack them."""
+        return None if self.may_lack_answers else NO_ANSWER
+
+    def need(self, key: str) -> Path:
+        path: Path | None = getattr(self, key)
+        if path is None:
+            raise self._not_set(key)
+        return path
+
+    def need_table(self, key: str) -> TableName:
+        if key not in self.tables:
+            raise self._not_set(key)
+        return self.tables[key]
+
+    def _not_set(self, key: str) -> PipelineError:
+        return PipelineError(f"data.{self.split}.{key} is not set, and this data.format needs it")
+
+    def read_text(self, path: Path) -> str:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RecordError(f"cannot be read: {error.strerror}") from None
+        self.on_read(path, data)
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecordError(f"not UTF-8 at byte {error.start}; save it as UTF-8 (Excel: CSV UTF-8)") from None
+
+
+def collect(
+    sources: Sources,
+    path: Path | str,
+    place: str,
+    records: Iterable[tuple[Position, object]],
+    make: Callable[[Position, object], VQAExample],
+    lacks: Callable[[int | str], str | None] | None = None,
+) -> Split:
+    """The split that `make` makes of the file's (position, record)s; `lacks` replaces `Sources.lacks`."""
+    examples: dict[int | str, VQAExample] = {}
+    left_out: list[LeftOut] = []
+    file = str(path)
+    lacks = lacks or sources.lacks
+    for position, example in each(records, place, make):
+        key = example.question_id
+        if key in examples:
+            reason: str | None = TWICE
+        else:
+            reason = None if example.answers else lacks(key)
+        if reason is None:
+            examples[key] = example
+            object.__setattr__(example, "where", f"{file}: {place.format(position)}")  # frozen, but not out of hand yet
+        else:
+            left_out.append(
+                LeftOut(sources.split, reason, f"{file}: {place.format(position)}", key, str(example.image))
+            )
+    return Split(list(examples.values()), left_out)
+
+
+def collect_list(sources: Sources, make: Callable[[int, object], VQAExample]) -> Split:
+    """The split that `make` makes of an annotations file that is one JSON list of records."""
+    path = sources.need("annotations")
+    with naming(path):
+        records = list_of(parse_json(sources.read_text(path)))
+        return collect(sources, path, "[{}]", enumerate(records), make)
+
+
+def pictures(folder: Path) -> Callable[[str], Path]:
+    """Picture name -> its path in `folder`, made once a name; names that lead out of it are refused."""
+
+    @cache
+    def path(name: str) -> Path:
+        relative = Path(name)
+        if relative.anchor:
+            raise RecordError(f"image {name!r} must be relative to the images folder, {folder}")
+        if ".." in relative.parts or not relative.parts or "\0" in name:
+            raise RecordError(f"image {name!r} does not name a file inside {folder}")
+        return folder / relative
+
+    return path

@@ -1,0 +1,1 @@
+"""The run folder: its record, log, checkpoints, model card and report page."""

@@ -1,0 +1,51 @@
+"""`pipe benchmark` on the smallest size, and the count of operations that it is judged against."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pipeline.blip2.random_checkpoint import config_of
+from pipeline.cli import main
+from pipeline.commands.benchmark import ask, count_operations, sequences_of
+
+BIG = "blip2-opt-2.7b"
+
+
+def test_the_questions_are_distributed_like_vqav2s() -> None:
+    asked = ask(20_000, config_of(BIG))
+    assert len(asked) / len({one.image for one in asked}) == pytest.approx(5.36, rel=0.02)
+    assert np.mean([len(one.prompt) for one in asked]) == pytest.approx(5 + 7.2, rel=0.02)
+    assert np.mean([len(one.target) for one in asked]) == pytest.approx(2.4, rel=0.02)
+    assert ask(20, config_of(BIG)) == ask(20, config_of(BIG))
+
+
+def test_operations_are_those_of_the_weights() -> None:
+    """2 a weight and token, and as many again for the gradient of the input, which the first layer has no use for."""
+    config = config_of(BIG)
+    asked = ask(16, config)
+    counted = count_operations(asked, config)
+    linear = 32 * (4 * 2560**2 + 2 * 2560 * 10240)
+    nodes = sum(one.nodes for one in sequences_of(asked, config, share=True))
+    labels = sum(len(one.target) for one in asked)
+    assert counted["shared"] == pytest.approx(4 * (nodes * linear + labels * 2560 * 50304), rel=0.04)
+    assert counted["plain"] > 4.5 * counted["shared"]
+    assert counted["unshared"] > 2 * counted["shared"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_tells_rates_ratios_and_peaks(tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    words = ["benchmark", "--size", "tiny", "--questions", "8", "--turns", "1", "--plot", str(plot), "--json"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    rates = summary["questions_per_second"]
+    assert summary["ratios"]["shared_vs_plain"] == rates["shared"] / rates["plain"]
+    assert summary["ratios"]["shared_vs_unshared"] == rates["shared"] / rates["unshared"]
+    assert set(summary["peak_memory_bytes"]) == {"plain", "unshared", "shared"}
+    assert all(0 < share < 1 for share in summary["share_of_peak"].values())
+    assert len(ElementTree.parse(plot).findall("{http://www.w3.org/2000/svg}rect")) == 3

@@ -1,0 +1,215 @@
+"""What evaluation writes, how it answers, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from data_set import write_config
+from torch import OutOfMemoryError
+
+import pipeline.answers.generation
+from pipeline.answers.generation import answer_questions
+from pipeline.batches.assemble import load_base, load_tokenizer, open_batcher
+from pipeline.batches.sequences import pack_prompts
+from pipeline.blip2.language_model import Blip2LanguageHalf
+from pipeline.cli import main
+from pipeline.commands.evaluate import evaluate
+from pipeline.commands.precompute import precompute
+from pipeline.commands.train import train
+from pipeline.common.errors import ConfigError, PipelineError
+from pipeline.config import PRESETS, Config, load_config
+from pipeline.runs.folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = RunFolder(tmp_path_factory.mktemp("evaluated") / "run")
+    train(cached, folder)
+    return folder
+
+
+def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: RunFolder) -> None:
+    for with_adapter in True, False:
+        summary = evaluate(run, with_adapter=with_adapter)
+        assert json.loads(run.evaluation("val", with_adapter).read_text()) == summary
+        assert summary["adapter"] is with_adapter
+        low, high = summary["accuracy_interval"]
+        assert low <= summary["accuracy"] <= high
+    assert {path.name for path in run.path.iterdir()} >= {
+        "results-val.json", "answers-val.jsonl", "evaluation-val.json", "mistakes-val.jsonl",
+        "results-val-no-adapter.json", "answers-val-no-adapter.jsonl", "evaluation-val-no-adapter.json",
+        "mistakes-val-no-adapter.jsonl",
+    }  # fmt: skip
+
+
+def test_each_answer_stands_with_its_accuracy_in_the_order_of_the_split(run: RunFolder) -> None:
+    summary = evaluate(run)
+    answers = [json.loads(line) for line in run.answers("val", True).read_text().splitlines()]
+    results = json.loads(Path(summary["results"]).read_text())
+    assert [{key: one[key] for key in ("question_id", "answer")} for one in answers] == results
+    assert sum(one["accuracy"] for one in answers) / len(answers) == pytest.approx(summary["accuracy"])
+    assert all(0 <= one["probability"] <= 1 for one in answers)
+
+
+def test_mistakes_are_wrong_and_the_surest_stands_first(run: RunFolder) -> None:
+    summary = evaluate(run)
+    mistakes = [json.loads(line) for line in Path(summary["mistakes"]).read_text().splitlines()]
+    answers = {row["question_id"]: row["answer"] for row in json.loads(Path(summary["results"]).read_text())}
+    assert len(mistakes) == round(summary["questions"] * (1 - summary["accuracy"] / 100))
+    sure = [one["probability"] for one in mistakes]
+    assert sure == sorted(sure, reverse=True)
+    assert all(0 < one <= 1 for one in sure)
+    for one in mistakes:
+        assert answers[one["question_id"]] == one["answer"]
+        assert one["answer"] not in one["right"]
+        assert Path(one["image"]).exists()
+
+
+def test_the_probability_is_that_of_the_answers_tokens(cached: Config) -> None:
+    """Against the loss of the same answer, which training computes."""
+    config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": None})})
+    batcher, model, tokenizer = open_batcher(config, "val"), load_base(config), load_tokenizer(config)
+    for beams in 1, 3:
+        settings = config.evaluate.model_copy(update={"num_beams": beams, "max_new_tokens": 20})
+        found = answer_questions(model, batcher, np.arange(6), tokenizer, settings)
+        for number, answer in found.items():
+            target = np.array(tokenizer.targets([answer.text])[0])
+            inputs = batcher.for_training([number], targets=lambda _, target=target: [(target, 1.0)])
+            loss = model(**pipeline.batches.sequences.pack(inputs), num_items_in_batch=1).loss
+            assert answer.log_probability == pytest.approx(-loss.item(), abs=1e-3)
+
+
+def test_an_image_is_read_once_for_all_its_questions(cached: Config) -> None:
+    batcher = open_batcher(cached, "train")
+    sequences = batcher.for_generation([0, 1, 2, 3, 4, 5])
+    assert [one.questions for one in sequences] == [3, 3]
+    inputs = pack_prompts(sequences)
+    apart = sum(len(batcher.text.prompt_ids[number]) - 1 + batcher.query_tokens for number in range(6))
+    assert len(inputs["position_ids"]) < 0.6 * apart
+    assert inputs["last_tokens"].tolist() == [int(batcher.text.prompt_ids[number][-1]) for number in range(6)]
+    for number, path in enumerate(inputs["paths"].tolist()):
+        seen = [node for node in path if node >= 0]
+        assert len(seen) == batcher.query_tokens + len(batcher.text.prompt_ids[number]) - 1
+
+
+def test_answers_do_not_depend_on_batches_or_their_order(cached: Config) -> None:
+    config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": None})})
+    batcher, model, tokenizer = open_batcher(config, "train"), load_base(config), load_tokenizer(config)
+
+    def answers(batch_size: int, questions: Any) -> dict[int, str]:
+        settings = config.evaluate.model_copy(update={"batch_size": batch_size})
+        found = answer_questions(model, batcher, np.asarray(questions), tokenizer, settings)
+        return {number: answer.text for number, answer in found.items()}
+
+    expected = answers(54, range(54))
+    assert sorted(expected) == list(range(54))
+    assert len(set(expected.values())) > 2
+    assert answers(7, range(54)) == expected
+    assert answers(2, range(53, -1, -1)) == expected, "an image of more questions than a batch takes is split"
+    assert answers(8, [50, 3, 17]) == {number: expected[number] for number in (50, 3, 17)}
+
+
+def test_out_of_memory_halves_the_batch(
+    cached: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batcher, model, tokenizer = open_batcher(cached, "val"), load_base(cached), load_tokenizer(cached)
+    expected = answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
+    generate, limit = Blip2LanguageHalf.generate, [5]
+
+    def short(self: Blip2LanguageHalf, paths: Any, **inputs: Any) -> Any:
+        if len(paths) > limit[0]:
+            raise OutOfMemoryError("CUDA out of memory")
+        return generate(self, paths, **inputs)
+
+    monkeypatch.setattr(Blip2LanguageHalf, "generate", short)
+    found = answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
+    assert {number: answer.text for number, answer in found.items()} == {
+        number: answer.text for number, answer in expected.items()
+    }
+    assert "out of memory with 18 questions at a time: they are computed in two halves" in capsys.readouterr().err
+    limit[0] = 0
+    with pytest.raises(PipelineError, match=r"out of memory with one question .* fewer evaluate\.num_beams"):
+        answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
+
+
+@pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5", "train={}"])
+def test_what_only_training_looks_at_is_refused(run: RunFolder, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"{override}.*trained already"):
+        evaluate(run, (override,))
+
+
+def test_an_unknown_format_is_told_before_anything_is_answered(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.commands.evaluate.answer_questions", lambda *_: pytest.fail("answered"))
+    with pytest.raises(ConfigError, match=r"no data\.format 'vqa2'; nearest: vqav2"):
+        evaluate(run, ("data.format=vqa2",))
+
+
+def test_options_are_the_configs_keys_and_overrides_win(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def remember(run: RunFolder, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
+        from pipeline.config import load_config
+
+        seen.append(load_config(run.config, overrides).evaluate)
+        return {}
+
+    monkeypatch.setattr("pipeline.commands.evaluate.evaluate", remember)
+
+    def evaluated(*words: str) -> Any:
+        done = CliRunner().invoke(main, ["evaluate", str(run.path), *words])
+        assert done.exit_code == 0, done.stderr
+        return seen[-1]
+
+    official = evaluated("--preset", "official")
+    assert (official.num_beams, official.max_new_tokens, official.min_new_tokens, official.length_penalty) == (
+        5, 10, 1, -1.0)  # fmt: skip
+    assert evaluated("--preset", "official", "--num-beams", "3").num_beams == 3
+    assert evaluated("--num-beams", "3", "evaluate.num_beams=2").num_beams == 2
+    assert (evaluated("--split", "train").split, evaluated("--method", "lavis").method) == ("train", "lavis")
+    assert {"greedy", "official"} == set(PRESETS)
+
+
+def test_a_wrong_option_names_what_is_allowed(run: RunFolder) -> None:
+    done = CliRunner().invoke(main, ["evaluate", str(run.path), "--method", "bleu"])
+    assert done.exit_code == 2
+    assert "evaluate.method" in done.stderr
+    assert "'lmms-eval'" in done.stderr
+
+
+def test_captions_are_trained_all_and_handed_in_as_captions(data_set: Path) -> None:
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(24)]
+    captions = [{"id": number, "image_id": number // 2, "caption": f"a shape {number % 2}"} for number in range(48)]
+    for split in "train", "val":
+        (data_set / f"{split}.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    files = {s: {"annotations": f"{data_set}/{s}.json", "images": f"{data_set}/images"} for s in ("train", "val")}
+    config = load_config(write_config(data_set, data={"format": "coco_captions", **files}))
+    precompute(config)
+    assert config.answers_trained == "all"
+    run = RunFolder(data_set / "run")
+    train(config, run)
+    summary = evaluate(run, ("evaluate.max_new_tokens=6",))
+    rows = json.loads(Path(summary["results"]).read_text())
+    assert [row.keys() for row in rows] == [{"image_id", "caption"}] * 24
+
+
+def test_a_split_without_answers_is_answered_and_not_scored(data_set: Path) -> None:
+    row = {"image": "3.png", "question": "what shape is it?", "question_id": "q-3"}
+    (data_set / "test.jsonl").write_text(json.dumps(row))
+    files = {"test": {"annotations": f"{data_set}/test.jsonl", "images": f"{data_set}/images"}}
+    config = load_config(write_config(data_set, data=files))
+    precompute(config)
+    run = RunFolder(data_set / "run")
+    train(config, run)
+    summary = evaluate(run, ("evaluate.split=test", "evaluate.method=official"))
+    assert (summary["questions"], summary["scored"], summary["accuracy"]) == (1, 0, None)
+    assert [row["question_id"] for row in json.loads(Path(summary["results"]).read_text())] == ["q-3"]
+    assert Path(summary["mistakes"]).read_text() == ""
+
+
+def test_several_processes_are_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="start it without torchrun"):
+        evaluate(run)

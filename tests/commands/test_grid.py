@@ -1,0 +1,131 @@
+"""Several trainings from one command."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import pipeline.commands.grid
+from pipeline.blip2.language_model import Blip2LanguageHalf
+from pipeline.cli import main
+from pipeline.commands.grid import train_grid
+from pipeline.commands.train import StoppedError, load_for_training, train
+from pipeline.common.errors import PipelineError
+from pipeline.config import Config, combinations_of
+from pipeline.runs.folder import RunFolder, next_run
+
+NAME = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def config_path(cached: Config, tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    train_section = cached.train.model_copy(update={"max_steps": 3, "output_dir": tmp_path / "runs"})
+    path.write_text(cached.model_copy(update={"train": train_section}).to_yaml())
+    return path
+
+
+def pipe_train(config: Path, *words: str) -> tuple[int, dict[str, object], str]:
+    done = CliRunner().invoke(main, ["train", str(config), *words, "--json"])
+    return done.exit_code, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "varied", "fixed"),
+    [
+        (("lora.r=8,16", "train.epochs=1"), [{"lora.r": "8"}, {"lora.r": "16"}], ("train.epochs=1",)),
+        (("lora.target_modules=[q_proj,v_proj]",), [{}], ("lora.target_modules=[q_proj,v_proj]",)),
+        (
+            ("lora.target_modules=[q_proj],[q_proj, v_proj]",),
+            [{"lora.target_modules": "[q_proj]"}, {"lora.target_modules": "[q_proj, v_proj]"}],
+            (),
+        ),
+        (("data.prompt=Q, {question}",), [{}], ("data.prompt=Q, {question}",)),
+        (("cache.dir=a,b",), [{}], ("cache.dir=a,b",)),
+        (("train.lr_scheduler=linear,cosine",), [{"train.lr_scheduler": one} for one in ("linear", "cosine")], ()),
+    ],
+)
+def test_a_list_of_values_is_varied_and_a_text_is_not(
+    overrides: tuple[str, ...], varied: list[dict[str, str]], fixed: tuple[str, ...]
+) -> None:
+    assert combinations_of(overrides) == (varied, fixed)
+
+
+def test_two_lists_give_every_combination() -> None:
+    varied, _ = combinations_of(("lora.r=8,16,32", "train.learning_rate=1e-4,3e-4"))
+    assert len(varied) == 6
+    assert varied[1] == {"lora.r": "8", "train.learning_rate": "3e-4"}
+
+
+def test_a_grid_trains_what_separate_commands_train_and_loads_the_model_once(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loads = []
+
+    def load(config: Config) -> Blip2LanguageHalf:
+        loads.append(config)
+        return load_for_training(config)
+
+    monkeypatch.setattr(pipeline.commands.grid, "load_for_training", load)
+    status, summary, _ = pipe_train(config_path, "lora.r=4,8", "train.learning_rate=1e-3,3e-3", "--name", "grid")
+    assert (status, summary["failed_runs"], len(loads)) == (0, 0, 1)
+    names = [Path(str(row["run"])).name for row in summary["runs"]]
+    assert names[0] == "grid-r=4-learning_rate=1e-3"
+    assert len(set(names)) == 4
+    pipe_train(config_path, "lora.r=8", "train.learning_rate=3e-3", "--name", "alone")
+    alone, last = tmp_path / "runs" / "alone", tmp_path / "runs" / names[-1]
+    assert (alone / "adapter" / NAME).read_bytes() == (last / "adapter" / NAME).read_bytes()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(config_path: Path) -> None:
+    words = ["train.learning_rate=1e-3,1e30,2e-3", "--name", "grid"]
+    status, summary, stderr = pipe_train(config_path, *words)
+    assert (status, summary["failed_runs"]) == (1, 1)
+    assert [sorted(row.keys() & {"failed", "steps"}) for row in summary["runs"]] == [["steps"], ["failed"], ["steps"]]
+    assert "training diverged" in str(summary["runs"][1]["failed"])
+    assert "grid-learning_rate=1e30 failed" in stderr
+
+
+def test_a_name_that_no_layer_has_is_refused_before_the_first_training(config_path: Path) -> None:
+    status, _, stderr = pipe_train(config_path, "lora.target_modules=[q_proj],[nothing]", "--name", "grid")
+    assert status == 2
+    assert "lora.target_modules: 'nothing' matches nothing in the language model" in stderr
+    assert not (config_path.parent / "runs").exists()
+
+
+def test_a_grid_that_was_stopped_goes_on(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["lora.r=4,8,16", "--name", "grid"]
+
+    def stop_the_second(config: Config, *rest: object) -> object:
+        if config.lora.r == 8:
+            raise StoppedError("stopped at step 1 of 3, saved")
+        return train(config, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.commands.grid, "train", stop_the_second)
+        status, _, stderr = pipe_train(config_path, *words)
+    assert status == 1
+    assert "grid-r=8: stopped at step 1 of 3, saved. The same command with --resume goes on with all runs" in stderr
+    status, summary, _ = pipe_train(config_path, *words, "--resume")
+    assert (status, [row["steps"] for row in summary["runs"]]) == (0, [3, 3, 3])
+    assert pipe_train(config_path, *words)[0] == 1, "the runs exist"
+
+
+def test_a_wrong_value_is_told_before_anything_is_trained(config_path: Path, tmp_path: Path) -> None:
+    status, _, stderr = pipe_train(config_path, "lora.r=8,-1", "--name", "grid")
+    assert status == 2
+    assert "lora.r" in stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_processes_are_refused(config_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="run in one process"):
+        train_grid(config_path, [{"lora.r": "4"}, {"lora.r": "8"}], (), RunFolder(tmp_path / "grid"))
+
+
+def test_the_next_number_is_free_of_grids_too(tmp_path: Path) -> None:
+    for name in ("mine-1-r=8", "mine-2", "mine-30"):
+        (tmp_path / name).mkdir()
+    assert next_run(tmp_path, "mine").path.name == "mine-3"

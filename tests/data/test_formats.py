@@ -1,0 +1,275 @@
+"""Each data set in its published form -> examples, and answers -> what its evaluation takes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import published
+import pytest
+from data_set import write_config
+
+from pipeline.batches.assemble import load_tokenizer, open_batcher
+from pipeline.commands.precompute import precompute
+from pipeline.common.errors import ConfigError, PipelineError
+from pipeline.config import load_config
+from pipeline.data.examples import DIFFICULT, LeftOut, Split, VQAExample
+from pipeline.data.vqa import FORMATS, official_form, read_examples
+
+FOLDER = Path("pictures")
+CAPTIONS = [
+    "A man with a red helmet on a small moped on a dirt road. ",
+    "Man riding a motor bike on a dirt road on the countryside.",
+    "A woman wearing a net on her head cutting a cake. ",
+]
+
+EXPECTED = {
+    "vqav2": [
+        VQAExample(
+            458752000,
+            FOLDER / "COCO_train2014_000000458752.jpg",
+            "What is this photo taken looking through?",
+            ("net", "netting", "mesh", *["net"] * 7),
+            "other",
+            "what is this",
+        ),
+        VQAExample(
+            458752001,
+            FOLDER / "COCO_train2014_000000458752.jpg",
+            "What position is this man playing?",
+            ("pitcher", "catcher", *["pitcher"] * 8),
+            "other",
+            "what",
+        ),
+    ],
+    "okvqa": [
+        VQAExample(
+            516065,
+            FOLDER / "COCO_train2014_000000051606.jpg",
+            "What is the hairstyle of the blond called?",
+            ("pony tail", "braid", *["pony tail"] * 8),
+            "other",
+            "four",
+        ),
+        VQAExample(
+            817215,
+            FOLDER / "COCO_train2014_000000081721.jpg",
+            "How old do you have to be in canada to do this?",
+            ("18", "21", *["18"] * 8),
+            "other",
+            "four",
+        ),
+    ],
+    "aokvqa": [
+        VQAExample(
+            "22MexNkBPpdZGX6sxbxVBH",
+            FOLDER / "000000299207.jpg",
+            "What is the man by the bags awaiting?",
+            ("ride", "ride", "bus", "taxi", "travelling", "traffic", "taxi", "cab", "cab", "his ride"),
+            "direct answer",
+        ),
+        VQAExample(
+            "2BAjGYTtGqWFAM6ywJEWpb",
+            FOLDER / "000000082237.jpg",
+            "How many people will dine at this table?",
+            ("one",) * 9 + ("1",),
+            DIFFICULT,
+        ),
+    ],
+    "vizwiz": [
+        VQAExample(
+            "VizWiz_train_00000001.jpg",
+            FOLDER / "VizWiz_train_00000001.jpg",
+            "Can you tell me what is in this can please?",
+            ("basil leaves",) * 6 + ("basil",) * 4,
+            "other",
+        ),
+        VQAExample(
+            "VizWiz_train_00000002.jpg",
+            FOLDER / "VizWiz_train_00000002.jpg",
+            "Is this enchilada sauce or is this tomatoes? Thank you.",
+            ("unanswerable",) * 10,
+            "unanswerable",
+        ),
+    ],
+    "textvqa": [
+        VQAExample(
+            34602,
+            FOLDER / "003a8ae2ef43b901.jpg",
+            "what is the brand of this camera?",
+            ("dakota", "dakota", "clos culombu", "dakota digital", *["dakota"] * 6),
+        ),
+        VQAExample(
+            34603, FOLDER / "3a8ae2ef43b90103.jpg", "what does the small white text spell?", ("copenhagen",) * 10
+        ),
+    ],
+    "gqa": [
+        VQAExample("02930152", FOLDER / "2354786.jpg", "Is the sky dark?", ("yes",), "verify", "attr"),
+        VQAExample("07333408", FOLDER / "n161313.jpg", "What is on the white wall?", ("pipe",), "query", "rel"),
+    ],
+    "lavis": [
+        VQAExample(
+            262148001,
+            FOLDER / "val2014/COCO_val2014_000000262148.jpg",
+            "What are the people doing?",
+            ("spectating", "watching", "watching"),
+        ),
+        VQAExample(1, FOLDER / "vg/VG_100K_2/1.jpg", "What color is the clock?", ("green",)),
+    ],
+    "coco_captions": [
+        VQAExample(391895, FOLDER / "000000391895.jpg", "", tuple(CAPTIONS[:2])),
+        VQAExample(522418, FOLDER / "000000522418.jpg", "", tuple(CAPTIONS[2:])),
+    ],
+    "jsonl": [
+        VQAExample(7, FOLDER / "a.png", "what color?", ("red",)),
+        VQAExample(2, FOLDER / "b/c.png", "how many?", ("2", "2", "3"), "number"),
+    ],
+}
+
+
+def read(folder: Path, data_set: str, files: Mapping[str, Any], split: str = "train") -> Split:
+    paths = published.write(folder, data_set, dict(files))
+    return read_examples(published.format_of(data_set), split, images=FOLDER, **paths)
+
+
+@pytest.mark.parametrize("data_set", published.TRAIN)
+def test_a_data_set_as_it_is_published(tmp_path: Path, data_set: str) -> None:
+    assert read(tmp_path, data_set, published.TRAIN[data_set]) == (EXPECTED[data_set], [])
+
+
+@pytest.mark.parametrize("data_set", published.TEST)
+def test_a_test_split_as_it_is_published_has_no_answers(tmp_path: Path, data_set: str) -> None:
+    examples, left_out = read(tmp_path, data_set, published.TEST[data_set], split="test")
+    expected = EXPECTED[data_set][: len(examples)]
+    assert left_out == []
+    assert [example.answers for example in examples] == [()] * len(expected)
+    assert [example.question_id for example in examples] == [example.question_id for example in expected]
+    assert [example.question for example in examples] == [example.question for example in expected]
+
+
+@pytest.mark.parametrize("data_set", sorted(published.TEST.keys() - {"vqav2", "coco_captions"}))
+def test_a_test_split_that_is_read_as_train_is_left_out_with_positions(tmp_path: Path, data_set: str) -> None:
+    with pytest.raises(PipelineError, match=r"left out, the last at .*annotations\.json: .*: no answer") as error:
+        read(tmp_path, data_set, published.TEST[data_set])
+    assert "looks like" not in str(error.value)
+
+
+def test_captions_of_a_train_split_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"annotations\.json: no field 'annotations'"):
+        read(tmp_path, "coco_captions", published.TEST["coco_captions"])
+
+
+def test_a_picture_without_captions_and_captions_without_picture_are_left_out(tmp_path: Path) -> None:
+    annotations = [published.COCO_CAPTIONS["annotations"][0], {"image_id": 3, "id": 4, "caption": "A cat."}]
+    examples, left_out = read(
+        tmp_path, "coco_captions", {"annotations": published.COCO_CAPTIONS | {"annotations": annotations}}
+    )
+    assert [example.question_id for example in examples] == [391895]
+    path = tmp_path / "annotations.json"
+    assert left_out == [
+        LeftOut("train", "no answer", f"{path}: images[1]", 522418, "pictures/000000522418.jpg"),
+        LeftOut("train", "caption of an image that is not listed", f"{path}: annotations[1]", 3, questions=0),
+    ]
+
+
+def test_a_question_that_is_there_twice_is_left_out_and_in_gqa_is_malformed(tmp_path: Path) -> None:
+    _, left_out = read(tmp_path, "aokvqa", {"annotations": [*published.AOKVQA, published.AOKVQA[0]]})
+    assert [(one.reason, one.where) for one in left_out] == [
+        ("question_id is there twice", f"{tmp_path / 'annotations.json'}: [2]")
+    ]
+    path = tmp_path / "gqa.json"
+    text = json.dumps(published.GQA).replace("07333408", "02930152")
+    path.write_text(text)
+    with pytest.raises(PipelineError, match=r"gqa\.json: '02930152' is there twice"):
+        read_examples("gqa", "train", annotations=path, images=FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("data_set", "broken", "told"),
+    [
+        ("aokvqa", {"question_id": 3}, r"\[1\]: 'question_id' is a whole number, not a text"),
+        ("aokvqa", {"image_id": "3"}, r"\[1\]: 'image_id' is a text, not a whole number"),
+        ("aokvqa", {"difficult_direct_answer": "no"}, r"\[1\]: 'difficult_direct_answer' is a text, not true or false"),
+        ("aokvqa", {"direct_answers": ["a", 3.5]}, r"\[1\]: 'direct_answers\[1\]' is a number with a fraction, not"),
+        ("vizwiz", {"answers": ["a"]}, r"\[1\]: not an object but a text"),
+        ("vizwiz", {"answers": [{"answer": True}]}, r"\[1\]: 'answer' is true or false, not a text; write"),
+        ("lavis", {"answer": 3.5}, r"\[1\]: 'answer' is a number with a fraction, not a text"),
+        ("lavis", {"answer": ["\ud800"]}, r"\[1\]: 'answer\[0\]' holds half of a surrogate pair"),
+        ("lavis", {"question_id": "\ud800"}, r"\[1\]: 'question_id' holds half of a surrogate pair"),
+        ("lavis", {"image": "../a.jpg"}, r"\[1\]: image '\.\./a\.jpg' does not name a file inside"),
+    ],
+)
+def test_a_malformed_record_is_named(tmp_path: Path, data_set: str, broken: dict[str, object], told: str) -> None:
+    records = published.TRAIN[data_set]["annotations"]
+    with pytest.raises(PipelineError, match=rf"annotations\.json: {told}"):
+        read(tmp_path, data_set, {"annotations": [records[0], records[1] | broken]})
+
+
+@pytest.mark.parametrize(
+    ("question_id", "image_id", "told"),
+    [
+        ("9", 3, "9: 'imageId' is a whole number, not a text"),
+        ("\ud800", "3", ".*: 'question id' holds half of a surrogate pair"),
+    ],
+)
+def test_the_malformed_question_of_gqa_is_named_by_its_id(
+    tmp_path: Path, question_id: str, image_id: object, told: str
+) -> None:
+    broken = published.GQA | {question_id: {"imageId": image_id, "question": "what?", "answer": "a"}}
+    with pytest.raises(PipelineError, match=rf"annotations\.json: {told}"):
+        read(tmp_path, "gqa", {"annotations": broken})
+
+
+def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_set: Path) -> None:
+    pictures = sorted(path.name for path in (data_set / "images").iterdir())[:4]
+    captions = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(pictures)],
+        "annotations": [{"image_id": number, "caption": f"a red ball {number} "} for number in range(4)],
+    }
+    (data_set / "captions.json").write_text(json.dumps(captions))
+    files = {"annotations": f"{data_set}/captions.json", "images": f"{data_set}/images"}
+    path = write_config(data_set, data={"format": "coco_captions", "train": files, "val": None})
+    config = load_config(path)
+    assert precompute(config)["questions"] == {"train": 4}
+    text, tokenizer = open_batcher(config, "train").text, load_tokenizer(config)
+
+    def ids(words: str) -> list[int]:
+        return list(tokenizer.tokenizer(words, add_special_tokens=False)["input_ids"])
+
+    for number in range(4):
+        assert list(text.prompt_ids[number]) == [tokenizer.bos_token_id, *ids("a photo of")]
+        assert list(text.target_ids[number]) == [*ids(f" a red ball {number}"), tokenizer.eos_token_id]
+    assert VQAExample.from_record(text.record(1)).question_id == 1
+
+
+# ---- official results
+
+
+@pytest.mark.parametrize(
+    ("data_set", "expected"),
+    [
+        ("vqav2", [{"question_id": 458752000, "answer": "a"}, {"question_id": 458752001, "answer": "b"}]),
+        ("textvqa", [{"question_id": 34602, "answer": "a"}, {"question_id": 34603, "answer": "b"}]),
+        ("vizwiz", [{"image": f"VizWiz_train_0000000{n}.jpg", "answer": text} for n, text in [(1, "a"), (2, "b")]]),
+        ("gqa", [{"questionId": "02930152", "prediction": "a"}, {"questionId": "07333408", "prediction": "b"}]),
+        ("coco_captions", [{"image_id": 391895, "caption": "a"}, {"image_id": 522418, "caption": "b"}]),
+        (
+            "aokvqa",
+            {"22MexNkBPpdZGX6sxbxVBH": {"direct_answer": "a"}, "2BAjGYTtGqWFAM6ywJEWpb": {"direct_answer": "b"}},
+        ),
+    ],
+)
+def test_answers_are_written_as_the_evaluation_takes_them(data_set: str, expected: object) -> None:
+    found = official_form(data_set)(EXPECTED[data_set], ["a", "b"])
+    assert json.loads(json.dumps(found)) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_results_need_an_answer_for_each_question(format: str) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        official_form(format)(EXPECTED["vqav2"], ["a"])
+
+
+def test_results_of_an_unknown_format_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nearest: gqa"):
+        official_form("qga")

@@ -1,0 +1,128 @@
+"""Which of people's answers is trained."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rounding
+import torch
+from data_set import write_config
+
+from pipeline.batches.assemble import load_tokenizer, open_batcher, training_batches
+from pipeline.batches.sequences import Batcher, pack
+from pipeline.commands.precompute import precompute
+from pipeline.commands.train import train
+from pipeline.common.errors import PipelineError
+from pipeline.config import Config, load_config
+from pipeline.data.targets import Targets
+from pipeline.runs.folder import RunFolder
+
+ANSWERS = [["red"] * 6 + ["blue"] * 3 + ["a big circle"], ["circle"] * 10, ["left", "right"] * 5]
+
+
+@pytest.fixture(scope="module")
+def ten_answers(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Three questions on each of four pictures, with ten answers each."""
+    from conftest import write_data_set
+
+    folder = tmp_path_factory.mktemp("ten")
+    write_data_set(folder, pictures=4)
+    rows = [
+        {"image": f"{picture}.png", "question": f"question {number}?", "answers": answers}
+        for picture in range(4)
+        for number, answers in enumerate(ANSWERS)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = load_config(write_config(folder, data={"val": None}))
+    precompute(config)
+    return config
+
+
+def with_answers(config: Config, answers: str) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"answers": answers})})
+
+
+def targets_of(config: Config, choice: str, seed: int = 0) -> tuple[Targets, Batcher]:
+    batcher = open_batcher(config, "train")
+    return Targets(batcher.text, load_tokenizer(config), choice, seed), batcher
+
+
+def spelled(config: Config, tokens: np.ndarray) -> str:
+    return load_tokenizer(config).decode([tokens.tolist()])[0]
+
+
+def test_all_gives_each_distinct_answer_once_by_its_share(ten_answers: Config) -> None:
+    targets, _ = targets_of(ten_answers, "all")
+    found = {spelled(ten_answers, tokens): weight for tokens, weight in targets(0, epoch=0)}
+    assert found == pytest.approx({"red": 0.6, "blue": 0.3, "a big circle": 0.1})
+    assert [weight for _, weight in targets(1, epoch=0)] == [1.0]
+
+
+def test_drawn_is_drawn_anew_each_epoch_in_proportion_and_by_seed(ten_answers: Config) -> None:
+    targets, _ = targets_of(ten_answers, "drawn")
+    drawn = [spelled(ten_answers, targets(0, epoch)[0][0]) for epoch in range(400)]
+    counts = Counter(drawn)
+    assert counts["red"] == pytest.approx(240, abs=40)
+    assert counts["blue"] == pytest.approx(120, abs=40)
+    assert counts["a big circle"] == pytest.approx(40, abs=25)
+    again, other = targets_of(ten_answers, "drawn")[0], targets_of(ten_answers, "drawn", seed=1)[0]
+    assert [spelled(ten_answers, again(0, epoch)[0][0]) for epoch in range(50)] == drawn[:50]
+    assert [spelled(ten_answers, other(0, epoch)[0][0]) for epoch in range(50)] != drawn[:50]
+
+
+def test_the_loss_of_all_is_the_answers_weighted_mean(ten_answers: Config) -> None:
+    from pipeline.batches.assemble import load_base
+
+    targets, batcher = targets_of(ten_answers, "all")
+    model = load_base(ten_answers, dropout=0.0).train()
+    question = 0
+    together = model(**pack(batcher.for_training([question], targets=lambda number: targets(number, 0)))).loss
+    summed, weights = 0.0, 0.0
+    for tokens, share in targets(question, 0):
+        alone = pack(batcher.for_training([question], targets=lambda _, tokens=tokens: [(tokens, 1.0)]))
+        summed += share * model(**alone, num_items_in_batch=1).loss.item()
+        weights += share * len(tokens)
+    assert together.item() == pytest.approx(summed / weights, rel=rounding.FLOAT32)
+
+
+@pytest.mark.parametrize("answers", ["drawn", "all"])
+def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
+    ten_answers: Config, tmp_path: Path, answers: str
+) -> None:
+    adapters = []
+    for name, choice in (("first", answers), ("again", answers), ("common", "most_common")):
+        run = RunFolder(tmp_path / name)
+        train(with_answers(ten_answers, choice), run)
+        adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+    assert adapters[0] != adapters[2]
+
+
+def test_the_batches_of_a_training_take_the_epoch_into_account(ten_answers: Config) -> None:
+    config = with_answers(ten_answers, "drawn")
+    batcher = open_batcher(config, "train")
+    order, lay_out, _ = training_batches(config, batcher, np.arange(12))
+    labels = []
+    for epoch in range(6):
+        order.epoch = epoch
+        labels.append(torch.from_numpy(np.concatenate([one.tree.labels for one in lay_out(list(range(12)))])).tolist())
+    assert len({tuple(one) for one in labels}) > 1
+
+
+def test_auto_is_the_most_common_answer(ten_answers: Config) -> None:
+    assert ten_answers.answers_trained == "most_common"
+
+
+def test_an_answer_beyond_the_models_positions_is_told(ten_answers: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "long"
+    from conftest import write_data_set
+
+    write_data_set(folder, pictures=4)
+    row = {"image": "0.png", "question": "what?", "answers": ["red", "red", "very " * 3000]}
+    (folder / "train.jsonl").write_text(json.dumps(row))
+    config = load_config(write_config(folder, data={"val": None}))
+    precompute(config)
+    with pytest.raises(PipelineError, match="tokens long with its image and answer"):
+        train(with_answers(config, "all"), RunFolder(folder / "run"))

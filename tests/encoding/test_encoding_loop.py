@@ -1,0 +1,131 @@
+"""The loop of stage one on a GPU that this machine does not have, and where memory is out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import pipeline.encoding.encoding_loop
+from cache.audit import verify
+from pipeline.blip2.encoder import Blip2Encoder
+from pipeline.commands.precompute import dry_run, precompute
+from pipeline.common.errors import PipelineError
+from pipeline.config import load_config
+from pipeline.encoding.encoding_loop import PictureEncoder
+
+FEATURES = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
+OURS = torch.device("cuda", 1)
+
+
+class Stream:
+    """Does what it was given when it is waited for, not before."""
+
+    def __init__(self) -> None:
+        self.given: list[Callable[[], object]] = []
+
+    def finish(self) -> None:
+        while self.given:
+            self.given.pop(0)()
+
+
+class Machine:
+    """Two GPUs, of which 0 is the current one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.streams = {torch.device("cuda", index): Stream() for index in (0, 1)}
+        monkeypatch.setattr(pipeline.encoding.encoding_loop, "pick_device", lambda: OURS)
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: Host(self))
+        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
+        monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
+
+    def current_stream(self, device: torch.device | None = None) -> Stream:
+        return self.streams[device or torch.device("cuda", 0)]
+
+
+class Event:
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.stream = stream or self.machine.current_stream()
+
+    def synchronize(self) -> None:
+        self.stream.finish()
+
+
+class Host:
+    """Pinned memory, which a copy reaches when its stream gets to it."""
+
+    dtype = torch.float32
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.there = machine, np.zeros_like(FEATURES)
+
+    def copy_(self, source: Any, non_blocking: bool) -> None:
+        assert non_blocking
+        self.machine.streams[source.device].given.append(lambda: np.copyto(self.there, source.values))
+
+    def numpy(self) -> np.ndarray:
+        return self.there
+
+
+class OnDevice:
+    """Features on GPU 1."""
+
+    device, dtype, shape, values = OURS, torch.float32, FEATURES.shape, FEATURES
+
+    def to(self, dtype: torch.dtype) -> "OnDevice":
+        assert dtype == self.dtype
+        return self
+
+
+def test_features_are_read_when_the_copy_from_their_own_gpu_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch)
+    loop = PictureEncoder(lambda pixels: OnDevice(), None, 2, 1)  # type: ignore[arg-type, return-value]
+    batch = SimpleNamespace(
+        slots=[None, None],
+        rows=range(2),
+        pixel_values=SimpleNamespace(to=lambda device, non_blocking: device),
+        part=SimpleNamespace(spec=SimpleNamespace(dtype="float32")),
+    )
+    launched = loop._launch(batch)  # type: ignore[arg-type]
+    assert not launched.features.numpy().any(), "the copy is on its way"
+    assert (loop._fetch(launched) == FEATURES).all()
+
+
+def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
+    data_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
+    forward, batches = Blip2Encoder.forward, []
+
+    def short(self: Blip2Encoder, pixel_values: Tensor) -> Tensor:
+        batches.append(len(pixel_values))
+        if len(batches) > 2:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return forward(self, pixel_values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Blip2Encoder, "forward", short)
+        with pytest.raises(
+            PipelineError, match=r"out of memory with 8 pictures at a time; try precompute.batch_size=4"
+        ):
+            precompute(config)
+        with pytest.raises(PipelineError, match="out of memory"):
+            dry_run(config)
+    assert precompute(config)["reused"] > 0
+    assert not verify(config.cache.dir).damages
+
+
+def test_another_error_of_a_gpu_is_no_lack_of_memory(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Blip2Encoder, "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        precompute(load_config(data_set / "config.yaml"))

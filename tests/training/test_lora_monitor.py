@@ -1,0 +1,305 @@
+"""LoRA weights, watched: the figures against matrices formed at full size, and what is told of which layer."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from pipeline.batches.assemble import load_base
+from pipeline.batches.sequences import Batcher, ImageSequence
+from pipeline.blip2.language_model import add_lora
+from pipeline.commands.train import train
+from pipeline.config import Config
+from pipeline.runs.folder import RunFolder
+from pipeline.training.lora_monitor import Factors, Watch, adapted_layers, frozen_norm, measure, signs
+from pipeline.training.stopping import StopRequest
+from pipeline.training.trainer import StageTwoTrainer
+
+FIGURES = ("norm", "ratio", "effective_rank", "change")
+FROZEN = "layers.1.self_attn.q_proj"
+
+
+def with_train(config: Config, **settings: object) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"watch_steps": 2, **settings})})
+
+
+def rows(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.watch.read_text().splitlines()]
+
+
+def factors(n: int, out: int, width: int, r: int, seed: int = 0, scale: float = 1.0) -> Factors:
+    rng = torch.Generator().manual_seed(seed)
+    b, a = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((n, out, r), (n, r, width)))
+    return Factors(scale * b * torch.logspace(0, -3, r, dtype=torch.float64), a)
+
+
+def rank_by_svd(update: Tensor) -> float:
+    singular = torch.linalg.svdvals(update.double())
+    shares = singular / singular.sum()
+    return math.exp(torch.special.entr(shares).sum())
+
+
+@pytest.mark.parametrize(("out", "width", "r"), [(48, 96, 4), (96, 48, 16), (64, 64, 1), (40, 40, 40)])
+def test_figures_are_those_of_the_full_matrices(out: int, width: int, r: int) -> None:
+    now, before = factors(3, out, width, r), factors(3, out, width, r, seed=1)
+    found = measure(Factors(*(one.float() for one in now)), before)
+    update = now.b.float().double() @ now.a.float().double()
+    torch.testing.assert_close(found["norm"], torch.linalg.matrix_norm(update), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        found["change"], torch.linalg.matrix_norm(update - before.b @ before.a), rtol=1e-12, atol=0
+    )
+    for rank, one in zip(found["effective_rank"], update, strict=True):
+        assert rank.item() == pytest.approx(rank_by_svd(one), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6, 1e-9, 1e-12])
+def test_a_change_is_right_however_small_against_the_norm(size: float) -> None:
+    before = factors(1, 60, 50, 8)
+    now = Factors(*(old + size * new for old, new in zip(before, factors(1, 60, 50, 8, seed=1), strict=True)))
+    wide = [[one[0].numpy().astype(np.longdouble) for one in pair] for pair in (now, before)]
+    exact = np.sqrt(((wide[0][0] @ wide[0][1] - wide[1][0] @ wide[1][1]) ** 2).sum())
+    lost_by_reference = float(np.finfo(np.longdouble).eps) / size
+    assert measure(now, before)["change"].item() == pytest.approx(float(exact), rel=1e-13 + 100 * lost_by_reference)
+
+
+def test_an_update_told_in_other_factors_has_hardly_changed() -> None:
+    """2 B and A / 2 are the same update: the two terms of the change cancel."""
+    before = factors(1, 60, 50, 8)
+    found = measure(Factors(2 * before.b, before.a / 2), before)
+    assert found["change"] < 1e-7 * found["norm"]
+
+
+def test_zero_and_what_is_not_finite_spoil_no_other_matrix() -> None:
+    now = factors(4, 20, 30, 4)
+    now.b[1] = 0
+    now.b[2, 0, 0], now.a[3, 0, 0] = math.nan, math.inf
+    found = {key: values.tolist() for key, values in measure(now, now).items()}
+    assert found["change"][:2] == [0, 0]
+    assert (found["norm"][1], found["effective_rank"][1]) == (0, 0)
+    assert found["effective_rank"][0] == pytest.approx(rank_by_svd(now.b[0] @ now.a[0]), rel=1e-6)
+    assert all(math.isnan(values[row]) for values in found.values() for row in (2, 3))
+
+
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("rank_stabilised", [True, False])
+def test_scaling_and_frozen_weight_are_those_of_peft(
+    cached: Config, tmp_path: Path, bits: int | None, rank_stabilised: bool
+) -> None:
+    base = load_base(cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})}))
+    settings = LoraConfig(r=8, lora_alpha=24, target_modules=["q_proj", "fc1"], use_rslora=rank_stabilised)
+    model = get_peft_model(base, settings)
+    watch = Watch(model, RunFolder(tmp_path), steps=1, warmup_steps=0, stop=StopRequest())
+    state, control = TrainerState(max_steps=9, is_world_process_zero=True), TrainerControl()
+    arguments = TrainingArguments(output_dir=str(tmp_path / "x"), use_cpu=True, report_to=[])
+    watch.on_train_begin(arguments, state, control)
+    for state.global_step in (1, 2):
+        before = full_updates(model)
+        for layer in adapted_layers(model).values():
+            layer.lora_B["default"].weight.data += 0.01 * torch.randn_like(layer.lora_B["default"].weight)
+        watch.on_step_end(arguments, state, control)
+    now = full_updates(model)
+    for name, figures in rows(RunFolder(tmp_path))[-1]["matrices"].items():
+        norm = torch.linalg.matrix_norm(now[name]).item()
+        weight = adapted_layers(model)[name].get_base_layer().weight
+        frozen = (dequantize_4bit(weight.data, weight.quant_state) if bits else weight).double().norm().item()
+        expected = (norm, norm / frozen, rank_by_svd(now[name]), torch.linalg.matrix_norm(now[name] - before[name]))
+        assert [figures[key] for key in FIGURES] == pytest.approx([float(value) for value in expected], rel=1e-4)
+    assert len(now) == 8
+
+
+def full_updates(model: PeftModel) -> dict[str, Tensor]:
+    layers = adapted_layers(model).items()
+    return {name: layer.get_delta_weight("default").detach().double() for name, layer in layers}
+
+
+def test_half_precision_weights_have_a_norm_in_float32(cached: Config) -> None:
+    quantization = cached.quantization.model_copy(update={"bits": None, "compute_dtype": "float16"})
+    model = add_lora(load_base(cached.model_copy(update={"quantization": quantization})), **cached.lora.model_dump())
+    for layer in adapted_layers(model).values():
+        layer.get_base_layer().weight.data[:] = 100  # its square is no float16
+        assert frozen_norm(layer) == pytest.approx(100 * 128, rel=1e-5)
+
+
+def test_watching_changes_no_training_and_ends_with_the_last_step(cached: Config, tmp_path: Path) -> None:
+    watched, plain = RunFolder(tmp_path / "watched"), RunFolder(tmp_path / "plain")
+    summary = train(with_train(cached, max_steps=5), watched)
+    assert train(with_train(cached, max_steps=5, watch_steps=None), plain)["lora"] == {}
+    name = "adapter_model.safetensors"
+    assert (watched.adapter / name).read_bytes() == (plain.adapter / name).read_bytes()
+    assert not plain.watch.exists()
+    found = rows(watched)
+    assert [row["step"] for row in found] == [0, 2, 4, 5]
+    assert all(figures == dict.fromkeys(FIGURES, 0) for figures in found[0]["matrices"].values())
+    weights = load_file(watched.adapter / name)
+    for layer, figures in found[-1]["matrices"].items():
+        path = f"base_model.model.language_model.model.decoder.{layer}.lora_"
+        update = cached.lora.alpha / cached.lora.r * weights[f"{path}B.weight"] @ weights[f"{path}A.weight"]
+        assert figures["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
+    ratios = {layer: figures["ratio"] for layer, figures in found[-1]["matrices"].items()}
+    assert len(ratios) == 8
+    assert summary["lora"]["largest"] == max(ratios, key=lambda layer: ratios[layer])
+    assert summary["lora"]["update_ratio_largest"] == max(ratios.values())
+    assert summary["lora"]["update_ratio_median"] == pytest.approx(np.median([*ratios.values()]))
+    assert summary["lora"]["told"] == []
+
+
+@pytest.mark.parametrize("watch_steps", [2, 3, 50])
+def test_a_killed_training_is_watched_as_if_never_stopped(cached: Config, tmp_path: Path, watch_steps: int) -> None:
+    """Killed after step 6, gone on with from step 4."""
+    config = with_train(cached, max_steps=8, watch_steps=watch_steps)
+    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    train(config, whole)
+    lay_out, batches = Batcher.for_training, []
+
+    def stop_at_the_seventh(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
+        batches.append(questions)
+        if len(batches) == 7:
+            raise KeyboardInterrupt
+        return lay_out(self, questions, *how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batcher, "for_training", stop_at_the_seventh)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, killed)
+    assert rows(killed)[-1]["step"] == (0 if watch_steps == 50 else 6)
+    shutil.rmtree(killed.checkpoints / "checkpoint-6")
+    between_looks = watch_steps != 2
+    assert (killed.checkpoints / "checkpoint-4" / "watched.safetensors").exists() == between_looks
+    train(config, killed, resume=True)
+    assert killed.watch.read_text() == whole.watch.read_text()
+
+
+def test_a_training_can_be_watched_from_where_it_is_gone_on_with(cached: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(with_train(cached, watch_steps=None), run)
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-4")
+    train(with_train(cached, watch_steps=1), run, resume=True)
+    assert [row["step"] for row in rows(run)] == [2, 3, 4]
+    assert [min(figures["change"] for figures in row["matrices"].values()) > 0 for row in rows(run)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 1e-4},
+        {"learning_rate": 5e-3, "warmup_steps": 0},
+        {"learning_rate": 2e-2, "lr_scheduler": "linear"},
+        {"learning_rate": 1e-3, "weight_decay": 0.1, "share_prefix": False, "watch_steps": 1},
+    ],
+)
+def test_a_healthy_training_is_told_nothing_of(
+    cached: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any]
+) -> None:
+    """Four layers; the last looks are at a learning rate of nearly 0."""
+    run = RunFolder(tmp_path / "run")
+    summary = train(with_train(cached, max_steps=24, **settings), run)
+    assert summary["lora"]["told"] == []
+    assert [row["told"] for row in rows(run)] == [[]] * len(rows(run))
+    assert "since step" not in capsys.readouterr().err
+
+
+def adapted_with(change: Callable[[PeftModel], None]) -> Callable[..., PeftModel]:
+    def adapted(*args: Any, **named: Any) -> PeftModel:
+        model = add_lora(*args, **named)
+        change(model)
+        return model
+
+    return adapted
+
+
+def test_a_layer_without_gradient_is_told_once(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def freeze(model: PeftModel) -> None:
+        adapted_layers(model)[FROZEN].lora_B["default"].weight.register_hook(torch.zeros_like)
+
+    monkeypatch.setattr("pipeline.commands.train.add_lora", adapted_with(freeze))
+    run = RunFolder(tmp_path / "run")
+    summary = train(with_train(cached, max_steps=12), run)
+    told = [(row["step"], sentence) for row in rows(run) for sentence in row["told"]]
+    assert [step for step, _ in told] == [2]
+    sentence = told[0][1]
+    assert sentence.startswith(f"{FROZEN} does not move since step 0: its update is 0 of the frozen weight, the median")
+    assert "leave it out of lora.target_modules" in sentence
+    assert summary["lora"]["told"] == [sentence]
+    assert capsys.readouterr().err.count(f"step 2: {sentence}") == 1
+    assert rows(run)[-1]["matrices"][FROZEN]["norm"] == 0
+
+
+def test_a_layer_whose_learning_rate_is_a_hundredfold_is_told_once(
+    cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = StageTwoTrainer.create_optimizer
+
+    def hundredfold(self: StageTwoTrainer, *args: Any) -> Any:
+        optimizer = create(self, *args)
+        fast = {id(weight) for weight in adapted_layers(self.model)[FROZEN].parameters() if weight.requires_grad}
+        group = optimizer.param_groups[0]
+        apart = [weight for weight in group["params"] if id(weight) in fast]
+        group["params"] = [weight for weight in group["params"] if id(weight) not in fast]
+        optimizer.add_param_group({**group, "params": apart, "lr": 100 * group["lr"]})
+        return optimizer
+
+    monkeypatch.setattr(StageTwoTrainer, "create_optimizer", hundredfold)
+    run = RunFolder(tmp_path / "run")
+    train(with_train(cached, max_steps=12), run)
+    told = [sentence for row in rows(run) for sentence in row["told"]]
+    assert len(told) == 1, told
+    assert told[0].startswith(f"{FROZEN} runs away since step ")
+    assert "try a lower train.learning_rate" in told[0]
+
+
+def look(ratios: list[float | None], changes: list[float | None] | None = None) -> dict[str, dict[str, float | None]]:
+    changes = changes or [1.0] * len(ratios)
+    figures = [{"norm": ratio, "ratio": ratio, "change": change} for ratio, change in zip(ratios, changes, strict=True)]
+    return {f"layers.{number}.fc1": one for number, one in enumerate(figures)}
+
+
+@pytest.mark.parametrize(
+    ("last", "now", "told"),
+    [
+        pytest.param([0.1] * 4, [0.1, 0.2, 0.4, 0.05], None, id="apart as layers are"),
+        pytest.param([0.1] * 4, [0.009, 0.1, 0.1, 0.1], "does not move", id="far below"),
+        pytest.param([0.1] * 4, [1.1, 0.1, 0.1, 0.1], "runs away", id="far above"),
+        pytest.param([1.2] * 4, [1.1, 0.1, 0.1, 0.1], None, id="far above, and no longer growing"),
+        pytest.param([1e-4] * 4, [0.05, 1e-4, 1e-4, 1e-4], None, id="far above, and harmless"),
+        pytest.param([0.1] * 4, [2.0, 0.01, 0.1, 1.0], None, id="the others lie as far apart"),
+        pytest.param([0.1] * 3, [5.0, 0.1, 0.1], None, id="too few others"),
+        pytest.param([0.1] * 4, [None, 0.1, 0.1, 0.1], "is not finite", id="not finite"),
+        pytest.param([0.1] * 32, [50.0, 20.0, *np.geomspace(0.05, 0.2, 30)], "runs away", id="two of many"),
+    ],
+)
+def test_what_is_told_of_the_first_layer(last: list[float], now: list[float | None], told: str | None) -> None:
+    found = [sentence.partition(" since step 50: ")[0] for sentence in signs(look(now), look(last), 50, warm=True)]
+    assert found[:1] == ([f"layers.0.fc1 {told}"] if told else [])
+
+
+def test_before_the_warm_up_has_passed_a_layer_may_lag() -> None:
+    now = look([0.001, 0.1, 0.1, 0.1])
+    assert not [*signs(now, look([0.0] * 4), 0, warm=False)]
+    assert len([*signs(now, look([0.0] * 4), 0, warm=True)]) == 1
+
+
+def test_a_layer_that_stands_still_is_told_unless_all_nearly_do() -> None:
+    """A learning rate of nearly 0 changes some weights in the last bit, and others not at all."""
+    ratios = [0.1] * 4
+    (sentence,) = signs(look(ratios, [0.0, 1e-3, 1e-3, 1e-3]), look(ratios), 0, warm=False)
+    assert sentence.startswith("layers.0.fc1 does not move since step 0")
+    assert not [*signs(look(ratios, [0.0, 1e-9, 1e-9, 1e-9]), look(ratios), 0, warm=True)]
+    assert not [*signs(look([0.0] * 4, [0.0] * 4), look([0.0] * 4), 0, warm=True)]
