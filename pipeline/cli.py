@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeline.common.terminal import complain, from_home, locale_problem, show, show_every_character
+from pipeline.common.terminal import from_home, locale_problem, print_error, show, show_every_character
 
 if TYPE_CHECKING:
     from pipeline.commands.ask import Conversation
@@ -99,7 +99,7 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         if isinstance(error, KeyboardInterrupt) and speaks:
             click.echo(err=True)
         if speaks or not isinstance(error, ConfigError | KeyboardInterrupt):
-            complain(_in_words(error))
+            print_error(_in_words(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
@@ -229,19 +229,19 @@ def train(
         raise click.UsageError("--dry-run foretells one training: give each key one value")
     if resume and not name and (is_grid or not config.is_dir()):
         raise click.UsageError("--resume goes on with a run: give its folder in place of CONFIG, or its --name")
-    going_on = RunFolder(config) if resume and not name else None
-    loaded = load_config(going_on.config if going_on else config, fixed)
+    resumed = RunFolder(config) if resume and not name else None
+    loaded = load_config(resumed.config if resumed else config, fixed)
     folder = loaded.train.output_dir
-    run = going_on or (named_run(folder, name) if name else next_run(folder, config.stem))
+    run = resumed or (named_run(folder, name) if name else next_run(folder, config.stem))
     _load_bitsandbytes()
     if is_grid:
         from pipeline.commands.grid import train_grid
 
         return train_grid(config, combinations, fixed, run, resume)
     if dry_run:
-        from pipeline.training.estimate import forecast
+        from pipeline.training.estimate import estimate_training
 
-        return forecast(loaded)
+        return estimate_training(loaded)
     from pipeline.commands.train import train
 
     return train(loaded, run, resume)
@@ -268,15 +268,15 @@ PRESET = click.option(
 @ADAPTER
 @PRESET
 @click.option("--num-beams", help="The same as evaluate.num_beams=...")
-@click.option("--method", help="How answers are counted; the same as evaluate.method=...")
+@click.option("--metric", help="How answers are counted; the same as evaluate.metric=...")
 @stage
 def evaluate(
     run: Path, overrides: tuple[str, ...], split: str | None, adapter: str, preset: str | None, num_beams: str | None,
-    method: str | None,
+    metric: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer the questions of a split from the cache, and score the answers.
 
-    By default the split, beams and method that RUN's config names. Writes into RUN, for each split, the answers in the
+    By default the split, beams and metric that RUN's config names. Writes into RUN, for each split, the answers in the
     data set's official form (results-SPLIT.json, ready to upload), the summary (evaluation-SPLIT.json) and the surest
     mistakes (mistakes-SPLIT.jsonl); with --adapter none they are called SPLIT-no-adapter.
 
@@ -289,7 +289,7 @@ def evaluate(
     from pipeline.config import PRESETS
     from pipeline.runs.folder import RunFolder
 
-    named = {"split": split, "num_beams": num_beams, "method": method}
+    named = {"split": split, "num_beams": num_beams, "metric": metric}
     given = PRESETS.get(preset or "", {}) | {key: value for key, value in named.items() if value is not None}
     options = [f"evaluate.{key}={value}" for key, value in given.items()]
     return evaluate(RunFolder(run), (*options, *overrides), adapter == "trained")
@@ -299,11 +299,11 @@ def evaluate(
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option("--output", type=PATH, help="The page; default: report.html in RUN, or here.")
 @click.option(
-    "--pictures", type=click.IntRange(min=0), default=200, show_default=True, help="Questions shown, at most."
+    "--max-examples", type=click.IntRange(min=0), default=200, show_default=True, help="Questions shown, at most."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of their choice.")
 @stage
-def report(runs: tuple[Path, ...], output: Path | None, pictures: int, seed: int) -> dict[str, Any]:
+def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed: int) -> dict[str, Any]:
     """Write a page on a run, or on several side by side: one HTML file that needs no other and no network.
 
     Of one RUN: what came out, curves, LoRA layer by layer, accuracy by type, and questions with their pictures,
@@ -318,7 +318,7 @@ def report(runs: tuple[Path, ...], output: Path | None, pictures: int, seed: int
     from pipeline.commands.report import report
     from pipeline.runs.folder import RunFolder
 
-    return report([RunFolder(run) for run in runs], output, pictures, seed)
+    return report([RunFolder(run) for run in runs], output, max_examples, seed)
 
 
 @main.command()
@@ -431,11 +431,11 @@ def _hear_lines(conversation: "Conversation", image: str | None, answers: _Answe
 def _show_first(conversation: "Conversation", image: Path) -> None:
     """The picture that the command names. Raises `PipelineError`: no question could be answered."""
     from pipeline.common.errors import PipelineError
-    from pipeline.encoding.images import PictureError
+    from pipeline.encoding.images import ImageError
 
     try:
         conversation.show(image)
-    except PictureError as error:
+    except ImageError as error:
         raise PipelineError(f"{image}: {error}") from None
 
 

@@ -19,7 +19,7 @@ from pipeline.common.yaml_text import parse_yaml
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 SPLITS = ("train", "val", "test")
 _NAMES_OR_PATHS = {"checkpoint", "dataset", "image_dataset"}
 """Keys that take a hub id or a path."""
@@ -170,9 +170,9 @@ class PrecomputeConfig(Section):
     """Of the encoder; auto is bfloat16 where the device computes in it, else float16 on CUDA and float32 on a CPU."""
     compile: bool = False
     """Compile the encoder with torch.compile, which takes a minute or more. On a CPU it does not pay."""
-    thumbnails: Annotated[int, Field(ge=0, le=1024)] = 128
+    thumbnail_size: Annotated[int, Field(ge=0, le=1024)] = 128
     """Pixels of the longer side of a small picture kept beside each one's features, for `pipe report`; 0 keeps none."""
-    on_missing: Literal["error", "skip"] = "error"
+    on_invalid: Literal["error", "skip"] = "error"
     """What to do about questions that cannot be used: no picture, no answer, an id that is there twice, too long."""
 
 
@@ -190,7 +190,7 @@ class QuantizationConfig(Section):
 class LoraConfig(Section):
     r: Positive = 16
     alpha: Positive = 32
-    dropout: Share = 0.05
+    dropout: Fraction = 0.05
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("q_proj", "v_proj")
     """Names of linear layers of the language model, or ends of their paths; all-linear is all of its decoder."""
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -209,8 +209,8 @@ class TrainConfig(Section):
     """Questions an optimizer step."""
     micro_batch: Positive | Literal["auto"] = "auto"
     """Questions a forward pass, the rest is gradient accumulation; auto takes as much as fits into memory."""
-    answers: Literal["auto", "most_common", "drawn", "all"] = "auto"
-    """Of those people gave: the most common one, one drawn anew each epoch in proportion, or all, weighted by it.
+    answers: Literal["auto", "most_common", "sampled", "all"] = "auto"
+    """Of those people gave: the most common one, one sampled anew each epoch in proportion, or all, weighted by it.
 
     auto is all for captions, else the most common: VQA accuracy rewards what most people say, and it costs least.
     """
@@ -222,22 +222,22 @@ class TrainConfig(Section):
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
-    dropout: Share | None = None
+    dropout: Fraction | None = None
     """The language model's own dropout; null keeps the checkpoint's."""
     save_steps: Positive = 500
     """Optimizer steps between checkpoints that a killed run resumes from."""
     save_minutes: Annotated[float, Field(gt=0)] | None = 15
     """The same by the clock, for slow steps; null is by steps alone."""
-    keep_checkpoints: Positive = 2
+    save_total_limit: Positive = 2
     """The newest so many."""
     logging_steps: Positive = 10
     report_to: tuple[str, ...] = ()
     """Trackers that transformers' Trainer knows, by name: tensorboard, wandb, mlflow, trackio, ..."""
-    watch_steps: Positive | None = 50
+    lora_monitor_steps: Positive | None = 50
     """Optimizer steps between two looks at the LoRA weights, the last step always one; null is never."""
     gradient_checkpointing: bool = False
     """Computes activations again instead of keeping them: less memory, a third slower."""
-    on_not_finite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about a step whose loss or gradient is not finite; skipped ones are counted."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output_dir: Path = Path("runs")
@@ -277,7 +277,7 @@ class EvaluateConfig(Section):
     """Before the end token."""
     length_penalty: float = 1.0
     """Of beam search: a summed log-probability is divided by the length to this power; less prefers shorter answers."""
-    method: Literal["official", "lavis", "lmms-eval", "a-okvqa", "exact"] = "official"
+    metric: Literal["official", "lavis", "lmms-eval", "a-okvqa", "exact"] = "official"
     """Whose script to count like, as the README tells; official: VQAv2's, exact: the one right answer or not."""
 
     @model_validator(mode="after")
@@ -293,7 +293,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Of `evaluate`; official is how the BLIP-2 paper (section 4.2) answers VQAv2."""
 
-_NOT_TRAINED_BY = {"save_steps", "save_minutes", "keep_checkpoints", "logging_steps", "report_to", "watch_steps",
+_NOT_TRAINED_BY = {"save_steps", "save_minutes", "save_total_limit", "logging_steps", "report_to", "lora_monitor_steps",
                    "output_dir"}  # fmt: skip
 TRAINED_BY: Any = {
     "model": True,
@@ -304,7 +304,7 @@ TRAINED_BY: Any = {
     "validation": True,
 }
 """The keys that decide what a training on a given cache ends in."""
-_LOOKED_BY = {"method", "max_new_tokens", "min_new_tokens"}  # of `evaluate`, where training is validated
+_LOOKED_BY = {"metric", "max_new_tokens", "min_new_tokens"}  # of `evaluate`, where training is validated
 
 
 class Config(Section):
@@ -319,7 +319,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
-    def answers_trained(self) -> Literal["most_common", "drawn", "all"]:
+    def answers_trained(self) -> Literal["most_common", "sampled", "all"]:
         """`train.answers`, without auto."""
         if self.train.answers != "auto":
             return self.train.answers

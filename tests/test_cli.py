@@ -202,14 +202,14 @@ def test_the_summary_is_a_table_without_json(data_set: Path) -> None:
     done = pipe("precompute", data_set / "config.yaml")
     assert done.exit_code == 0
     assert any(line.split() == ["encoded", "24"] for line in done.stdout.splitlines())
-    assert "left out" not in done.stdout
+    assert "skipped" not in done.stdout
     verified = pipe("cache", "verify", data_set / "cache").stdout
     assert any(line.split() == ["damaged", "0"] for line in verified.splitlines())
 
 
 def test_the_table_keeps_names_apart_and_gives_units() -> None:
     summary = {
-        "left_out": {"question_id is there twice": 2, "no annotation in my_file.json": 1},
+        "skipped": {"question_id is there twice": 2, "no annotation in my_file.json": 1},
         "nothing": {},
         "time": {"encoding": 0.00087},
         "bytes": 134544,
@@ -220,7 +220,7 @@ def test_the_table_keeps_names_apart_and_gives_units() -> None:
         "train_loss": 0.00123,
     }
     assert table(summary).splitlines() == [
-        "left out",
+        "skipped",
         "  question_id is there twice  2",
         "  no annotation in my_file.json  1",
         "time",
@@ -299,7 +299,7 @@ def test_a_damaged_text_is_renewed_and_a_damaged_manifest_is_told(data_set: Path
     flip_last_bit(next(cache.glob("text-train-*.h5")))
     assert pipe("train", config).exit_code == 1
     repaired = json.loads(pipe("cache", "repair", config, "--json").stdout)
-    assert (len(repaired["mended"]), repaired["encoded"]) == (1, 0)
+    assert (len(repaired["repaired"]), repaired["encoded"]) == (1, 0)
     assert pipe("cache", "verify", cache).exit_code == 0
     manifest = cache / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"rows": 24', '"rows": 25', 1))
@@ -316,10 +316,10 @@ def test_a_dry_run_lists_nothing_beside_the_cache(data_set: Path) -> None:
     (data_set / "images" / "0.png").unlink()
     before = sorted(data_set.rglob("*"))
     refused = pipe("precompute", data_set / "config.yaml", "--dry-run")
-    assert (refused.exit_code, "left-out.jsonl" in refused.stderr) == (1, False)
+    assert (refused.exit_code, "skipped.jsonl" in refused.stderr) == (1, False)
     assert "cannot be used: 3 questions (not there: " in refused.stderr
-    told = pipe("precompute", data_set / "config.yaml", "precompute.on_missing=skip", "--dry-run", "--json")
-    assert json.loads(told.stdout)["left_out"] == {"not there": 3}
+    told = pipe("precompute", data_set / "config.yaml", "precompute.on_invalid=skip", "--dry-run", "--json")
+    assert json.loads(told.stdout)["skipped"] == {"not there": 3}
     assert "24 pictures, 1 of them unusable, 23 distinct" in told.stderr
     assert sorted(data_set.rglob("*")) == before
 
@@ -331,7 +331,7 @@ def test_a_dry_run_is_not_stopped_by_pictures_that_turn_out_broken(
     broken.write_bytes(broken.read_bytes()[:-200])
     dry_run = ("precompute", data_set / "config.yaml", "--dry-run", "--json")
     assert json.loads(pipe(*dry_run).stdout)["images_per_second"] > 0
-    monkeypatch.setattr("pipeline.encoding.encoding_loop.read_picture", lambda path: b"")
+    monkeypatch.setattr("pipeline.encoding.encoding_loop.read_image_bytes", lambda path: b"")
     assert json.loads(pipe(*dry_run).stdout)["images_per_second"] is None
 
 

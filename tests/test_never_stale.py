@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cache.manifest import _load_signed, _save_signed
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_batcher
+from pipeline.batches.assemble import open_split
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode
 from pipeline.common.errors import PipelineError
@@ -92,30 +92,30 @@ def refused(config: Config, difference: str) -> None:
     with pytest.raises(CacheError, match=difference):
         precompute(config)
     with pytest.raises((PipelineError, CacheError), match=difference):
-        open_batcher(config, "train")
+        open_split(config, "train")
 
 
 def test_what_of_the_config_decides_nothing_is_no_difference(made: Path) -> None:
     change_config(made, "vision_config", initializer_range=0.5, attention_dropout=0.1, dtype="bfloat16", new_key=1)
     change_config(made, "text_config", dropout=0.5)
     assert precompute(config_of(made))["encoded"] == 0
-    open_batcher(config_of(made), "train")
+    open_split(config_of(made), "train")
 
 
 def test_the_settings_are_compared_where_the_encoders_tensors_are_not(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.batches.assemble.has_half", lambda *_: False)
-    open_batcher(config_of(made), "train")
+    open_split(config_of(made), "train")
     change_config(made, "vision_config", num_attention_heads=2)
     with pytest.raises(PipelineError, match=r"vision_config\.num_attention_heads: cache has 4, wanted 2"):
-        open_batcher(config_of(made), "train")
+        open_split(config_of(made), "train")
 
 
 def test_training_names_the_setting_that_differs(made: Path) -> None:
     change_config(made, "qformer_config", hidden_act="relu")
     with pytest.raises(PipelineError, match=r"qformer_config\.hidden_act: cache has gelu, wanted relu\n.*fingerprint"):
-        open_batcher(config_of(made), "train")
+        open_split(config_of(made), "train")
 
 
 def test_encoding_again_tells_rounding_from_another_encoder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +183,11 @@ def test_an_edited_annotation_stops_training_and_costs_the_text_alone(made: Path
     answer = json.loads(path.read_text().splitlines()[0])["answer"]
     path.write_text(path.read_text().replace(f'"{answer}"', '"changed"', 1))
     with pytest.raises(PipelineError, match=r"train\.jsonl \(data.train.annotations\) is not what .* was made of"):
-        open_batcher(config_of(made), "train")
-    open_batcher(config_of(made), "val")
+        open_split(config_of(made), "train")
+    open_split(config_of(made), "val")
     summary = precompute(config_of(made))
     assert (summary["encoded"], summary["reused"]) == (0, 24)
-    assert open_batcher(config_of(made), "train").text.record(0)["answers"] == ["changed"]
+    assert open_split(config_of(made), "train").text.record(0)["answers"] == ["changed"]
 
 
 def test_an_annotation_edited_while_pictures_are_encoded_stops_training(
@@ -199,26 +199,26 @@ def test_an_annotation_edited_while_pictures_are_encoded_stops_training(
     )
     precompute(config_of(made))
     with pytest.raises(PipelineError, match=r"train\.jsonl .* is not what .* was made of"):
-        open_batcher(config_of(made), "train")
+        open_split(config_of(made), "train")
 
 
 def test_another_folder_of_pictures_is_told_and_not_used(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = f"data.train.images={made}/other"
-    open_batcher(config_of(made, other), "train")
+    open_split(config_of(made, other), "train")
     assert "other" not in capsys.readouterr().err  # it is not on this machine
     (made / "other").mkdir()
-    open_batcher(config_of(made, other), "train")
+    open_split(config_of(made, other), "train")
     assert f"holds the pictures of {made}/images, and these are used" in capsys.readouterr().err
     (made / "link").symlink_to(made / "images")
-    open_batcher(config_of(made, f"data.train.images={made}/link"), "train")
+    open_split(config_of(made, f"data.train.images={made}/link"), "train")
     assert "these are used" not in capsys.readouterr().err
 
 
 def test_without_pictures_and_annotations_training_goes_on(made: Path) -> None:
-    before = open_batcher(config_of(made), "train").for_training([0, 7])
+    before = open_split(config_of(made), "train").for_training([0, 7])
     shutil.rmtree(made / "images")
     (made / "train.jsonl").unlink()
-    after = open_batcher(config_of(made), "train").for_training([0, 7])
+    after = open_split(config_of(made), "train").for_training([0, 7])
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one.query_features, other.query_features)
         assert one.tree.labels.tolist() == other.tree.labels.tolist()
@@ -226,12 +226,12 @@ def test_without_pictures_and_annotations_training_goes_on(made: Path) -> None:
 
 def test_another_prompt_costs_the_tokens_alone(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(made, 'data.prompt="Q: {question} A:"')
-    before = open_batcher(config_of(made), "train").text
-    after = open_batcher(config, "train").text
+    before = open_split(config_of(made), "train").text
+    after = open_split(config, "train").text
     assert "making the tokens of train again" in capsys.readouterr().err
     assert list(before.prompt_ids[0]) != list(after.prompt_ids[0])
     assert precompute(config)["encoded"] == 0
-    open_batcher(config, "train")
+    open_split(config, "train")
     assert "making the tokens" not in capsys.readouterr().err
 
 
@@ -240,7 +240,7 @@ def test_another_tokenizer_costs_the_tokens_alone(made: Path, capsys: pytest.Cap
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["merges"].pop()  # the word that it makes falls apart
     path.write_text(json.dumps(tokenizer))
-    open_batcher(config_of(made), "train")
+    open_split(config_of(made), "train")
     assert "the prompt or the tokenizer has changed" in capsys.readouterr().err
     assert precompute(config_of(made))["encoded"] == 0
 
@@ -249,7 +249,7 @@ def test_another_language_model_costs_nothing(made: Path, capsys: pytest.Capture
     before = {path.name: path.read_bytes() for path in (made / "cache").iterdir()}
     change_tensor(made, "language_model.")
     change_tensor(made, "language_projection.")
-    open_batcher(config_of(made), "train")
+    open_split(config_of(made), "train")
     assert "again" not in capsys.readouterr().err
     assert precompute(config_of(made))["encoded"] == 0
     assert {path.name: path.read_bytes() for path in (made / "cache").iterdir()} == before

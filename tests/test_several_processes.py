@@ -28,8 +28,8 @@ import pipeline.encoding.encoding_loop
 from cache.audit import verify
 from cache.reader import FeatureReader
 from cache.writer import survey
-from pipeline.common.distributed import ENCODING_TIMEOUT, GROUP_TIMEOUT, Team
-from pipeline.encoding.images import read_picture
+from pipeline.common.distributed import ENCODING_TIMEOUT, GROUP_TIMEOUT, DistributedContext
+from pipeline.encoding.images import read_image_bytes
 
 PIPE = Path(sys.executable).with_name("pipe")
 PICTURES = 44
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken = folder / "images" / BROKEN
     broken.write_bytes(broken.read_bytes()[:-100])
     Image.effect_noise((64, 64), 90).convert("I;16").save(folder / "images" / DEEP)
-    settings = {"batch_size": 4, "num_workers": 1, "dtype": "float32", "on_missing": "skip"}
+    settings = {"batch_size": 4, "num_workers": 1, "dtype": "float32", "on_invalid": "skip"}
     return write_config(
         folder, cache={"dir": f"{folder}/cache", "dtype": "float32", "part_rows": 10}, precompute=settings
     )
@@ -66,10 +66,10 @@ def slow_pictures() -> None:
 
     def read(path: Path) -> bytes:
         time.sleep(0.05)
-        return read_picture(path)
+        return read_image_bytes(path)
 
     cache.part.COMMIT_SECONDS = 0.0
-    pipeline.encoding.encoding_loop.read_picture = read
+    pipeline.encoding.encoding_loop.read_image_bytes = read
 
 
 @pytest.mark.parametrize("size", [2, 6])
@@ -83,7 +83,7 @@ def test_the_cache_is_the_same_and_one_process_speaks(
     assert not verify(tmp_path / "cache").damages
     summary = json.loads(ended[0].out)
     assert (summary["images"], summary["encoded"], summary["failed"]) == (PICTURES - 1, PICTURES - 1, 1)
-    assert summary["left_out"] == {REASON: 3}
+    assert summary["skipped"] == {REASON: 3}
     assert summary["rescaled_images"] == 1
     assert [one.err.count("scaled to its own range") for one in ended] == [1] + [0] * (size - 1)
     assert f"3 questions ({REASON}: " in ended[0].err
@@ -124,11 +124,11 @@ def test_ctrl_c_is_told_once(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_picture_that_another_process_found_broken_is_told_by_the_first(config: Path, tmp_path: Path) -> None:
-    words = ("precompute", config, f"cache.dir={tmp_path}/cache", "precompute.on_missing=error")
+    words = ("precompute", config, f"cache.dir={tmp_path}/cache", "precompute.on_invalid=error")
     told = together(tmp_path, 2, *words)[0].error()
     assert f"3 questions ({REASON}: " in told
     assert BROKEN in told
-    listed = [json.loads(line) for line in (tmp_path / "cache.left-out.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "cache.skipped.jsonl").read_text().splitlines()]
     assert [Path(one["image"]).name for one in listed] == [BROKEN]
 
 
@@ -202,7 +202,7 @@ def test_only_stage_one_waits_for_long(
     own: list[timedelta] = []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, timeout: default.append(timeout))
     monkeypatch.setattr(torch.distributed, "new_group", lambda timeout, backend: own.append(timeout))
-    with Team(timeout):
+    with DistributedContext(timeout):
         pass
     assert (default, own) == ([GROUP_TIMEOUT], own_group)
     assert GROUP_TIMEOUT <= timedelta(hours=1) < timedelta(days=7) <= ENCODING_TIMEOUT
@@ -214,9 +214,9 @@ def stop_in_the_middle(go: Path) -> None:
     def read(path: Path) -> bytes:
         while not go.exists():
             time.sleep(0.01)
-        return read_picture(path)
+        return read_image_bytes(path)
 
-    pipeline.encoding.encoding_loop.read_picture = read
+    pipeline.encoding.encoding_loop.read_image_bytes = read
 
 
 def has_open(running: Running, path: Path) -> bool:

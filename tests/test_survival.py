@@ -24,7 +24,7 @@ import pipeline.commands.precompute
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
 from cache.format import NOT_WRITTEN, PAGE, PART_NAME, inspect_part
-from pipeline.encoding.images import read_picture
+from pipeline.encoding.images import read_image_bytes
 
 PICTURES = 52
 PART_ROWS = 10  # six parts: of the last, of two rows, no picture can be decoded
@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     for number in BROKEN:
         picture = folder / "images" / f"{number}.png"
         picture.write_bytes(picture.read_bytes()[:-200])  # its header is good
-    settings = {"batch_size": 4, "num_workers": 2, "dtype": "float32", "on_missing": "skip"}
+    settings = {"batch_size": 4, "num_workers": 2, "dtype": "float32", "on_invalid": "skip"}
     dirs = {"dir": f"{folder}/cache", "dtype": "float32", "part_rows": PART_ROWS}
     config = write_config(folder, cache=dirs, precompute=settings)
     for name in ("first", "timed"):  # the first also starts the process that the others are forked from
@@ -74,16 +74,16 @@ def slow_pictures() -> None:
 
     def read(path: Path) -> bytes:
         time.sleep(0.05)
-        return read_picture(path)
+        return read_image_bytes(path)
 
     commit_always()
-    pipeline.encoding.encoding_loop.read_picture = read
+    pipeline.encoding.encoding_loop.read_image_bytes = read
 
 
 def no_look_ahead() -> None:
     """As if another program had taken the room after the command has looked."""
     commit_always()
-    pipeline.commands.precompute.check_room = lambda *_: None  # type: ignore[assignment]
+    pipeline.commands.precompute.check_disk_space = lambda *_: None  # type: ignore[assignment]
 
 
 def rows_done(folder: Path) -> int | None:

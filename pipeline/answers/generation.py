@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
-from pipeline.batches.sequences import Batcher, pack_prompts
+from pipeline.batches.sequences import SequenceBuilder, pack_prompts
 from pipeline.blip2.memory import in_parts
 from pipeline.config import EvaluateConfig
 from pipeline.data.text import PromptTokenizer
@@ -25,7 +25,7 @@ class Answer(NamedTuple):
 
 def answer_questions(
     model: PreTrainedModel,
-    batcher: Batcher,
+    builder: SequenceBuilder,
     questions: np.ndarray,
     tokenizer: PromptTokenizer,
     settings: EvaluateConfig,
@@ -37,18 +37,18 @@ def answer_questions(
     """
     answers: dict[int, Answer] = {}
     advice = f"{settings.num_beams} beams are kept for it: try fewer evaluate.num_beams"
-    for batch in _batches(batcher, questions, settings.batch_size):
-        for part in in_parts(lambda some: _generate(model, batcher, some, tokenizer, settings), batch, advice):
+    for batch in _batches(builder, questions, settings.batch_size):
+        for part in in_parts(lambda some: _generate(model, builder, some, tokenizer, settings), batch, advice):
             answers |= part
         on_done(len(batch))
     return answers
 
 
-def _batches(batcher: Batcher, questions: np.ndarray, batch_size: int) -> Iterator[list[int]]:
+def _batches(builder: SequenceBuilder, questions: np.ndarray, batch_size: int) -> Iterator[list[int]]:
     """Questions on an image stand together, and images whose questions are about as long."""
-    images, image = np.unique(batcher.text.image_row[questions], return_inverse=True)
+    images, image = np.unique(builder.text.image_row[questions], return_inverse=True)
     longest = np.zeros(len(images), np.int64)
-    np.maximum.at(longest, image, np.diff(batcher.text.prompt_ids.offsets)[questions])
+    np.maximum.at(longest, image, np.diff(builder.text.prompt_ids.offsets)[questions])
     batch: list[int] = []
     for _, group in groupby(np.lexsort((image, longest[image])), key=lambda place: image[place]):
         on_image = [int(questions[place]) for place in group]
@@ -64,10 +64,14 @@ def _batches(batcher: Batcher, questions: np.ndarray, batch_size: int) -> Iterat
 
 
 def _generate(
-    model: PreTrainedModel, batcher: Batcher, batch: Sequence[int], tokenizer: PromptTokenizer, settings: EvaluateConfig
+    model: PreTrainedModel,
+    builder: SequenceBuilder,
+    batch: Sequence[int],
+    tokenizer: PromptTokenizer,
+    settings: EvaluateConfig,
 ) -> dict[int, Answer]:
     device = next(model.parameters()).device
-    inputs = pack_prompts(batcher.for_generation(batch))
+    inputs = pack_prompts(builder.for_generation(batch))
     beams = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
     with torch.inference_mode():
         found = model.generate(

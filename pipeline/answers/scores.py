@@ -13,17 +13,17 @@ from pipeline.data.examples import DIFFICULT, VQAExample
 CONFIDENCE = 0.95
 
 
-def score(examples: Sequence[VQAExample], answers: Sequence[str], method: str) -> list[float | None]:
-    """The accuracy of each answer, 0 to 100; None where people's answers are not known, or the method leaves it out."""
+def score(examples: Sequence[VQAExample], answers: Sequence[str], metric: str) -> list[float | None]:
+    """The accuracy of each answer, 0 to 100; None where people's answers are not known, or the metric leaves it out."""
     return [
-        vqa_accuracy(answer, example.answers, method) if counts(example, method) else None
+        vqa_accuracy(answer, example.answers, metric) if counts(example, metric) else None
         for example, answer in zip(examples, answers, strict=True)
     ]
 
 
-def counts(example: VQAExample, method: str) -> bool:
-    """Whether an answer to it has an accuracy: people's answers are known, and the method does not leave it out."""
-    return bool(example.answers) and not (method == "a-okvqa" and example.answer_type == DIFFICULT)
+def counts(example: VQAExample, metric: str) -> bool:
+    """Whether an answer to it has an accuracy: people's answers are known, and the metric does not leave it out."""
+    return bool(example.answers) and not (metric == "a-okvqa" and example.answer_type == DIFFICULT)
 
 
 def summarise(
@@ -64,13 +64,13 @@ def confidence_interval(values: Sequence[float], clusters: Sequence[Hashable]) -
     return [max(0.0, mean - reach), min(100.0, mean + reach)]
 
 
-def check_method(examples: Sequence[VQAExample], method: str) -> None:
-    """Raises `PipelineError` where the method would give every answer nothing."""
+def check_metric(examples: Sequence[VQAExample], metric: str) -> None:
+    """Raises `PipelineError` where the metric would give every answer nothing."""
     known = {len(example.answers) for example in examples} - {0}
-    if method in FOR_SEVERAL and known == {1}:
+    if metric in FOR_SEVERAL and known == {1}:
         raise PipelineError(
-            f"the {method} VQA accuracy compares several people's answers, and each question here has one: "
-            "set evaluate.method=exact"
+            f"the {metric} VQA accuracy compares several people's answers, and each question here has one: "
+            "set evaluate.metric=exact"
         )
 
 

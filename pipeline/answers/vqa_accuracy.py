@@ -59,7 +59,7 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_REMOVED = int(re.UNICODE)
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str], method: str = "official") -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[str], metric: str = "official") -> float:
     """Accuracy of one predicted answer against the people's answers, 0 to 100 and not rounded.
 
     The first three methods leave each answer out in turn: the prediction scores min(1, matches among the
@@ -90,13 +90,13 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], method: str = "officia
     lower-cases a few letters (final sigma, dotted I) otherwise.
 
     Raises:
-        PipelineError: an unknown method, or no answers (the originals fail, a-okvqa's gives 0).
+        PipelineError: an unknown metric, or no answers (the originals fail, a-okvqa's gives 0).
     """
-    if method not in METHODS:
-        raise PipelineError(f"no accuracy method {method!r}; allowed: {', '.join(METHODS)}")
+    if metric not in METRICS:
+        raise PipelineError(f"no accuracy metric {metric!r}; allowed: {', '.join(METRICS)}")
     if not answers:
         raise PipelineError("no answers to score against: a split without answers has no accuracy")
-    return METHODS[method](prediction, answers)
+    return METRICS[metric](prediction, answers)
 
 
 def _official(prediction: str, answers: Sequence[str]) -> float:
@@ -126,7 +126,7 @@ def _exact(prediction: str, answers: Sequence[str]) -> float:
     return 100.0 if said and said in {answer.strip().lower() for answer in answers} else 0.0
 
 
-METHODS: dict[str, Callable[[str, Sequence[str]], float]] = {
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "official": _official,
     "lavis": _lavis,
     "lmms-eval": _lmms_eval,

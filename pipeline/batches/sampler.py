@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-class BatchOrder(Sampler[list[int]]):
+class QuestionBatchSampler(Sampler[list[int]]):
     """The batches of an epoch: numbers of questions, in an order that the seed and the epoch alone decide.
 
     With `image_row` (of each question) the images are shuffled and the questions on one stay together, as far as a

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cache.reader import FeatureReader
 from cache.text import TextTable
-from pipeline.blip2.prefix_tree import Text, TokenTree, grow_tree
+from pipeline.blip2.prefix_tree import PrefixTree, PromptTarget, build_prefix_tree
 
 Questions = Sequence[int] | np.ndarray  # numbers of questions in the split
 TargetsOf = Callable[[int], list[tuple[np.ndarray, float]]]  # question -> what is to be said, as tokens, and its weight
@@ -31,7 +31,7 @@ class ImageSequence:
 
     query_features: Tensor
     """(Q, D)"""
-    tree: TokenTree
+    tree: PrefixTree
     questions: int
 
     @property
@@ -40,7 +40,7 @@ class ImageSequence:
         return len(self.tree.position_ids)
 
 
-class Batcher:
+class SequenceBuilder:
     """Lays out questions, given by their numbers in a split's `TextTable`."""
 
     def __init__(self, features: FeatureReader, text: TextTable):
@@ -63,11 +63,11 @@ class Batcher:
             return [unlabelled(sequence) for sequence in self.for_training([0])]
         prompt_ids, target_ids = self.text.prompt_ids, self.text.target_ids
 
-        def texts(question: int) -> list[Text]:
+        def texts(question: int) -> list[PromptTarget]:
             wanted = targets(question) if targets else [(target_ids[question], 1.0)]
-            return [Text(prompt_ids[question], target, weight) for target, weight in wanted]
+            return [PromptTarget(prompt_ids[question], target, weight) for target, weight in wanted]
 
-        return self._lay_out(questions, texts, most if share_prefix else 1)
+        return self._build_sequences(questions, texts, most if share_prefix else 1)
 
     def for_generation(self, questions: Questions) -> list[ImageSequence]:
         """A sequence an image, of its questions' prompts; a prompt's last token is its label.
@@ -76,12 +76,14 @@ class Batcher:
         """
         prompt_ids = self.text.prompt_ids
 
-        def texts(question: int) -> list[Text]:
-            return [Text(prompt_ids[question][:-1], prompt_ids[question][-1:])]
+        def texts(question: int) -> list[PromptTarget]:
+            return [PromptTarget(prompt_ids[question][:-1], prompt_ids[question][-1:])]
 
-        return self._lay_out(questions, texts, len(questions))
+        return self._build_sequences(questions, texts, len(questions))
 
-    def _lay_out(self, questions: Questions, texts: Callable[[int], list[Text]], most: int) -> list[ImageSequence]:
+    def _build_sequences(
+        self, questions: Questions, texts: Callable[[int], list[PromptTarget]], most: int
+    ) -> list[ImageSequence]:
         rows = self.text.image_row[np.asarray(questions)].tolist()
         distinct = {row: place for place, row in enumerate(dict.fromkeys(rows))}
         features = self._gather(np.fromiter(distinct, np.int64))
@@ -90,7 +92,7 @@ class Batcher:
         for row, pairs in groupby(by_image, key=lambda pair: pair[0]):
             numbers = [int(number) for _, number in pairs]
             for some in _chunks(numbers, most):
-                tree = grow_tree(self.query_tokens, [text for number in some for text in texts(number)])
+                tree = build_prefix_tree(self.query_tokens, [text for number in some for text in texts(number)])
                 sequences.append(ImageSequence(features[distinct[row]], tree, len(some)))
         return sequences
 

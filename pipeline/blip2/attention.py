@@ -38,7 +38,7 @@ def tree_attention(
     if block_biases is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     spelled_out = query.device.type == "cpu" and torch.is_grad_enabled()
-    attend = _spelled_out if spelled_out else functional.scaled_dot_product_attention
+    attend = _eager_attention if spelled_out else functional.scaled_dot_product_attention
     by_block = (torch.split(tensor, [len(bias) for bias in block_biases], 2) for tensor in (query, key, value))
     outputs = [
         attend(q, k, v, bias, settings["dropout"], scale=settings["scaling"])
@@ -47,7 +47,7 @@ def tree_attention(
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-def _spelled_out(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
+def _eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
     weights = torch.matmul(query * scale, key.transpose(-1, -2)) + bias
     return torch.matmul(functional.dropout(weights.softmax(-1), dropout), value)
 

@@ -16,8 +16,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.fingerprint_cache import file_states, recall, remember
 
 # The parameters of the two half-models, by the checkpoint's own names.
-ENCODER_HALF = ("vision_model.", "qformer.", "query_tokens")
-LANGUAGE_HALF = ("language_projection.", "language_model.")
+ENCODER_PREFIXES = ("vision_model.", "qformer.", "query_tokens")
+LANGUAGE_MODEL_PREFIXES = ("language_projection.", "language_model.")
 
 
 def fetch_checkpoint(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> Path:
@@ -65,7 +65,7 @@ def public_name(checkpoint: str) -> str:
 
 
 @contextmanager
-def only_half(folder: Path, half: tuple[str, ...]) -> Iterator[Path]:
+def checkpoint_view(folder: Path, half: tuple[str, ...]) -> Iterator[Path]:
     """A folder for `from_pretrained` that shows the small files of `folder` and the weight files of `half` alone.
 
     `from_pretrained` opens every shard that an index names; here the index names those of one half.
@@ -100,7 +100,7 @@ def has_half(folder: Path, half: tuple[str, ...]) -> bool:
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Name of every tensor of both halves -> the file that holds it."""
-    return _files(folder, (*ENCODER_HALF, *LANGUAGE_HALF))
+    return _files(folder, (*ENCODER_PREFIXES, *LANGUAGE_MODEL_PREFIXES))
 
 
 def fingerprint(folder: Path, half: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from pipeline.blip2.checkpoint_files import CONFIG, INDEX, WEIGHTS, read_json, safetensors_header, weight_files
 from pipeline.common.errors import PipelineError
 from pipeline.common.library_errors import explain, one_line
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 
 LISTED = 5
 """Faults that an error lists, at most."""
@@ -230,7 +230,7 @@ def _faults(
 @cache  # once is enough
 def _log_unknown(folder: Path, names: tuple[str, ...]) -> None:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    say(f"{folder}: warning: the model has no place for these tensors, they are ignored: "
+    log_info(f"{folder}: warning: the model has no place for these tensors, they are ignored: "
         f"{', '.join(names[:LISTED])}{more}")  # fmt: skip
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
-from pipeline.common.distributed import Team, local_rank
+from pipeline.common.distributed import DistributedContext, local_rank
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 
 
 def pick_device() -> torch.device:
@@ -45,7 +45,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_devices(team: Team, training_dtype: str | None = None) -> None:
+def check_devices(team: DistributedContext, training_dtype: str | None = None) -> None:
     """Compare the devices of all processes; each must call it.
 
     Processes that share a GPU are slow in stage one, which is logged. They cannot train together, nor can processes
@@ -59,7 +59,7 @@ def check_devices(team: Team, training_dtype: str | None = None) -> None:
         what = f"processes {' and '.join(map(str, shared))} compute on the same GPU"
         if training_dtype:
             raise PipelineError(f"{what}, which NCCL refuses: start at most one process for each GPU of a machine")
-        say(f"{what}; one process for each GPU is faster")
+        log_info(f"{what}; one process for each GPU is faster")
     dtypes = [dtype for _, dtype in found]
     if len({*dtypes}) > 1:
         raise PipelineError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2PreTrainedModel, Blip2QFormerModel, Blip2VisionModel
 
-from pipeline.blip2.checkpoint import ENCODER_HALF
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES
 from pipeline.blip2.loading import load_half, require_finite
 
 
@@ -37,6 +37,6 @@ class Blip2Encoder(Blip2PreTrainedModel):
 
 def load_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Blip2Encoder:
     """The encoder half of the checkpoint in `folder`, frozen; no tensor of the other half is read."""
-    encoder = load_half(Blip2Encoder, folder, ENCODER_HALF, dtype=dtype).to(device)
+    encoder = load_half(Blip2Encoder, folder, ENCODER_PREFIXES, dtype=dtype).to(device)
     require_finite(encoder, folder)
     return encoder.eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from pipeline.blip2.attention import TREE_ATTENTION, additive_masks
-from pipeline.blip2.checkpoint import LANGUAGE_HALF
+from pipeline.blip2.checkpoint import LANGUAGE_MODEL_PREFIXES
 from pipeline.blip2.checkpoint_check import end_tokens, model_tensors
 from pipeline.blip2.loading import load_half, require_finite
 from pipeline.blip2.lora import compute_with_float_biases, require_all_saved, targets_in_full_model, targets_of
@@ -219,7 +219,7 @@ def load_language_half(
     model = load_half(
         Blip2LanguageHalf,
         folder,
-        LANGUAGE_HALF,
+        LANGUAGE_MODEL_PREFIXES,
         config=config,
         dtype=compute_dtype,
         device_map={"": device},
@@ -271,7 +271,7 @@ def add_lora(
 def encoder_modules(config: Blip2Config) -> set[str]:
     """Names of the full model's modules that are not of the language half, and have weights."""
     tensors, _ = model_tensors(config)
-    return {name.rpartition(".")[0] for name in tensors if not name.startswith(LANGUAGE_HALF)}
+    return {name.rpartition(".")[0] for name in tensors if not name.startswith(LANGUAGE_MODEL_PREFIXES)}
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from pipeline.blip2.checkpoint import only_half
+from pipeline.blip2.checkpoint import checkpoint_view
 from pipeline.blip2.checkpoint_files import CONFIG
 from pipeline.common.errors import PipelineError
 from pipeline.common.library_errors import one_line
@@ -24,7 +24,7 @@ def load_half(model_class: type[Model], folder: Path, half: tuple[str, ...], **s
         PipelineError: a tensor is missing, of another shape, or not finite; or the library takes the config for none
             that it can load. `check_checkpoint`, which reads no weights, finds the first two earlier.
     """
-    with only_half(folder, half) as view, _errors_only():
+    with checkpoint_view(folder, half) as view, _errors_only():
         try:
             model, found = model_class.from_pretrained(
                 view, output_loading_info=True, ignore_mismatched_sizes=True, **settings

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ _OUT_OF_MEMORY = re.compile(
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-class SavedForBackward:
+class ActivationMemoryCounter:
     """Counts the bytes that a forward pass within it keeps for the backward pass, `known` tensors apart.
 
     Storage that is kept several times counts once.
@@ -42,7 +42,7 @@ class SavedForBackward:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
         self.bytes = 0
 
-    def __enter__(self) -> "SavedForBackward":
+    def __enter__(self) -> "ActivationMemoryCounter":
         self._hooks.__enter__()
         return self
 
@@ -120,7 +120,7 @@ def in_parts(compute: Callable[[Sequence[int]], T], questions: Sequence[int], ad
         if len(questions) == 1:
             raise PipelineError(f"out of memory with one question at a time; {advice}") from None
     torch.cuda.empty_cache()  # and the error, which holds on to memory, is gone
-    say(f"out of memory with {len(questions)} questions at a time: they are computed in two halves")
+    log_info(f"out of memory with {len(questions)} questions at a time: they are computed in two halves")
     half = len(questions) // 2
     return in_parts(compute, questions[:half], advice) + in_parts(compute, questions[half:], advice)
 

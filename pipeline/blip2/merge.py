@@ -54,7 +54,7 @@ def write_merged(checkpoint: Path, model: PeftModel, folder: Path) -> None:
     Raises:
         PipelineError: a tensor is missing, or has a value that float16 cannot hold.
     """
-    folded = folded_weights(model)
+    folded = merged_weights(model)
     config = _merged_config(checkpoint, folded)
     shapes = _shapes(config)
     source = _Source(checkpoint, folded)
@@ -74,7 +74,7 @@ def write_merged(checkpoint: Path, model: PeftModel, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def folded_weights(model: PeftModel) -> Folded:
+def merged_weights(model: PeftModel) -> Folded:
     """Name in the full model -> what makes the float32 weight, of all that is not the checkpoint's own.
 
     These are the 4-bit weights, dequantised; those with an adapter, and it folded in; and biases, where they were

@@ -18,7 +18,7 @@ import numpy as np
 Tokens = Sequence[int] | np.ndarray
 
 
-class Text(NamedTuple):
+class PromptTarget(NamedTuple):
     """A prompt, and what is to be said to it."""
 
     prompt: Tokens
@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenTree:
+class PrefixTree:
     """The texts on one image, laid out for the language model."""
 
     input_ids: np.ndarray
@@ -45,7 +45,7 @@ class TokenTree:
     """(L,) float32: how much each counts in the loss."""
 
 
-def grow_tree(query_tokens: int, texts: Sequence[Text]) -> TokenTree:
+def build_prefix_tree(query_tokens: int, texts: Sequence[PromptTarget]) -> PrefixTree:
     """The tree of some texts; a target's last token is only a label, since nothing follows it."""
     nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node; the texts' common parent is -1
     parents: list[int] = []
@@ -64,7 +64,7 @@ def grow_tree(query_tokens: int, texts: Sequence[Text]) -> TokenTree:
         label_nodes += [node] * bool(wanted)
         labels += wanted
         weights += [weight] * len(wanted)
-    return TokenTree(
+    return PrefixTree(
         input_ids=np.array([token for _, token in nodes], np.int64),
         position_ids=_positions(query_tokens, parents),
         mask=_mask(query_tokens, parents),

@@ -21,19 +21,19 @@ from cache.spec import CacheError
 from cache.text import TextTable
 from pipeline.answers.generation import answer_questions
 from pipeline.batches.assemble import load_base, load_tokenizer
-from pipeline.batches.sequences import Batcher
-from pipeline.blip2.checkpoint import ENCODER_HALF, fetch_checkpoint
+from pipeline.batches.sequences import SequenceBuilder
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
 from pipeline.blip2.encoder import Blip2Encoder, load_encoder
 from pipeline.blip2.language_model import load_adapter
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.common.terminal import from_home
 from pipeline.config import Config
 from pipeline.data.examples import VQAExample
 from pipeline.data.text import tokenize
 from pipeline.encoding.encoder_spec import load_preprocessor
-from pipeline.encoding.images import PictureError, check_header, read_picture
+from pipeline.encoding.images import ImageError, check_header, read_image_bytes
 from pipeline.runs.folder import RunFolder
 
 SHOWN = 200  # characters of a line that is no picture
@@ -42,7 +42,7 @@ _INVISIBLE = string.whitespace + "\ufeff\u200b\u200c\u200d\u2060\u00a0\0"
 HELP = "A question is answered, the path of a picture changes the picture, an empty line or Ctrl-D ends."
 
 
-class Picture(Batcher):
+class EncodedImage(SequenceBuilder):
     """A picture's features with one question, as `answer_questions` takes those of a cache."""
 
     def __init__(self, features: Tensor, text: TextTable):
@@ -54,13 +54,13 @@ class Picture(Batcher):
         return self._features.expand(len(rows), -1, -1)
 
 
-class PictureReader:
+class ImageEncoder:
     """Picture files -> query features, as stage one makes and stores them for the run's cache."""
 
     def __init__(self, config: Config):
         """Raises `PipelineError` if the encoder's tensors cannot be had."""
         model = config.model
-        self.folder = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_HALF)
+        self.folder = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_PREFIXES)
         self.preprocess = load_preprocessor(self.folder)
         self.encoder_dtype, self.storage_dtype = _encoder_dtype(config), config.cache.dtype
         self.device = pick_device()
@@ -71,20 +71,20 @@ class PictureReader:
         return load_encoder(self.folder, self.device, self.encoder_dtype)
 
     def __call__(self, path: Path) -> Tensor:
-        """(Q, D), on the CPU and in the cache's dtype. Raises `PictureError`."""
-        data = read_picture(path)
+        """(Q, D), on the CPU and in the cache's dtype. Raises `ImageError`."""
+        data = read_image_bytes(path)
         pixels = torch.from_numpy(self.preprocess(data))
         if check_header(data):
-            say(f"warning: {path} has more than 8 bits a channel or float pixels: scaled to its own range")
+            log_info(f"warning: {path} has more than 8 bits a channel or float pixels: scaled to its own range")
         with torch.inference_mode():
             features = self.encoder(pixels[None].to(self.device))[0]
         stored: Tensor = features.to(getattr(torch, self.storage_dtype)).cpu()
         if not stored.isfinite().all():
-            raise PictureError(f"its features are not finite in {self.storage_dtype}")
+            raise ImageError(f"its features are not finite in {self.storage_dtype}")
         return stored
 
 
-class Answerer:
+class Predictor:
     """Questions on encoded pictures -> answers, by the run's adapter or without."""
 
     def __init__(self, run: RunFolder, config: Config, with_adapter: bool):
@@ -115,7 +115,7 @@ class Answerer:
         started = time.perf_counter()
         self.check(question)
         text = tokenize([VQAExample(0, Path(image.name), question, ())], [0], self.tokenizer)
-        asked = Picture(features, text)
+        asked = EncodedImage(features, text)
         answer = answer_questions(self.model, asked, np.zeros(1, np.int64), self.tokenizer, self.config.evaluate)[0]
         return {
             "run": str(self.run.path),
@@ -134,11 +134,11 @@ def ask(run: RunFolder, image: Path, question: str, overrides: tuple[str, ...], 
     """
     question = clean_question(question)
     config = run.trained_config(overrides)
-    answerer = Answerer(run, config, with_adapter)
+    answerer = Predictor(run, config, with_adapter)
     answerer.check(question)
     try:
-        features = PictureReader(config)(image)
-    except PictureError as error:
+        features = ImageEncoder(config)(image)
+    except ImageError as error:
         raise PipelineError(f"{image}: {error}") from None
     return answerer(image, features, question)
 
@@ -151,13 +151,13 @@ class Conversation:
     ):
         """`tell` is given the summary of each answer."""
         config = run.trained_config(overrides)
-        self.look, self.answer, self.tell = PictureReader(config), Answerer(run, config, with_adapter), tell
+        self.look, self.answer, self.tell = ImageEncoder(config), Predictor(run, config, with_adapter), tell
         self.image = Path()
         self.problem = ""
         """What was wrong with the last line."""
         self.features: Tensor | None = None
         if sys.stdin.isatty():
-            say(HELP)
+            log_info(HELP)
 
     @property
     def awaits(self) -> str:
@@ -171,17 +171,17 @@ class Conversation:
                 self.show(from_home(line))
             else:
                 self.tell(self.answer(self.image, self.features, line))
-        except PictureError as error:
+        except ImageError as error:
             advice = "name a picture" if _names_picture(line) else "name a picture before a question"
             self.problem = f"{_shortened(line)}: {error}; {advice}"
         except PipelineError as error:
             self.problem = str(error)
         if self.problem:
-            say(self.problem)
+            log_info(self.problem)
         return not self.problem
 
     def show(self, image: Path) -> None:
-        """Change the picture; where the prompt holds no question, it is answered. Raises `PictureError`."""
+        """Change the picture; where the prompt holds no question, it is answered. Raises `ImageError`."""
         self.features = None  # if this one fails, no question is answered from the one before
         self.image, self.features = image, self.look(image)
         if not self.answer.asks:

@@ -32,11 +32,11 @@ from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
 from pipeline.blip2.encoder import Blip2Encoder
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_language_half
 from pipeline.blip2.memory import peak_bytes, reset_peak
-from pipeline.blip2.prefix_tree import Text, grow_tree
+from pipeline.blip2.prefix_tree import PromptTarget, build_prefix_tree
 from pipeline.blip2.random_checkpoint import config_of, write_random_checkpoint
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import write_text
-from pipeline.common.progress import progress_bar, say
+from pipeline.common.progress import log_info, progress_bar
 
 VQAV2_QUESTIONS = 443_757  # of its train split: an epoch
 R, ALPHA, DROPOUT, TARGETS = 16, 32, 0.05, ("q_proj", "v_proj")
@@ -80,7 +80,7 @@ def sequences_of(questions: list[Question], config: Blip2Config, share: bool) ->
     return [
         ImageSequence(
             torch.randn(shape, generator=generator).half(),
-            grow_tree(shape[0], [Text(one.prompt, one.target) for one in group]),
+            build_prefix_tree(shape[0], [PromptTarget(one.prompt, one.target) for one in group]),
             len(group),
         )
         for group in groups.values()
@@ -254,7 +254,7 @@ def _workers(checkpoint: Path, questions: int) -> Iterator[dict[str, Connection]
     ends, processes = {}, []
     try:
         for way in WAYS:
-            say(f"loading the model: {way}")
+            log_info(f"loading the model: {way}")
             ends[way], theirs = context.Pipe()
             processes.append(context.Process(target=_work, args=(way, checkpoint, questions, theirs), daemon=True))
             processes[-1].start()

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.answers.generation import Answer, answer_questions
-from pipeline.answers.scores import check_method, score, summarise
-from pipeline.batches.assemble import load_base, load_tokenizer, open_batcher
+from pipeline.answers.scores import check_metric, score, summarise
+from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from pipeline.blip2.language_model import load_adapter
 from pipeline.common.distributed import world_size
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_writable, write_text
-from pipeline.common.progress import progress_bar, say, with_bar
+from pipeline.common.progress import log_info, progress_bar, with_bar
 from pipeline.data.examples import VQAExample
 from pipeline.data.text import cut_answers
 from pipeline.data.vqa import official_form
@@ -40,35 +40,37 @@ def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool
         for folder in (run.path, run.adapter):
             require_writable(folder)
     settings, official = config.evaluate, official_form(config.data.format)
-    batcher = open_batcher(config, settings.split, trained=False, answered=True)
-    numbers = with_bar("questions", range(len(batcher.text)), "questions")
-    examples = [VQAExample.from_record(batcher.text.record(number)) for number in numbers]
-    check_method(examples, settings.method)
+    builder = open_split(config, settings.split, trained=False, answered=True)
+    numbers = with_bar("questions", range(len(builder.text)), "questions")
+    examples = [VQAExample.from_record(builder.text.record(number)) for number in numbers]
+    check_metric(examples, settings.metric)
     tokenizer = load_tokenizer(config)
-    multiline = sum(cut_answers(batcher.text, tokenizer).values())
+    multiline = sum(cut_answers(builder.text, tokenizer).values())
     if multiline:
-        say(f"{settings.split}: {multiline} references have several lines, and a prediction never has more than one")
+        log_info(
+            f"{settings.split}: {multiline} references have several lines, and a prediction never has more than one"
+        )
     model = load_base(config)
     if with_adapter:
         model = load_adapter(model, run.adapter)
     answering_started = time.perf_counter()
     with progress_bar("answering", len(examples), "questions") as bar:
-        found = answer_questions(model, batcher, np.arange(len(examples)), tokenizer, settings, bar.update)
+        found = answer_questions(model, builder, np.arange(len(examples)), tokenizer, settings, bar.update)
     answering_seconds = time.perf_counter() - answering_started
     answers = [found[number] for number in range(len(examples))]
     texts = [answer.text for answer in answers]
-    scores = score(examples, texts, settings.method)
+    scores = score(examples, texts, settings.metric)
     results = run.results(settings.split, with_adapter)
     mistakes = run.mistakes(settings.split, with_adapter)
     write_text(results, json.dumps(official(examples, texts), ensure_ascii=False))
-    write_text(run.answers(settings.split, with_adapter), _answer_lines(examples, answers, scores))
+    write_text(run.predictions(settings.split, with_adapter), _answer_lines(examples, answers, scores))
     write_text(mistakes, _surest_mistakes(examples, answers, scores))
     summary = {
         "run": str(run.path),
         "split": settings.split,
-        **summarise(examples, scores, batcher.text.image_row.tolist()),
+        **summarise(examples, scores, builder.text.image_row.tolist()),
         "multiline_references": multiline,
-        "method": settings.method,
+        "metric": settings.metric,
         "adapter": with_adapter,
         "num_beams": settings.num_beams,
         "max_new_tokens": settings.max_new_tokens,
@@ -111,7 +113,7 @@ def _surest_mistakes(examples: Sequence[VQAExample], answers: Sequence[Answer], 
             "question": example.question,
             "answer": answer.text,
             "probability": exp(answer.log_probability),
-            "right": dict(Counter(example.answers).most_common()),
+            "references": dict(Counter(example.answers).most_common()),
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines)

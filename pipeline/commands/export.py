@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from cache.files import fsync_folder
 from cache.spec import CacheError
 from pipeline.answers.generation import answer_questions
-from pipeline.batches.assemble import load_base, load_tokenizer, open_batcher
-from pipeline.batches.sequences import Batcher, pack
-from pipeline.blip2.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint
+from pipeline.batches.assemble import load_base, load_tokenizer, open_split
+from pipeline.batches.sequences import SequenceBuilder, pack
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
 from pipeline.blip2.language_model import TREES, keep_trainable, load_adapter, readable_as
 from pipeline.blip2.memory import free_bytes, give_back_memory, is_out_of_memory
@@ -28,7 +28,7 @@ from pipeline.blip2.merge import merged_bytes, write_merged
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_utf8, require_writable, sync_files, write_text, writing
 from pipeline.common.hub import check_repo_name, push
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import Config, ModelConfig
 from pipeline.encoding.preflight import free_bytes as free_on_disk
 from pipeline.encoding.preflight import size
@@ -108,7 +108,7 @@ def _copy_files(source: Path, folder: Path) -> None:
 
 def _merge(run: RunFolder, config: Config, folder: Path) -> None:
     model = config.model
-    checkpoint = fetch_checkpoint(model.checkpoint, model.revision, (*ENCODER_HALF, *LANGUAGE_HALF))
+    checkpoint = fetch_checkpoint(model.checkpoint, model.revision, (*ENCODER_PREFIXES, *LANGUAGE_MODEL_PREFIXES))
     needed, free = merged_bytes(checkpoint) + SMALL_FILES_BYTES, free_on_disk(folder)
     if needed > free:
         raise PipelineError(
@@ -133,11 +133,11 @@ def differences(run: RunFolder, config: Config, merged: Path) -> dict[str, float
     """
     try:
         _check_memory(config, merged)
-        batcher = open_batcher(config, config.evaluate.split, trained=False, answered=True)
+        builder = open_split(config, config.evaluate.split, trained=False, answered=True)
     except (CacheError, PipelineError) as error:
-        say(f"the merged model is not compared with the run: {error}")
+        log_info(f"the merged model is not compared with the run: {error}")
         return None
-    questions = np.unique(np.linspace(0, len(batcher.text) - 1, min(COMPARED, len(batcher.text)), dtype=np.int64))
+    questions = np.unique(np.linspace(0, len(builder.text) - 1, min(COMPARED, len(builder.text)), dtype=np.int64))
     plain = config.model_copy(
         update={
             "model": ModelConfig(checkpoint=str(merged)),
@@ -145,15 +145,15 @@ def differences(run: RunFolder, config: Config, merged: Path) -> dict[str, float
         }
     )
     try:
-        ours = _say_all(config, run.adapter, batcher, questions)
+        ours = _say_all(config, run.adapter, builder, questions)
         gc.collect()
         give_back_memory()
-        theirs = _say_all(plain, None, batcher, questions, ours.answers)
+        theirs = _say_all(plain, None, builder, questions, ours.answers)
     except (RuntimeError, MemoryError, PipelineError) as error:
         if not isinstance(error, PipelineError) and not is_out_of_memory(error):
             raise
         what = error if isinstance(error, PipelineError) else "out of memory; try a smaller evaluate.batch_size"
-        say(f"the merged model is not compared with the run: {what}")
+        log_info(f"the merged model is not compared with the run: {what}")
         return None
     apart = (ours.logits - theirs.logits).abs()
     return {
@@ -173,7 +173,11 @@ def _check_memory(config: Config, merged: Path) -> None:
 
 
 def _say_all(
-    config: Config, adapter: Path | None, batcher: Batcher, questions: np.ndarray, wanted: list[str] | None = None
+    config: Config,
+    adapter: Path | None,
+    builder: SequenceBuilder,
+    questions: np.ndarray,
+    wanted: list[str] | None = None,
 ) -> _Said:
     """A model's answers, and its logits along the answers `wanted`, by default its own."""
     tokenizer = load_tokenizer(config)
@@ -181,13 +185,13 @@ def _say_all(
     if adapter:
         model = load_adapter(model, adapter)
         keep_trainable(model)
-    found = answer_questions(model, batcher, questions, tokenizer, config.evaluate)
+    found = answer_questions(model, builder, questions, tokenizer, config.evaluate)
     answers = [found[number].text for number in questions.tolist()]
     targets = dict(zip(questions.tolist(), tokenizer.targets(wanted or answers), strict=True))
     logits = []
     for start in range(0, len(questions), config.evaluate.batch_size):
         some = questions[start : start + config.evaluate.batch_size]
-        inputs = pack(batcher.for_training(some, targets=lambda number: [(np.array(targets[number]), 1.0)]))
+        inputs = pack(builder.for_training(some, targets=lambda number: [(np.array(targets[number]), 1.0)]))
         asked = {name: inputs[name] for name in (*TREES, "label_nodes")}
         with torch.inference_mode():
             logits.append(model.logits(**send_to_device(asked, next(model.parameters()).device)).cpu())

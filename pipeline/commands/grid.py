@@ -12,7 +12,7 @@ from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.commands.train import StoppedError, load_for_training, train
 from pipeline.common.distributed import world_size
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import Config, load_config
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.record import read_record
@@ -42,7 +42,7 @@ def train_grid(
     load = _LoadOnce()
     rows = []
     for number, (varied, (run, settings)) in enumerate(zip(combinations, planned, strict=True), start=1):
-        say(f"training {number} of {len(planned)}: {' '.join(f'{key}={value}' for key, value in varied.items())}")
+        log_info(f"training {number} of {len(planned)}: {' '.join(f'{key}={value}' for key, value in varied.items())}")
         rows.append({"run": str(run.path), **varied, **_train_one(settings, run, resume, load)})
     return {"runs": rows, "failed_runs": sum("failed" in row for row in rows)}
 
@@ -68,7 +68,7 @@ def _train_one(config: Config, run: RunFolder, resume: bool, load: "_LoadOnce") 
     except (PipelineError, CacheError, OSError, RuntimeError) as error:
         load.forget()
         reason = str(error).splitlines()[0]
-        say(f"{run.path} failed: {reason}")
+        log_info(f"{run.path} failed: {reason}")
         return {"failed": reason, "seconds": time.perf_counter() - started}
     known = {**summary, **summary.get("validation", {}), "seconds": summary.get("seconds", 0.0)}
     return {key: known[key] for key in TOLD if key in known}

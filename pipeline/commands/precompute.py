@@ -20,41 +20,41 @@ from cache.spec import CacheError, CacheSpec
 from cache.text import TEXT_HEAD_BYTES, TextTable
 from cache.thumbnails import thumbnails_bytes
 from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
-from pipeline.blip2.checkpoint import ENCODER_HALF, fetch_checkpoint, fetch_small_files
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint, fetch_small_files
 from pipeline.blip2.device import check_devices, dtype_name, pick_device, pick_dtype
 from pipeline.blip2.encoder import load_encoder
-from pipeline.common.distributed import ENCODING_TIMEOUT, Team, rank
-from pipeline.common.progress import say
+from pipeline.common.distributed import ENCODING_TIMEOUT, DistributedContext, rank
+from pipeline.common.progress import log_info
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.cached_examples import CachedExamples, images_of, reader_fingerprint
 from pipeline.data.examples import VQAExample
 from pipeline.data.lengths import find_too_long, too_long_reason
-from pipeline.data.tables import Picture
+from pipeline.data.tables import ImageSource
 from pipeline.data.text import PromptTokenizer, cut_answers, log_cut_answers, select, tokenize
 from pipeline.encoding.encoder_spec import encoder_settings, encoder_spec, load_preprocessor
-from pipeline.encoding.encoding_loop import LOOP_TIMES, Encoded, PictureEncoder
-from pipeline.encoding.images import Preprocessor, read_picture
+from pipeline.encoding.encoding_loop import LOOP_TIMES, Encoded, EncodingLoop
+from pipeline.encoding.images import Preprocessor, read_image_bytes
 from pipeline.encoding.preflight import (
     LEFT_OUT_NAME,
-    Inputs,
-    check_room,
+    DatasetScan,
+    check_disk_space,
     first_line,
-    left_out_lines,
     log_rescaled,
-    read_inputs,
+    log_skipped,
     read_split,
-    tell_left_out,
+    scan_dataset,
+    skipped_lines,
 )
 from pipeline.encoding.thumbnails import making_thumbnails, most_bytes
 
-Mend = Callable[[Inputs, CacheSpec], None]
+Mend = Callable[[DatasetScan, CacheSpec], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
     """All that is known before the encoder is loaded."""
 
-    inputs: Inputs
+    inputs: DatasetScan
     tokenizer: PromptTokenizer
     texts: dict[str, TextTable]
     """By split; the rows of the images are not known yet."""
@@ -71,7 +71,7 @@ class Share:
 
     spec: CacheSpec
     parts: list[Path]
-    pictures: dict[bytes, Picture]
+    pictures: dict[bytes, ImageSource]
     """By digest, of what is to be encoded."""
 
 
@@ -83,11 +83,11 @@ def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | Non
     set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
-    with Team(ENCODING_TIMEOUT) as team:
+    with DistributedContext(ENCODING_TIMEOUT) as team:
         check_devices(team)
         if team.rank == 0:
-            return _lead(config, team, mend)
-        _help(config, team)
+            return _run_main(config, team, mend)
+        _run_worker(config, team)
         return None
 
 
@@ -111,14 +111,14 @@ def dry_run(config: Config) -> dict[str, Any] | None:
         "reused": found.stored + found.nearby,
         "to_encode": found.to_encode,
         "bytes_needed": found.bytes_needed,
-        "left_out": _reasons(prepared.inputs),
+        "skipped": _reasons(prepared.inputs),
         "rescaled_images": prepared.inputs.rescaled_images,
         "images_per_second": a_second,
         "seconds_encoding": found.to_encode / a_second if a_second else None if found.to_encode else 0.0,
     }
 
 
-def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
+def _run_main(config: Config, team: DistributedContext, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
     require_free(config.cache.dir)
@@ -131,20 +131,20 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
         making_thumbnails(
             cache.dir,
             writer.images(),
-            lambda digest: read_picture(pictures[digest]) if digest in pictures else None,
-            config.precompute.thumbnails,
+            lambda digest: read_image_bytes(pictures[digest]) if digest in pictures else None,
+            config.precompute.thumbnail_size,
             max(1, config.precompute.num_workers),
         ) as thumbnails,
     ):
-        share = team.share_out(_shares(writer.parts, spec, pictures, team.size))
+        share = team.scatter(_shares(writer.parts, spec, pictures, team.size))
         prepared_at = time.perf_counter()
         reports = team.gather(_encode(share, prepared.checkpoint, config.precompute))
         encoded_at = time.perf_counter()
         failures = {digest: why for report in reports for digest, why in report.failures.items()}
         if failures:
             inputs = inputs.without(failures)
-            news = inputs.left_out[len(prepared.inputs.left_out) :]
-            tell_left_out(inputs, news, config.precompute.on_missing, _report(config))
+            news = inputs.skipped[len(prepared.inputs.skipped) :]
+            log_skipped(inputs, news, config.precompute.on_invalid, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
         multiline = {split: len(cut_answers(text, prepared.tokenizer)) for split, text in texts.items()}
         for split, count in multiline.items():
@@ -153,8 +153,8 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
         provenance = _provenance(config, prepared.checkpoint, inputs)
         writer.finish(texts, _attachments(inputs), provenance, thumbnails())
     _report(config).unlink(missing_ok=True)
-    if inputs.left_out:
-        say(f"all that was left out: {FeatureReader(config.cache.dir).attachment(LEFT_OUT_NAME)}")
+    if inputs.skipped:
+        log_info(f"all that was left out: {FeatureReader(config.cache.dir).attachment(LEFT_OUT_NAME)}")
     encoded = sum(report.rows for report in reports)
     loop_seconds = max(report.seconds for report in reports)
     return {
@@ -168,7 +168,7 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
         "failed": inputs.pictures - len(inputs.digests),
         "questions": {split: len(text) for split, text in texts.items()},
         "multiline_answers": multiline,
-        "left_out": _reasons(inputs),
+        "skipped": _reasons(inputs),
         "rescaled_images": inputs.rescaled_images,
         "time": {
             "preparing": prepared_at - started,
@@ -181,10 +181,10 @@ def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     }
 
 
-def _help(config: Config, team: Team) -> None:
+def _run_worker(config: Config, team: DistributedContext) -> None:
     """A process that is not 0: encodes its share."""
     share = team.receive(Share)  # first: what is wrong with the checkpoint, process 0 has said
-    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
+    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_PREFIXES)
     team.gather(_encode(share, checkpoint, config.precompute))
 
 
@@ -192,19 +192,19 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     """Everything that can go wrong before the long work, in order of its cost."""
     require_usable(config.cache.dir)
     model = config.model
-    small_files = fetch_small_files(model.checkpoint, model.revision, ENCODER_HALF)
+    small_files = fetch_small_files(model.checkpoint, model.revision, ENCODER_PREFIXES)
     tokenizer = PromptTokenizer(small_files, config.data.prompt)
     load_preprocessor(small_files)  # raises what is wrong with it
     earlier = _finished_cache(config.cache.dir)
-    inputs = read_inputs(config.data, earlier)
-    tell_left_out(inputs, inputs.left_out, config.precompute.on_missing, report)
+    inputs = scan_dataset(config.data, earlier)
+    log_skipped(inputs, inputs.skipped, config.precompute.on_invalid, report)
     log_rescaled(inputs)
-    told = len(inputs.left_out)
-    checkpoint = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_HALF)
+    told = len(inputs.skipped)
+    checkpoint = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_PREFIXES)
     inputs, texts = _tokenize(config, inputs, tokenizer, earlier)
     if earlier:
         earlier.close()  # a repair takes rows out, which it may not while the cache is read
-    tell_left_out(inputs, inputs.left_out[told:], config.precompute.on_missing, report)
+    log_skipped(inputs, inputs.skipped[told:], config.precompute.on_invalid, report)
     dtype = pick_dtype(config.precompute.dtype, pick_device())
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
     if mend:
@@ -212,16 +212,16 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     beside = caches_beside(config.cache.dir, spec)
     found = survey(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
     text_bytes = sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
-    shown_bytes = (found.wanted - found.stored) * most_bytes(config.precompute.thumbnails)
+    shown_bytes = (found.wanted - found.stored) * most_bytes(config.precompute.thumbnail_size)
     found = replace(found, bytes_needed=found.bytes_needed + text_bytes + shown_bytes)
-    say(first_line(inputs, found, config.cache))
-    check_room(found, config.cache)
+    log_info(first_line(inputs, found, config.cache))
+    check_disk_space(found, config.cache)
     return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
 
 
 def _tokenize(
-    config: Config, inputs: Inputs, tokenizer: PromptTokenizer, earlier: FeatureReader | None
-) -> tuple[Inputs, dict[str, TextTable]]:
+    config: Config, inputs: DatasetScan, tokenizer: PromptTokenizer, earlier: FeatureReader | None
+) -> tuple[DatasetScan, dict[str, TextTable]]:
     """The text of each split, tokens of an earlier run taken over, and the inputs without questions too long for it."""
     texts = {}
     for split, examples in inputs.splits.items():
@@ -254,7 +254,7 @@ def _earlier_text(earlier: FeatureReader | None, split: str) -> TextTable | None
     return None
 
 
-def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, Picture], processes: int) -> list[Share]:
+def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, ImageSource], processes: int) -> list[Share]:
     """The parts dealt out, and of the pictures only those that each process encodes."""
     shares = []
     for process in range(processes):
@@ -270,14 +270,14 @@ def _encode(share: Share, checkpoint: Path, settings: PrecomputeConfig) -> Encod
     return _picture_encoder(checkpoint, share.spec, settings).fill(share.parts, share.pictures)
 
 
-def _picture_encoder(checkpoint: Path, spec: CacheSpec, settings: PrecomputeConfig) -> PictureEncoder:
+def _picture_encoder(checkpoint: Path, spec: CacheSpec, settings: PrecomputeConfig) -> EncodingLoop:
     encoder = load_encoder(checkpoint, pick_device(), getattr(torch, spec.encoder_dtype))
     if settings.compile:
         encoder.compile(dynamic=False)  # there are two shapes at most: a full batch, and the last one of a part
-    return PictureEncoder(encoder, Preprocessor(checkpoint), settings.batch_size, settings.num_workers)
+    return EncodingLoop(encoder, Preprocessor(checkpoint), settings.batch_size, settings.num_workers)
 
 
-def _texts(prepared: Prepared, inputs: Inputs, rows: dict[bytes, int]) -> dict[str, TextTable]:
+def _texts(prepared: Prepared, inputs: DatasetScan, rows: dict[bytes, int]) -> dict[str, TextTable]:
     """The text of each split with the rows of its images; made again if pictures failed meanwhile."""
     texts = {}
     for split, examples in inputs.splits.items():
@@ -294,7 +294,7 @@ def _tell_dropped(folder: Path, texts: Mapping[str, TextTable]) -> None:
     with suppress(CacheError):
         dropped = [split for split in Manifest.load(folder).splits if split not in texts]
         if dropped:
-            say(f"{folder}: splits {', '.join(dropped)} of the earlier config are no longer in the cache")
+            log_info(f"{folder}: splits {', '.join(dropped)} of the earlier config are no longer in the cache")
 
 
 def _report(config: Config) -> Path:
@@ -303,19 +303,19 @@ def _report(config: Config) -> Path:
     return folder.parent / f"{folder.name}.{LEFT_OUT_NAME}"
 
 
-def _attachments(inputs: Inputs) -> dict[str, bytes]:
-    return {LEFT_OUT_NAME: left_out_lines(inputs.left_out)} if inputs.left_out else {}
+def _attachments(inputs: DatasetScan) -> dict[str, bytes]:
+    return {LEFT_OUT_NAME: skipped_lines(inputs.skipped)} if inputs.skipped else {}
 
 
-def _reasons(inputs: Inputs) -> dict[str, int]:
+def _reasons(inputs: DatasetScan) -> dict[str, int]:
     """Questions left out, by reason."""
     counts: Counter[str] = Counter()
-    for one in inputs.left_out:
+    for one in inputs.skipped:
         counts[one.reason] += one.questions
     return dict(counts)
 
 
-def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, Any]:
+def _provenance(config: Config, checkpoint: Path, inputs: DatasetScan) -> dict[str, Any]:
     """What made the cache: enough to repair it, and to notice that the annotations have changed since."""
     kept: Any = {"model": True, "data": True, "precompute": True, "cache": {"dtype", "part_rows"}}
     used = config.with_absolute_paths().model_dump(mode="json", include=kept)
@@ -324,7 +324,7 @@ def _provenance(config: Config, checkpoint: Path, inputs: Inputs) -> dict[str, A
         "encoder": encoder_settings(checkpoint),
         "sources": inputs.sources,
         "reader": reader_fingerprint(),
-        "left_out": _reasons(inputs),
+        "skipped": _reasons(inputs),
         "respelled": inputs.respelled,
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
     }

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.train import train
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import load_config
 from pipeline.runs.folder import next_run
 
@@ -21,13 +21,13 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     config_path = Path(str(files("pipeline.configs") / CONFIG_NAME))
     config = load_config(config_path, overrides)
     run = next_run(config.train.output_dir, config_path.stem)
-    say("1/4 The frozen encoder runs once over every picture")
+    log_info("1/4 The frozen encoder runs once over every picture")
     encoded = precompute(config) or {}
-    say("2/4 Training LoRA on the 4-bit language model, from the cache")
+    log_info("2/4 Training LoRA on the 4-bit language model, from the cache")
     trained = train(config, run) or {}
-    say("3/4 Answering the test questions without the adapter")
+    log_info("3/4 Answering the test questions without the adapter")
     before = evaluate(run, with_adapter=False)
-    say("4/4 Answering them with it")
+    log_info("4/4 Answering them with it")
     after = evaluate(run)
     return {
         "accuracy_before": before["accuracy"],

@@ -15,17 +15,17 @@ from cache.manifest import Manifest
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
 from cache.text import TextTable
-from pipeline.blip2.checkpoint import ENCODER_HALF, fetch_checkpoint
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device
 from pipeline.blip2.encoder import load_encoder
 from pipeline.commands.precompute import precompute
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import progress_bar, say
+from pipeline.common.progress import log_info, progress_bar
 from pipeline.config import Config, load_config
-from pipeline.data.tables import Picture
+from pipeline.data.tables import ImageSource
 from pipeline.encoding.encoder_spec import encoder_spec
-from pipeline.encoding.images import PictureError, Preprocessor, image_digest, read_picture
-from pipeline.encoding.preflight import NAMED, Inputs, read_split
+from pipeline.encoding.images import ImageError, Preprocessor, image_digest, read_image_bytes
+from pipeline.encoding.preflight import NAMED, DatasetScan, read_split
 from pipeline.encoding.upkeep import cache_folder, in_words
 
 # How far apart two machines, or two batches, may be, as a share of the largest number of a row: far above what the
@@ -52,15 +52,15 @@ def repair(cache: Path) -> dict[str, Any]:
         if damage.problem == audit.NO_PART:
             raise CacheError(f"{folder / damage.file}: {damage.problem}, and run `pipe cache repair` again")
 
-    def mend(inputs: Inputs, spec: CacheSpec) -> None:
+    def mend(inputs: DatasetScan, spec: CacheSpec) -> None:
         _require_same_encoder(folder, spec)
         _require_pictures(folder, damages, inputs)
-        say(f"{folder}: {audit.drop_damaged(folder, damages)} damaged rows taken out")
+        log_info(f"{folder}: {audit.drop_damaged(folder, damages)} damaged rows taken out")
 
     made = precompute(load_config(cache) if cache.is_file() else _config_of(folder), mend) or {}
     return {
         "cache": str(folder),
-        "mended": [in_words(damage) for damage in damages],
+        "repaired": [in_words(damage) for damage in damages],
         "encoded": made["encoded"],
         "reused": made["reused"],
         "failed": made["failed"],
@@ -71,7 +71,7 @@ def reencode(folder: Path, count: int) -> dict[str, Any]:
     """Encodes `count` random pictures again; the largest difference from what is stored."""
     config, features = _config_of(folder), FeatureReader(folder)
     spec = features.spec
-    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_HALF)
+    checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_PREFIXES)
     _require_same_encoder(folder, encoder_spec(checkpoint, spec.encoder_dtype, spec.dtype))
     pictures = _pictures(features, config)
     chosen = random.sample(sorted(pictures), min(count, len(pictures)))
@@ -93,7 +93,7 @@ def reencode(folder: Path, count: int) -> dict[str, Any]:
                     beyond.append(f"{pictures[row]}: comes out {differences_found[-1]:.3g} apart from what is stored")
             bar.update()
     if beyond:
-        say(f"{folder}: features differ by more than {allowed:.2g} of a row's largest number: that is no rounding")
+        log_info(f"{folder}: features differ by more than {allowed:.2g} of a row's largest number: that is no rounding")
     return {
         "reencoded": len(differences_found),
         "not_compared": len(chosen) - len(differences_found),
@@ -123,7 +123,7 @@ def _require_same_encoder(folder: Path, spec: CacheSpec) -> None:
         )
 
 
-def _require_pictures(folder: Path, damages: Sequence[audit.Damage], inputs: Inputs) -> None:
+def _require_pictures(folder: Path, damages: Sequence[audit.Damage], inputs: DatasetScan) -> None:
     """Raises `PipelineError` if a lost row could not be encoded again."""
     gone = [*dict.fromkeys(_pictures_gone(folder, damages, inputs))]
     if gone:
@@ -135,7 +135,7 @@ def _require_pictures(folder: Path, damages: Sequence[audit.Damage], inputs: Inp
         )
 
 
-def _pictures_gone(folder: Path, damages: Sequence[audit.Damage], inputs: Inputs) -> Iterator[str]:
+def _pictures_gone(folder: Path, damages: Sequence[audit.Damage], inputs: DatasetScan) -> Iterator[str]:
     """The pictures that there are questions on, whose rows are lost, and that are missing or changed."""
     manifest = Manifest.load(folder)
     lost = _lost_rows(folder, manifest, damages)
@@ -167,7 +167,7 @@ def _lost_rows(folder: Path, manifest: Manifest, damages: Sequence[audit.Damage]
     return lost
 
 
-def _pictures(features: FeatureReader, config: Config) -> dict[int, Picture]:
+def _pictures(features: FeatureReader, config: Config) -> dict[int, ImageSource]:
     """Row -> where its picture is found, for every row that a question is about."""
     in_tables = {
         (split, example.question_id): example.image
@@ -175,7 +175,7 @@ def _pictures(features: FeatureReader, config: Config) -> dict[int, Picture]:
         if files.tables
         for example in read_split(config.data.format, split, files)[0].examples
     }
-    pictures: dict[int, Picture] = {}
+    pictures: dict[int, ImageSource] = {}
     for split in features.splits:
         text = features.text(split)
         for i, row in enumerate(text.image_row.tolist()):
@@ -184,15 +184,15 @@ def _pictures(features: FeatureReader, config: Config) -> dict[int, Picture]:
     return pictures
 
 
-def _pixel_values(picture: Picture, digest: bytes, preprocess: Preprocessor) -> np.ndarray | None:
+def _pixel_values(picture: ImageSource, digest: bytes, preprocess: Preprocessor) -> np.ndarray | None:
     """(3, H, W), or None if the picture is not there any more as it was; said in a line."""
     try:
-        data = read_picture(picture)
+        data = read_image_bytes(picture)
         if image_digest(data) == digest:
             return preprocess(data)
-        say(f"{picture}: has changed since it was encoded; not compared")
-    except PictureError as error:
-        say(f"{picture}: {error}; not compared")
+        log_info(f"{picture}: has changed since it was encoded; not compared")
+    except ImageError as error:
+        log_info(f"{picture}: {error}; not compared")
     return None
 
 

@@ -13,9 +13,9 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_writable, write_text, writing
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import SPLITS, Config, flatten, load_config
-from pipeline.runs.folder import RunFolder, adapter_damage, rows_until
+from pipeline.runs.folder import RunFolder, adapter_damage, read_jsonl
 from pipeline.runs.gallery import gallery
 from pipeline.runs.record import read_evaluation, read_record
 
@@ -80,9 +80,9 @@ def _run(run: RunFolder) -> dict[str, Any]:
         raise PipelineError(f"{run.path}: not a run folder, it has no {run.config.name}; see `pipe train`")
     config = load_config(run.config)
     if run.adapter.is_dir() and (problem := adapter_damage(run.adapter)):
-        say(problem)
+        log_info(problem)
     split, evaluation = _evaluation(run, config)
-    metrics, record = rows_until(math.inf, run.metrics), read_record(run)
+    metrics, record = read_jsonl(math.inf, run.metrics), read_record(run)
     told = {
         "name": run.path.resolve().name,
         "path": str(run.path),
@@ -93,7 +93,7 @@ def _run(run: RunFolder) -> dict[str, Any]:
         "training": record.get("summary", {}),
         "versions": record.get("versions", {}),
         "metrics": _columns(metrics),
-        "validation": _columns(rows_until(math.inf, run.validation)),
+        "validation": _columns(read_jsonl(math.inf, run.validation)),
         "split": split,
         "evaluation": evaluation,
     }
@@ -110,7 +110,9 @@ def _hints(run: RunFolder, told: dict[str, Any]) -> list[dict[str, str]]:
             words = "What it was before LoRA, for comparison:"
             hints.append(_hint("outcome", words, f"pipe evaluate {run.path} --adapter none"))
     else:
-        hints.append(_hint("outcome", "Training has not ended. Goes on with it, if it was stopped:", run.going_on))
+        hints.append(
+            _hint("outcome", "Training has not ended. Goes on with it, if it was stopped:", run.resume_command)
+        )
     if not told["validation"] and "val" in read_record(run).get("cache", {}).get("questions", {}):
         words = "Accuracy and loss on other questions while training goes on:"
         hints.append(_hint("curves", words, f"pipe train {run.config} validation.steps=500"))
@@ -124,12 +126,12 @@ def _hint(place: str, words: str, command: str) -> dict[str, str]:
 
 def _add_details(run: RunFolder, told: dict[str, Any], pictures: int, seed: int) -> None:
     """What is told of a run if the page is about it alone."""
-    looks = rows_until(math.inf, run.watch)
+    looks = read_jsonl(math.inf, run.watch)
     told["config"] = run.config.read_text(encoding="utf-8")
     told["watch"] = heat_maps(looks) if looks else None
     if not looks:
         words = "How far each LoRA matrix has moved, by layer:"
-        told["hints"].append(_hint("watch", words, f"pipe train {run.config} train.watch_steps=50"))
+        told["hints"].append(_hint("watch", words, f"pipe train {run.config} train.lora_monitor_steps=50"))
     told["gallery"], hint = _gallery(run, told["split"], pictures, seed)
     if hint and told["state"] == "finished":
         told["hints"].append(hint)
@@ -139,7 +141,7 @@ def _gallery(run: RunFolder, split: str, count: int, seed: int) -> tuple[dict[st
     """The examples, and what they lack."""
     if not count:
         return None, None
-    if not run.answers(split, True).exists():
+    if not run.predictions(split, True).exists():
         return None, _hint("gallery", "Questions with their pictures and answers:", f"pipe evaluate {run.path}")
     settings = load_config(run.config).cache
     precompute = f"pipe precompute {run.config}"
@@ -181,7 +183,7 @@ def _thinned(rows: Rows, most: int) -> Rows:
 
 
 def heat_maps(looks: Rows) -> dict[str, Any]:
-    """Of `watch.jsonl`: a map for each kind of matrix, with the layers as rows and the looks as columns."""
+    """Of `lora_updates.jsonl`: a map for each kind of matrix, with the layers as rows and the looks as columns."""
     shown = _thinned(looks, LOOKS)
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for row in shown for name in row["matrices"]):
@@ -189,7 +191,7 @@ def heat_maps(looks: Rows) -> dict[str, Any]:
     return {
         "steps": [row["step"] for row in shown],
         "maps": [_heat_map(kind, names, shown) for kind, names in sorted(kinds.items())],
-        "told": [{"step": row["step"], "words": words} for row in looks for words in row.get("told", ())],
+        "warnings": [{"step": row["step"], "words": words} for row in looks for words in row.get("warnings", ())],
     }
 
 

@@ -22,30 +22,30 @@ from pipeline.batches.assemble import (
     check_lora,
     load_base,
     load_tokenizer,
-    open_batcher,
+    open_split,
     trainable_questions,
     training_batches,
 )
-from pipeline.batches.sequences import Batcher
+from pipeline.batches.sequences import SequenceBuilder
 from pipeline.blip2.device import check_devices, dtype_name, pick_device
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.blip2.memory import peak_bytes, reset_peak
 from pipeline.common.compat import checkpointing_arguments, disable_activation_checkpointing
-from pipeline.common.distributed import GROUP_TIMEOUT, Team
+from pipeline.common.distributed import GROUP_TIMEOUT, DistributedContext
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import WriteError, put_in_place, require_writable, writing
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import Config, TrainConfig
 from pipeline.data.text import cut_answers, log_cut_answers
 from pipeline.runs.card import write_card
 from pipeline.runs.checkpoints import remove_incomplete, sound_checkpoint
-from pipeline.runs.folder import RunFolder, rows_until
+from pipeline.runs.folder import RunFolder, read_jsonl
 from pipeline.runs.record import begin_record, end_record
-from pipeline.training.lora_monitor import Watch
-from pipeline.training.metrics import RunLog
-from pipeline.training.stopping import SaveAndStop, StopRequest
+from pipeline.training.lora_monitor import LoraMonitorCallback
+from pipeline.training.metrics import MetricsCallback
+from pipeline.training.stopping import GracefulStopCallback, StopRequest
 from pipeline.training.trainer import Batches, StageTwoTrainer
-from pipeline.training.validation import KeepBest, Validator
+from pipeline.training.validation import BestAdapterCallback, Validator
 
 LoadBase = Callable[[Config], Blip2LanguageHalf]
 
@@ -58,7 +58,7 @@ class StoppedError(PipelineError):
 class Data:
     """What a run trains on, and looks at meanwhile."""
 
-    batcher: Batcher
+    builder: SequenceBuilder
     trainable: np.ndarray
     """Numbers of the questions that have an answer."""
     validator: Validator | None
@@ -99,13 +99,13 @@ def _explaining_writes(run: RunFolder) -> Iterator[None]:
             yield
     except WriteError as error:
         raise error.followed_by(
-            f"`{run.going_on}`" if run.config.is_file() else "run the same command again"
+            f"`{run.resume_command}`" if run.config.is_file() else "run the same command again"
         ) from error
 
 
 def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
     started = time.perf_counter()
-    with Team() as team:
+    with DistributedContext() as team:
         check_devices(team, config.quantization.compute_dtype)
         checkpoint: Path | None = None
         if team.rank == 0:
@@ -118,17 +118,19 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         check_lora(config)
         data = _open_data(config)
         shared = (run.path, checkpoint)
-        shared = team.share_out([shared] * team.size) if team.rank == 0 else team.receive(tuple)
+        shared = team.scatter([shared] * team.size) if team.rank == 0 else team.receive(tuple)
         run, checkpoint = RunFolder(shared[0]), shared[1]
         base = load(config)
         set_seed(config.train.seed)
         model = add_lora(base, **config.lora.model_dump())
         stop = StopRequest()
-        keep_best = KeepBest(run, config.validation, partial(save_adapter, model)) if data.validator else None
-        watch = Watch(model, run, config.train.watch_steps, config.train.warmup_steps, stop)
-        # `RunLog` marks a checkpoint as complete, after all that `watch` puts into it.
-        log = RunLog(run, config.train.keep_checkpoints)
-        callbacks = [SaveAndStop(stop, config.train.save_minutes), watch, log]
+        keep_best = (
+            BestAdapterCallback(run, config.validation, partial(save_adapter, model)) if data.validator else None
+        )
+        watch = LoraMonitorCallback(model, run, config.train.lora_monitor_steps, config.train.warmup_steps, stop)
+        # `MetricsCallback` marks a checkpoint as complete, after all that `watch` puts into it.
+        log = MetricsCallback(run, config.train.save_total_limit)
+        callbacks = [GracefulStopCallback(stop, config.train.save_minutes), watch, log]
         callbacks += [keep_best] if keep_best else []
         if team.rank == 0 and not resume:
             holding.enter_context(_held(run))
@@ -136,18 +138,18 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
         if team.rank == 0:
             run.start(config)
-            begin_record(run, config, data.batcher.features, trainer.args.device.type, dtype_name(base.dtype))
-        _tell_warmup(config.train, len(data.trainable))
-        say(f"run {run.path}; if it is stopped: {run.going_on}")
+            begin_record(run, config, data.builder.features, trainer.args.device.type, dtype_name(base.dtype))
+        _log_warmup(config.train, len(data.trainable))
+        log_info(f"run {run.path}; if it is stopped: {run.resume_command}")
         reset_peak(trainer.args.device)
         ready = time.perf_counter()
-        with stop, closing(log), team.others(f"it goes on with {run.going_on}"):
+        with stop, closing(log), team.others(f"it goes on with {run.resume_command}"):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
         computed = team.gather((trainer.questions, trainer.nodes, result.training_loss))
     if stop.made and result.global_step < trainer.state.max_steps:
         done = f"step {result.global_step} of {trainer.state.max_steps}"
-        raise StoppedError(f"stopped at {done}, saved; it goes on with: {run.going_on}")
+        raise StoppedError(f"stopped at {done}, saved; it goes on with: {run.resume_command}")
     if team.rank > 0:
         return None
     questions, nodes = sum(one[0] for one in computed), sum(one[1] for one in computed)
@@ -157,7 +159,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         "steps": result.global_step,
         "train_loss": _mean_loss(run) if checkpoint else loss,  # the library's forgets what was before
         "questions": len(data.trainable),
-        "without_answer": len(data.batcher.text) - len(data.trainable),
+        "without_answer": len(data.builder.text) - len(data.trainable),
         "multiline_answers": data.cut,
         "skipped_steps": trainer.skipped_steps,
         "validation": keep_best.summary() if keep_best else {},
@@ -177,19 +179,19 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
 
 def _mean_loss(run: RunFolder) -> float | None:
     """Of all steps that were logged; None if there is none."""
-    losses = [row["loss"] for row in rows_until(sys.maxsize, run.metrics) if row["loss"] is not None]
+    losses = [row["loss"] for row in read_jsonl(sys.maxsize, run.metrics) if row["loss"] is not None]
     return fmean(losses) if losses else None
 
 
 def _open_data(config: Config) -> Data:
-    batcher = open_batcher(config, "train")
+    builder = open_split(config, "train")
     tokenizer, validator = load_tokenizer(config), None
     if config.validation.steps is not None:
-        other = open_batcher(config, config.validation.split, batcher.features, answered=True)
+        other = open_split(config, config.validation.split, builder.features, answered=True)
         validator = Validator(other, tokenizer, config.validation, config.evaluate)
-    cut = len(cut_answers(batcher.text, tokenizer))
+    cut = len(cut_answers(builder.text, tokenizer))
     log_cut_answers("train", cut, tokenizer)
-    return Data(batcher, trainable_questions(batcher, config), validator, cut)
+    return Data(builder, trainable_questions(builder, config), validator, cut)
 
 
 @contextmanager
@@ -217,11 +219,11 @@ def _hold_to_resume(run: RunFolder, config: Config, holding: ExitStack) -> Path 
     run.check_resumable(config)  # another process may have finished it meanwhile
     checkpoint = sound_checkpoint(run.checkpoints, f"pipe train {run.config} --name ANOTHER")
     if checkpoint is None:
-        say(f"{run.path}: no checkpoint was written to its end yet; training begins with the first step")
+        log_info(f"{run.path}: no checkpoint was written to its end yet; training begins with the first step")
     return checkpoint
 
 
-def _save(model: PeftModel, run: RunFolder, keep_best: KeepBest | None, step: int) -> None:
+def _save(model: PeftModel, run: RunFolder, keep_best: BestAdapterCallback | None, step: int) -> None:
     """Put the best adapter in its place, where it is known which is, else the last; with its card."""
     last = run.best(step)
     save_adapter(model, last)
@@ -241,10 +243,10 @@ def _refuse_sharding() -> None:
         )
 
 
-def _tell_warmup(settings: TrainConfig, questions: int) -> None:
+def _log_warmup(settings: TrainConfig, questions: int) -> None:
     steps = settings.max_steps or math.ceil(settings.epochs * math.ceil(questions / settings.batch_size))
     if settings.warmup_steps >= steps:
-        say(
+        log_info(
             f"train.warmup_steps is {settings.warmup_steps} and the training has {steps}: the learning rate does not "
             f"get to {settings.learning_rate:g}; a tenth of the steps is usual, train.warmup_steps={steps // 10}"
         )
@@ -258,16 +260,16 @@ def _trainer(
     base_dtype: torch.dtype,
     callbacks: list[TrainerCallback],
 ) -> StageTwoTrainer:
-    order, lay_out, micro_batch = training_batches(config, data.batcher, data.trainable)
+    order, build_sequences, micro_batch = training_batches(config, data.builder, data.trainable)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     try:
         trainer = StageTwoTrainer(
             model,
             _arguments(config.train, run.checkpoints, base_dtype),
-            Batches(len(data.trainable), lay_out),
+            Batches(len(data.trainable), build_sequences),
             order,
             micro_batch,
-            config.train.on_not_finite == "skip",
+            config.train.on_nonfinite == "skip",
             data.validator,
             callbacks,
         )

@@ -80,7 +80,7 @@ def _end_process(error: BaseException | None) -> None:
     os._exit(status)
 
 
-class Team:
+class DistributedContext:
     """Process 0 prepares, shares the work out and finishes; the others wait for their share.
 
     If process 0 fails before it has shared anything out, the others end without a word: it has said why.
@@ -93,7 +93,7 @@ class Team:
         self._group: Any = None  # the default one
         self._shared = False
 
-    def __enter__(self) -> "Team":
+    def __enter__(self) -> "DistributedContext":
         if self.size > 1:
             from torch import distributed
             from torch.cuda import is_available
@@ -110,7 +110,7 @@ class Team:
             with suppress(PipelineError):  # the error at hand comes first
                 self._scatter([None] * self.size)  # later the others notice when this process is gone
 
-    def share_out(self, shares: list[T]) -> T:
+    def scatter(self, shares: list[T]) -> T:
         """In process 0: gives one share to each process, and returns its own."""
         self._shared = True
         if self.size > 1:

@@ -42,7 +42,7 @@ def with_bar(what: str, items: Sequence[T], unit: str) -> Iterator[T]:
             bar.update()
 
 
-def say(line: str) -> None:
+def log_info(line: str) -> None:
     """A line of log on stderr; of several processes the first alone speaks."""
     if rank() > 0:
         return

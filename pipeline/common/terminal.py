@@ -48,7 +48,7 @@ def show(summary: dict[str, Any]) -> None:
     click.echo(painted(table(summary)), color=COLOUR)
 
 
-def complain(what: str) -> None:
+def print_error(what: str) -> None:
     """An error, on stderr."""
     click.echo(f"{click.style('pipe:', fg='red', bold=True)} {what}", err=True, color=COLOUR)
 

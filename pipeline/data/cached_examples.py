@@ -15,7 +15,7 @@ from cache.spec import CacheError
 from cache.text import TextTable
 from pipeline.config import DataConfig, SplitFiles
 from pipeline.data.examples import VQAExample
-from pipeline.data.tables import Picture
+from pipeline.data.tables import ImageSource
 
 READERS = ("examples.py", "records.py", "rows.py", "sources.py", "tables.py", "vqa.py", "formats/*.py")
 _FILES = ("annotations", "questions")
@@ -26,7 +26,7 @@ _IMAGE = re.compile(rb'"image": "([^"\\]*(?:\\.[^"\\]*)*)"')
 class CachedExamples(Sequence[VQAExample]):
     """The questions of a text table, each made when it is asked for; their images are known at once."""
 
-    def __init__(self, text: TextTable, images: list[Picture]) -> None:
+    def __init__(self, text: TextTable, images: list[ImageSource]) -> None:
         self.text, self.images = text, images
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class CachedExamples(Sequence[VQAExample]):
         return (self[number] for number in range(len(self)))
 
 
-def images_of(examples: Sequence[VQAExample]) -> list[Picture]:
+def images_of(examples: Sequence[VQAExample]) -> list[ImageSource]:
     """The image of each."""
     return examples.images if isinstance(examples, CachedExamples) else [example.image for example in examples]
 
@@ -63,7 +63,7 @@ def unchanged_split(
     hashes: dict[str, str] = made.get("sources", {}).get(split, {})
     is_same = (
         reader_fingerprint() == made.get("reader", "")
-        and not made.get("left_out")
+        and not made.get("skipped")
         and not made.get("respelled")
         and settings.get("format") == data.format
         and settings.get(split) == files.absolute().model_dump(mode="json")

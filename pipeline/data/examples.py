@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from pipeline.common.errors import PipelineError
 from pipeline.data.records import field, optional_text, question_id_of, texts_of
-from pipeline.data.tables import Picture
+from pipeline.data.tables import ImageSource
 
-TWICE = "question_id is there twice"  # the reasons of `LeftOut`s; "no annotation in FILE" is one more
+TWICE = "question_id is there twice"  # the reasons of `SkippedItem`s; "no annotation in FILE" is one more
 ANNOTATED_TWICE = "question_id is annotated twice"
 NO_ANSWER = "no answer"
 NO_IMAGE = "caption of an image that is not listed"
@@ -34,7 +34,7 @@ class VQAExample:
     """
 
     question_id: int | str
-    image: Picture
+    image: ImageSource
     question: str
     answers: tuple[str, ...]
     answer_type: str | None = None
@@ -92,7 +92,7 @@ class VQAExample:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class SkippedItem:
     """One question, or one picture, that training will not see."""
 
     split: str
@@ -108,7 +108,7 @@ class Split(NamedTuple):
     """The questions of one split that can be used, in the file's order, and those that cannot."""
 
     examples: Sequence[VQAExample]
-    left_out: list[LeftOut]
+    skipped: list[SkippedItem]
 
 
 def is_blank(text: str) -> bool:

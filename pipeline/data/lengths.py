@@ -60,7 +60,7 @@ def _check(
         return
     longest = int(lengths.argmax())
     others = f", and {count - 1} more are too long" if count > 1 else ""
-    advice = f"{instead}shorten such questions, or skip them with precompute.on_missing=skip: in either case run "
+    advice = f"{instead}shorten such questions, or skip them with precompute.on_invalid=skip: in either case run "
     raise PipelineError(
         f"question {text.record(longest).get('question_id')!r} of {split} is {lengths[longest]} tokens long with "
         f"{what}; the language model takes {tokenizer.longest}{others}. {advice[0].upper()}{advice[1:]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.table_name import TableName
-from pipeline.data.examples import NO_ANSWER, TWICE, LeftOut, Split, VQAExample
+from pipeline.data.examples import NO_ANSWER, TWICE, SkippedItem, Split, VQAExample
 from pipeline.data.records import Position, RecordError, each, list_of, naming, parse_json
 
 OnRead = Callable[[Path, bytes], object]
@@ -70,7 +70,7 @@ def collect(
 ) -> Split:
     """The split that `make` makes of the file's (position, record)s; `lacks` replaces `Sources.lacks`."""
     examples: dict[int | str, VQAExample] = {}
-    left_out: list[LeftOut] = []
+    skipped: list[SkippedItem] = []
     file = str(path)
     lacks = lacks or sources.lacks
     for position, example in each(records, place, make):
@@ -83,10 +83,10 @@ def collect(
             examples[key] = example
             object.__setattr__(example, "where", f"{file}: {place.format(position)}")  # frozen, but not out of hand yet
         else:
-            left_out.append(
-                LeftOut(sources.split, reason, f"{file}: {place.format(position)}", key, str(example.image))
+            skipped.append(
+                SkippedItem(sources.split, reason, f"{file}: {place.format(position)}", key, str(example.image))
             )
-    return Split(list(examples.values()), left_out)
+    return Split(list(examples.values()), skipped)
 
 
 def collect_list(sources: Sources, make: Callable[[int, object], VQAExample]) -> Split:

@@ -19,7 +19,7 @@ from typing import Any
 from cache.files import sha256_of
 from pipeline.common.errors import PipelineError
 from pipeline.common.fingerprint_cache import file_states, recall, remember
-from pipeline.common.progress import progress_bar, say
+from pipeline.common.progress import log_info, progress_bar
 from pipeline.common.table_name import SUFFIXES, TableName, is_local
 from pipeline.data.records import RecordError
 
@@ -29,7 +29,7 @@ _PATHS = {"string", "large_string", "string_view"}
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class TablePicture:
+class TableImage:
     """A picture in a row of a table."""
 
     table: str
@@ -44,7 +44,7 @@ class TablePicture:
         return self.cells.stored(self.row)
 
 
-Picture = Path | TablePicture
+ImageSource = Path | TableImage
 
 
 class Cells:
@@ -232,7 +232,7 @@ def _of_files(
     name = digest and digest[:32]
 
     def load(split: str) -> Any:
-        say(f"{table.dataset}: its rows are kept, once, as Arrow files in {datasets.config.HF_DATASETS_CACHE}")
+        log_info(f"{table.dataset}: its rows are kept, once, as Arrow files in {datasets.config.HF_DATASETS_CACHE}")
         data_files = {split: list(map(str, files[split]))}
         return datasets.load_dataset(kind, name=name, data_files=data_files, split=split, keep_in_memory=False)
 

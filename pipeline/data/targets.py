@@ -10,13 +10,13 @@ from pipeline.common.progress import with_bar
 from pipeline.data.examples import VQAExample
 from pipeline.data.text import PromptTokenizer
 
-Choice = Literal["drawn", "all"]
+Choice = Literal["sampled", "all"]
 
 
 class Targets:
     """The answers of a split's questions as tokens, each distinct one once, in proportion to the people who gave it.
 
-    `drawn` gives a question one of its answers, by seed and epoch; `all` gives every one, with weights that sum to 1.
+    `sampled` gives a question one of its answers, by seed and epoch; `all` gives every one, with weights that sum to 1.
     """
 
     def __init__(self, text: TextTable, tokenizer: PromptTokenizer, choice: Choice, seed: int) -> None:
@@ -42,7 +42,7 @@ class Targets:
         tokens = [self._tokens[answer] for answer in self._answers[own]]
         if self.choice == "all":
             return list(zip(tokens, shares.tolist(), strict=True))
-        place = np.searchsorted(shares.cumsum(), self._drawn(epoch)[question], side="right")
+        place = np.searchsorted(shares.cumsum(), self._sampled(epoch)[question], side="right")
         return [(tokens[min(int(place), len(tokens) - 1)], 1.0)]  # a sum of shares may stay below 1
 
     def longest(self) -> np.ndarray:
@@ -52,7 +52,7 @@ class Targets:
         np.maximum.at(lengths, question, np.diff(self._tokens.offsets)[self._answers])
         return lengths
 
-    def _drawn(self, epoch: int) -> np.ndarray:
+    def _sampled(self, epoch: int) -> np.ndarray:
         """A number from 0 to 1 for each question."""
         if self._draws[0] != epoch:
             self._draws = epoch, np.random.default_rng([self.seed, epoch, 1]).random(len(self._offsets) - 1)

@@ -15,7 +15,7 @@ from cache.text import Ragged, TextTable
 from pipeline.blip2.checkpoint_check import check_config, end_tokens
 from pipeline.common.errors import PipelineError
 from pipeline.common.library_errors import one_line
-from pipeline.common.progress import progress_bar, say, with_bar
+from pipeline.common.progress import log_info, progress_bar, with_bar
 from pipeline.data.cached_examples import CachedExamples
 from pipeline.data.examples import BYTE_ORDER_MARK, VQAExample, is_blank
 
@@ -187,7 +187,7 @@ def cut_answers(text: TextTable, tokenizer: PromptTokenizer) -> dict[int, int]:
 
 def log_cut_answers(split: str, questions: int, tokenizer: PromptTokenizer) -> None:
     if questions:
-        say(
+        log_info(
             f"{split}: {questions} questions have answers of several lines. The model ends an answer with "
             f"{json.dumps(tokenizer.end)}, so only the first line that is not blank is trained"
         )

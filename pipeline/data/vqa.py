@@ -109,10 +109,10 @@ def _nothing(format: str, sources: Sources, found: Split) -> str:
     tables = [table.dataset for table in sources.tables.values()]
     named = next(filter(None, [sources.questions, sources.annotations, *tables]), format)
     message = f"data.{sources.split}: no questions in {named}"
-    if not found.left_out:
+    if not found.skipped:
         return message
-    last = found.left_out[-1]
-    return f"{message} that can be used: {len(found.left_out)} left out, the last at {last.where}: {last.reason}"
+    last = found.skipped[-1]
+    return f"{message} that can be used: {len(found.skipped)} left out, the last at {last.where}: {last.reason}"
 
 
 @contextmanager

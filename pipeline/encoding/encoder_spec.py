@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Blip2Config
 
 from cache.spec import CacheSpec
-from pipeline.blip2.checkpoint import ENCODER_HALF, fingerprint
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fingerprint
 from pipeline.common.errors import PipelineError
 from pipeline.encoding.images import Preprocessor
 
@@ -68,4 +68,4 @@ def encoder_spec(folder: Path, encoder_dtype: str, storage_dtype: str, encoder_f
 
 def _fingerprint(folder: Path, settings: dict[str, Any]) -> str:
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(f"{fingerprint(folder, ENCODER_HALF)} {canonical}".encode()).hexdigest()
+    return hashlib.sha256(f"{fingerprint(folder, ENCODER_PREFIXES)} {canonical}".encode()).hexdigest()

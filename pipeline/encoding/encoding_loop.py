@@ -20,9 +20,9 @@ from pipeline.blip2.device import pick_device
 from pipeline.blip2.encoder import Blip2Encoder
 from pipeline.blip2.memory import is_out_of_memory
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import progress_bar, say
-from pipeline.data.tables import Picture
-from pipeline.encoding.images import PictureError, PictureUnreachableError, Preprocessor, image_digest, read_picture
+from pipeline.common.progress import log_info, progress_bar
+from pipeline.data.tables import ImageSource
+from pipeline.encoding.images import ImageError, PictureUnreachableError, Preprocessor, image_digest, read_image_bytes
 
 TRIED = 8  # pictures, to tell in a moment how fast it will be
 BATCHES_AHEAD = 2  # decoded while one is encoded: memory is theirs, whatever the number of pictures
@@ -69,7 +69,7 @@ class _Launched:
     event: Any
 
 
-class PictureEncoder:
+class EncodingLoop:
     """Fills parts of a cache with the features of their pictures, in batches on the parts' fixed grid."""
 
     def __init__(self, encoder: Blip2Encoder, preprocess: Preprocessor, batch_size: int, workers: int) -> None:
@@ -80,7 +80,7 @@ class PictureEncoder:
         self._decoders = ThreadPoolExecutor(max(1, workers), "decode")
         self._disk = ThreadPoolExecutor(1, "write")
 
-    def fill(self, paths: Sequence[Path], pictures: Mapping[bytes, Picture]) -> Encoded:
+    def fill(self, paths: Sequence[Path], pictures: Mapping[bytes, ImageSource]) -> Encoded:
         """Encodes what is open in the parts at `paths`, and seals them; `pictures`: by digest.
 
         Raises CacheError if the disk does not take it; what is written stays.
@@ -97,7 +97,7 @@ class PictureEncoder:
                     clock.tick(rows)
         return self.done
 
-    def pictures_per_second(self, pictures: Sequence[Picture]) -> float | None:
+    def pictures_per_second(self, pictures: Sequence[ImageSource]) -> float | None:
         """How fast the first pictures are read and encoded, a small batch of them, after one to warm up.
 
         None if none of them can be decoded.
@@ -113,10 +113,10 @@ class PictureEncoder:
                     self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
         return len(decoded) / (time.perf_counter() - started)
 
-    def _decode_if_good(self, picture: Picture) -> np.ndarray | None:
+    def _decode_if_good(self, picture: ImageSource) -> np.ndarray | None:
         try:
-            return self.preprocess(read_picture(picture))
-        except PictureError:  # the run will leave it out, and say so
+            return self.preprocess(read_image_bytes(picture))
+        except ImageError:  # the run will leave it out, and say so
             return None
 
     def _encode(self, batches: Iterator[_Batch]) -> Iterator[int]:
@@ -138,7 +138,7 @@ class PictureEncoder:
         if written:
             yield self._wait_for_disk(written)
 
-    def _decode_ahead(self, paths: Sequence[Path], pictures: Mapping[bytes, Picture]) -> Iterator[_Batch]:
+    def _decode_ahead(self, paths: Sequence[Path], pictures: Mapping[bytes, ImageSource]) -> Iterator[_Batch]:
         """The batches in order, each with its pictures decoded or being decoded."""
         ahead: deque[_Batch] = deque()
         for path in paths:
@@ -150,7 +150,7 @@ class PictureEncoder:
                     yield ahead.popleft()
         yield from ahead
 
-    def _begin(self, part: PartWriter, rows: range, pictures: Mapping[bytes, Picture]) -> _Batch:
+    def _begin(self, part: PartWriter, rows: range, pictures: Mapping[bytes, ImageSource]) -> _Batch:
         height, width = self.preprocess.size
         pixel_values = torch.zeros(len(rows), 3, height, width, pin_memory=self.device.type == "cuda")
         slots: list[Future[None] | None] = [None] * len(rows)
@@ -161,11 +161,11 @@ class PictureEncoder:
                 slots[slot] = self._decoders.submit(self._decode, pictures[digest], digest, out)
         return _Batch(part, rows, part.crc32[rows.start : rows.stop] == NOT_WRITTEN, pixel_values, slots)
 
-    def _decode(self, picture: Picture, digest: bytes, out: np.ndarray) -> None:
+    def _decode(self, picture: ImageSource, digest: bytes, out: np.ndarray) -> None:
         try:
-            data = read_picture(picture)
+            data = read_image_bytes(picture)
             if image_digest(data) != digest:
-                raise PictureError("changed since it was first read")
+                raise ImageError("changed since it was first read")
             out[...] = self.preprocess(data)
         except PictureUnreachableError as error:  # its mount may come back: its row must not be given up
             raise PipelineError(
@@ -180,7 +180,7 @@ class PictureEncoder:
                 try:
                     if future:
                         future.result()
-                except PictureError as error:
+                except ImageError as error:
                     failures[slot] = str(error)
         with _timed(self.done, "encoding"), _naming_batch_size(len(batch.rows)):
             features = self.encoder(batch.pixel_values.to(self.device, non_blocking=True))
@@ -242,7 +242,9 @@ class _Clock:
         self.rows += rows
         if self.ticks == BATCHES_TIMED and self.rows:
             a_second = self.rows / (time.perf_counter() - self.started)
-            say(f"{a_second:.3g} pictures a second: about {duration(self.total / a_second)} for {self.total} pictures")
+            log_info(
+                f"{a_second:.3g} pictures a second: about {duration(self.total / a_second)} for {self.total} pictures"
+            )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Picture files -> pixel values (3, H, W): upright 8-bit RGB, then the checkpoint's own image processor, bit for bit.
 
-Bytes are read once (`read_picture`) and then passed on, so that digest and pixels are of the same bytes.
+Bytes are read once (`read_image_bytes`) and then passed on, so that digest and pixels are of the same bytes.
 All of it may run in several threads at once.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.terminal import locale_problem
-from pipeline.data.tables import Picture
+from pipeline.data.tables import ImageSource
 from pipeline.encoding.decoding import RULES, has_transparency, is_preview, is_rescaled, upright_rgb, upright_turn
 from pipeline.encoding.file_kinds import CAMERA_RAW, unreadable_image, why_not_known
 from pipeline.encoding.image_processor import load_image_processor
@@ -61,15 +61,15 @@ MOST_BYTES = 1 << 30
 """Of a picture's file: far above any that Pillow would decode."""
 
 
-class PictureError(PipelineError):
+class ImageError(PipelineError):
     """Why a picture cannot be used, in one line and without its path, which the caller knows."""
 
 
-class PictureUnreachableError(PictureError):
+class PictureUnreachableError(ImageError):
     """The picture cannot be had now, which says nothing of it: not there, not readable, no memory."""
 
 
-def read_picture(picture: Picture) -> bytes:
+def read_image_bytes(picture: ImageSource) -> bytes:
     """The bytes of a picture as they are stored, in a table or in a regular file, through links.
 
     Raises:
@@ -84,7 +84,7 @@ def read_picture(picture: Picture) -> bytes:
     except (OSError, ValueError) as error:
         raise PictureUnreachableError(f"cannot be read: {_one_line(error)}") from None
     if stored is None:
-        raise PictureError("no picture in this row")
+        raise ImageError("no picture in this row")
     return _read_file(stored) if isinstance(stored, Path) else stored
 
 
@@ -104,7 +104,7 @@ def _read_file(path: Path) -> bytes:
     except MemoryError:
         raise PictureUnreachableError(_NO_MEMORY) from None
     except ValueError:  # a zero byte, or half of a surrogate pair
-        raise PictureError(locale_problem(str(path)) or "not there: no file can have this name") from None
+        raise ImageError(locale_problem(str(path)) or "not there: no file can have this name") from None
 
 
 def image_digest(data: bytes) -> bytes:
@@ -217,34 +217,34 @@ def _pixel_table(processor: Any) -> np.ndarray:
 
 def _check_regular(found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
-        raise PictureError(_REASONS[errno.EISDIR])
+        raise ImageError(_REASONS[errno.EISDIR])
     if not stat.S_ISREG(found.st_mode):
-        raise PictureError("not a regular file")
+        raise ImageError("not a regular file")
     if found.st_size > MOST_BYTES:
-        raise PictureError(f"too large ({found.st_size} bytes, at most {MOST_BYTES})")
+        raise ImageError(f"too large ({found.st_size} bytes, at most {MOST_BYTES})")
 
 
 @contextmanager
 def _open(data: bytes) -> Iterator[Image.Image]:
-    """The picture, not decoded yet; errors of Pillow, here or in the body, become a `PictureError`."""
+    """The picture, not decoded yet; errors of Pillow, here or in the body, become a `ImageError`."""
     if not data:
-        raise PictureError("empty file")
+        raise ImageError("empty file")
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
             if is_preview(image):
-                raise PictureError(CAMERA_RAW)
+                raise ImageError(CAMERA_RAW)
             yield image
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(why_not_known(data)) from None
+        raise ImageError(why_not_known(data)) from None
     except Image.DecompressionBombError as error:
         pixels = ", at most ".join(re.findall(r"\d+", str(error)))
-        raise PictureError(f"too many pixels ({pixels})") from None
+        raise ImageError(f"too many pixels ({pixels})") from None
     except MemoryError:
         raise PictureUnreachableError(_NO_MEMORY) from None
     except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, ...
-        raise PictureError(unreadable_image(data) or f"cannot be decoded: {_one_line(error)}") from None
+        raise ImageError(unreadable_image(data) or f"cannot be decoded: {_one_line(error)}") from None
 
 
 def _one_line(error: object) -> str:

@@ -17,43 +17,43 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from cache.writer import Survey
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import progress_bar, say
+from pipeline.common.progress import log_info, progress_bar
 from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.data.cached_examples import images_of, unchanged_split
-from pipeline.data.examples import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample
+from pipeline.data.examples import ANNOTATED_TWICE, TWICE, SkippedItem, Split, VQAExample
 from pipeline.data.spelling import find_spelled
-from pipeline.data.tables import Picture, identity
+from pipeline.data.tables import ImageSource, identity
 from pipeline.data.vqa import read_examples
-from pipeline.encoding.images import PictureError, check_header, image_digest, read_picture
+from pipeline.encoding.images import ImageError, check_header, image_digest, read_image_bytes
 
-LEFT_OUT_NAME = "left-out.jsonl"
+LEFT_OUT_NAME = "skipped.jsonl"
 NAMED = 3  # of what is left out, in a message
 AT_ONCE = 64  # pictures that a thread reads before the bar moves
-NOT_THERE = "not there"  # as `read_picture` puts it
+NOT_THERE = "not there"  # as `read_image_bytes` puts it
 NOT_THERE_AS_SPELLED = "not there with these capital letters"
 JPEG = b"\xff\xd8"  # those that Pillow reads have 8 bits a channel: of one that was encoded the header tells no more
 LARGE = 50_000_000  # bytes of annotations that take seconds to read
 
 
 @dataclass
-class Inputs:
+class DatasetScan:
     """The data set as it was found: the questions that can be trained on, and what cannot be and why."""
 
     splits: dict[str, Sequence[VQAExample]]
-    left_out: list[LeftOut]
-    digests: dict[Picture, bytes]
+    skipped: list[SkippedItem]
+    digests: dict[ImageSource, bytes]
     """SHA-256 of every picture that is there and looks like one."""
     pictures: int
     """Distinct files that the annotations name, or rows of tables."""
     sources: dict[str, dict[str, str]]
     """SHA-256 of the annotation files as they were parsed, or the identity of the tables, by split and key."""
-    rescaled: set[Picture] = field(default_factory=set)
+    rescaled: set[ImageSource] = field(default_factory=set)
     """Those of more than 8 bits a channel or of float pixels: each is scaled to its own range."""
     respelled: int = 0
     """How many images were found under another spelling of their name."""
 
     @cached_property
-    def paths(self) -> dict[bytes, Picture]:
+    def paths(self) -> dict[bytes, ImageSource]:
         """Where each distinct picture is found, in the order of the questions."""
         images = dict.fromkeys(image for split in self.splits.values() for image in images_of(split))
         return {self.digests[image]: image for image in images}
@@ -63,23 +63,23 @@ class Inputs:
         """How many of the distinct images are scaled to their own range."""
         return sum(image in self.rescaled for image in self.paths.values())
 
-    def without(self, failures: dict[bytes, str]) -> "Inputs":
+    def without(self, failures: dict[bytes, str]) -> "DatasetScan":
         """The same without the questions on these pictures, by digest, and the reason noted."""
         reasons = {picture: failures[digest] for picture, digest in self.digests.items() if digest in failures}
-        return _leave_out(self, reasons) if reasons else self
+        return _skip(self, reasons) if reasons else self
 
-    def without_questions(self, split: str, places: Mapping[int, str], reason: str) -> "Inputs":
+    def without_questions(self, split: str, places: Mapping[int, str], reason: str) -> "DatasetScan":
         """The same without some questions of a split, by their numbers in it; `places`: where each one's record is."""
         examples, dropped = self.splits[split], set(places)
-        left_out = [
-            LeftOut(split, reason, where, examples[number].question_id, str(examples[number].image))
+        skipped = [
+            SkippedItem(split, reason, where, examples[number].question_id, str(examples[number].image))
             for number, where in places.items()
         ]
         kept = [example for number, example in enumerate(examples) if number not in dropped]
-        return replace(self, splits={**self.splits, split: kept}, left_out=self.left_out + left_out)
+        return replace(self, splits={**self.splits, split: kept}, skipped=self.skipped + skipped)
 
 
-def read_inputs(data: DataConfig, earlier: FeatureReader | None = None) -> Inputs:
+def scan_dataset(data: DataConfig, earlier: FeatureReader | None = None) -> DatasetScan:
     """Reads the annotations of every split, and every picture once for its digest.
 
     What the finished cache `earlier` was made of is not parsed again, nor is a picture looked into that it has.
@@ -102,7 +102,7 @@ def read_inputs(data: DataConfig, earlier: FeatureReader | None = None) -> Input
                 read[split], sources[split] = read_split(data.format, split, files)
             bar.update(sizes[split])
     splits = {split: found.examples for split, found in read.items()}
-    left_out = [one for found in read.values() for one in found.left_out]
+    skipped = [one for found in read.values() for one in found.skipped]
     wanted = dict.fromkeys(image for examples in splits.values() for image in images_of(examples))
     known = _stored_digests(earlier)
     scanned, reasons = _scan_pictures(list(wanted), known)
@@ -116,8 +116,8 @@ def read_inputs(data: DataConfig, earlier: FeatureReader | None = None) -> Input
     reasons |= dict.fromkeys(near, NOT_THERE_AS_SPELLED)
     digests = {picture: digest for picture, (digest, _) in scanned.items()}
     rescaled = {picture for picture, (_, is_rescaled) in scanned.items() if is_rescaled}
-    inputs = Inputs(splits, left_out, digests, len(digests) + len(reasons), sources, rescaled, len(same))
-    return _leave_out(inputs, reasons, near)
+    inputs = DatasetScan(splits, skipped, digests, len(digests) + len(reasons), sources, rescaled, len(same))
+    return _skip(inputs, reasons, near)
 
 
 def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
@@ -133,7 +133,7 @@ def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[
     return found, hashes | {key: known for key, known in identities.items() if known}
 
 
-def first_line(inputs: Inputs, found: Survey, config: CacheConfig) -> str:
+def first_line(inputs: DatasetScan, found: Survey, config: CacheConfig) -> str:
     """What there is to do, in a line."""
     unusable = inputs.pictures - len(inputs.digests)
     counted = (
@@ -146,7 +146,7 @@ def first_line(inputs: Inputs, found: Survey, config: CacheConfig) -> str:
     return f"{'; '.join(parts)}; {found.to_encode} to encode; {size(needed)} needed, {size(free)} free"
 
 
-def check_room(found: Survey, config: CacheConfig) -> None:
+def check_disk_space(found: Survey, config: CacheConfig) -> None:
     """Raises `PipelineError` if the disk cannot hold what is missing."""
     free = free_bytes(config.dir)
     if found.bytes_needed > free:
@@ -158,40 +158,40 @@ def check_room(found: Survey, config: CacheConfig) -> None:
         )
 
 
-def tell_left_out(inputs: Inputs, news: Sequence[LeftOut], on_missing: str, report: Path | None) -> None:
+def log_skipped(inputs: DatasetScan, news: Sequence[SkippedItem], on_invalid: str, report: Path | None) -> None:
     """Says what is newly left out; lists all of it in `report` and raises `PipelineError` if that stops the run."""
     if not news:
         return
     empty = [split for split, examples in inputs.splits.items() if not examples]
-    if on_missing == "skip" and not empty:
-        say(f"left out: {in_words(news)}")
+    if on_invalid == "skip" and not empty:
+        log_info(f"left out: {in_words(news)}")
         return
     listed = ""
     if report:
-        _list_left_out(inputs, report)
+        _write_skipped(inputs, report)
         listed = f". All of them: {report}"
-    if on_missing == "skip":
+    if on_invalid == "skip":
         raise PipelineError(f"no question of {', '.join(empty)} is left: {in_words(news)}{listed}. Check data.*.images")
     raise PipelineError(
         f"cannot be used: {in_words(news)}{listed}. Mend the data, or leave these questions out with "
-        "precompute.on_missing=skip"
+        "precompute.on_invalid=skip"
     )
 
 
-def log_rescaled(inputs: Inputs) -> None:
+def log_rescaled(inputs: DatasetScan) -> None:
     """Warn, in one line, of images that other programs decode otherwise."""
     if count := inputs.rescaled_images:
         first = next(image for image in inputs.paths.values() if image in inputs.rescaled)
-        say(
+        log_info(
             f"warning: images of more than 8 bits a channel or of float pixels: {count} (first: {first}); "
             "each is scaled to its own range, from black to white"
         )
 
 
-def _list_left_out(inputs: Inputs, report: Path) -> None:
+def _write_skipped(inputs: DatasetScan, report: Path) -> None:
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_bytes(left_out_lines(inputs.left_out))
+        report.write_bytes(skipped_lines(inputs.skipped))
     except OSError as error:
         raise PipelineError(
             f"{report}: cannot list what is left out: {error.strerror}. What is written stays good: once that is "
@@ -199,10 +199,10 @@ def _list_left_out(inputs: Inputs, report: Path) -> None:
         ) from error
 
 
-def in_words(left_out: Sequence[LeftOut]) -> str:
+def in_words(skipped: Sequence[SkippedItem]) -> str:
     """Numbers and first examples by reason; pictures first, then what is most."""
-    by_reason: dict[str, list[LeftOut]] = {}
-    for one in left_out:
+    by_reason: dict[str, list[SkippedItem]] = {}
+    for one in skipped:
         by_reason.setdefault(one.reason, []).append(one)
     most = sorted(by_reason.items(), key=lambda item: (item[1][0].question_id is not None, -len(item[1])))
     lines = []
@@ -213,13 +213,13 @@ def in_words(left_out: Sequence[LeftOut]) -> str:
     return "; ".join(lines) + (f"; {others} questions for other reasons" if others else "")
 
 
-def _place(one: LeftOut) -> str:
+def _place(one: SkippedItem) -> str:
     return f"{one.question_id!r} of {one.split} at {one.where}" if one.reason in (TWICE, ANNOTATED_TWICE) else one.where
 
 
-def left_out_lines(left_out: Iterable[LeftOut]) -> bytes:
+def skipped_lines(skipped: Iterable[SkippedItem]) -> bytes:
     """One JSON object a line."""
-    records = ({key: value for key, value in asdict(one).items() if value is not None} for one in left_out)
+    records = ({key: value for key, value in asdict(one).items() if value is not None} for one in skipped)
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(
         "utf-8", "backslashreplace"
     )
@@ -236,24 +236,24 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-def _where(picture: Picture, near: Mapping[Path, Path]) -> str:
+def _where(picture: ImageSource, near: Mapping[Path, Path]) -> str:
     found = near.get(picture) if isinstance(picture, Path) else None
     return f"{picture} (there is {found})" if found else str(picture)
 
 
 def _scan_pictures(
-    pictures: Sequence[Picture], known: Collection[bytes]
-) -> tuple[dict[Picture, tuple[bytes, bool]], dict[Picture, str]]:
+    pictures: Sequence[ImageSource], known: Collection[bytes]
+) -> tuple[dict[ImageSource, tuple[bytes, bool]], dict[ImageSource, str]]:
     """Digest of every picture that looks like one and whether it is rescaled, and why the others do not.
 
     `known`: digests of pictures whose features are stored.
     """
 
-    def scan_all(some: Sequence[Picture]) -> list[tuple[bytes, bool] | str]:
+    def scan_all(some: Sequence[ImageSource]) -> list[tuple[bytes, bool] | str]:
         return [_scan(picture, known) for picture in some]
 
-    scanned: dict[Picture, tuple[bytes, bool]] = {}
-    reasons: dict[Picture, str] = {}
+    scanned: dict[ImageSource, tuple[bytes, bool]] = {}
+    reasons: dict[ImageSource, str] = {}
     chunks = [pictures[start : start + AT_ONCE] for start in range(0, len(pictures), AT_ONCE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(pictures), "pictures") as bar:
         for some, results in zip(chunks, pool.map(scan_all, chunks), strict=True):
@@ -266,14 +266,14 @@ def _scan_pictures(
     return scanned, reasons
 
 
-def _scan(picture: Picture, known: Collection[bytes]) -> tuple[bytes, bool] | str:
+def _scan(picture: ImageSource, known: Collection[bytes]) -> tuple[bytes, bool] | str:
     try:
-        data = read_picture(picture)
+        data = read_image_bytes(picture)
         digest = image_digest(data)
         if digest in known and data.startswith(JPEG):
             return digest, False
         return digest, check_header(data)
-    except PictureError as error:
+    except ImageError as error:
         return str(error)
 
 
@@ -297,15 +297,17 @@ def _respelled(examples: Sequence[VQAExample], same: Mapping[Path, Path]) -> lis
     ]
 
 
-def _leave_out(inputs: Inputs, reasons: dict[Picture, str], near: Mapping[Path, Path] = MappingProxyType({})) -> Inputs:
+def _skip(
+    inputs: DatasetScan, reasons: dict[ImageSource, str], near: Mapping[Path, Path] = MappingProxyType({})
+) -> DatasetScan:
     """The inputs without the questions on the pictures in `reasons`; `near`: files with nearly the names of some."""
     if not reasons:
         return inputs
-    left_out = list(inputs.left_out)
+    skipped = list(inputs.skipped)
     for split, examples in inputs.splits.items():
         questions = Counter(example.image for example in examples if example.image in reasons)
-        left_out += [
-            LeftOut(split, reasons[picture], _where(picture, near), image=str(picture), questions=count)
+        skipped += [
+            SkippedItem(split, reasons[picture], _where(picture, near), image=str(picture), questions=count)
             for picture, count in questions.items()
         ]
     kept: dict[str, Sequence[VQAExample]] = {
@@ -313,4 +315,4 @@ def _leave_out(inputs: Inputs, reasons: dict[Picture, str], near: Mapping[Path, 
         for split, examples in inputs.splits.items()
     }
     digests = {picture: digest for picture, digest in inputs.digests.items() if picture not in reasons}
-    return replace(inputs, splits=kept, left_out=left_out, digests=digests)
+    return replace(inputs, splits=kept, skipped=skipped, digests=digests)

@@ -11,7 +11,7 @@ from cache.spec import CacheError
 from cache.text import Ragged
 from cache.thumbnails import Thumbnails, find_thumbnails
 from pipeline.common.progress import progress_bar
-from pipeline.encoding.images import KEPT_BYTES, PictureError, image_digest, thumbnail
+from pipeline.encoding.images import KEPT_BYTES, ImageError, image_digest, thumbnail
 
 Read = Callable[[bytes], bytes | None]
 """Digest of a picture -> the bytes of its file, None if it is not wanted any more; may raise PictureError."""
@@ -80,5 +80,5 @@ def _thumbnail(digest: bytes, read: Read, longer_side: int) -> bytes:
     try:
         data = read(digest)
         return thumbnail(data, longer_side) if data and image_digest(data) == digest else b""
-    except PictureError:
+    except ImageError:
         return b""

@@ -8,7 +8,7 @@ from cache.inventory import CacheFolder, describe, find_caches, remove
 from cache.spec import CacheError
 from cache.thumbnails import thumbnails_bytes
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import progress_bar, say
+from pipeline.common.progress import log_info, progress_bar
 from pipeline.config import load_config
 
 
@@ -40,7 +40,7 @@ def cache_info(folder: Path) -> dict[str, Any]:
         "thumbnail_bytes": thumbnails_bytes(folder, manifest),
         "parts": len(manifest.parts),
         "questions": {split: text.questions for split, text in manifest.splits.items()},
-        "left_out": made.get("left_out", {}),
+        "skipped": made.get("skipped", {}),
         "spec": manifest.spec.to_attributes(),
         "checkpoint": made.get("config", {}).get("model", {}),
         "made_with": made.get("versions", {}),
@@ -58,7 +58,7 @@ def verify(folder: Path) -> dict[str, Any]:
     with progress_bar("verifying", manifest.part_bytes if manifest else 0, "B", scaled=True) as bar:
         found = audit.verify(folder, bar.update)
     if any(not damage.unreadable and damage.problem != audit.NO_PART for damage in found.damages):
-        say(f"{folder}: damaged. `pipe cache repair {folder}` encodes again what is lost, and nothing else")
+        log_info(f"{folder}: damaged. `pipe cache repair {folder}` encodes again what is lost, and nothing else")
     damaged = [in_words(damage) for damage in found.damages]
     return {"cache": str(folder), "images": found.rows, "bytes": found.bytes, "damaged": damaged}
 

@@ -88,7 +88,7 @@ def _results(run: RunFolder) -> list[str]:
     if "best_accuracy" in validation:
         found.append(
             f"| validation questions while training | {validation['best_accuracy']:.2f} | step "
-            f"{validation['best_step']}, the best of {validation['looks']} |"
+            f"{validation['best_step']}, the best of {validation['num_validations']} |"
         )
     return ["## Results", "", "| questions | VQA accuracy | |", "|---|---|---|", *(found or ["| none yet | | |"])]
 
@@ -99,7 +99,7 @@ def _result(one: dict[str, Any]) -> str:
         return f"| {one['split']}, {who} | not known: no answers to compare | |"
     interval = one.get("accuracy_interval")
     reach = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
-    how = f"{one['method']}, {one['num_beams']} beams, {one['scored']} questions"
+    how = f"{one['metric']}, {one['num_beams']} beams, {one['scored']} questions"
     return f"| {one['split']}, {who} | {one['accuracy']:.2f}{reach} | {how} |"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from cache.files import sha256_of, write_atomically
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import sync_files
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 
 COMPLETE_MARKER = "whole"
 """A file of a checkpoint, written last: the SHA-256 of each of the others, JSON."""
@@ -60,7 +60,7 @@ def sound_checkpoint(checkpoints: Path, begin_anew: str) -> Path | None:
         if problem is None:
             for damaged, what in damages.items():
                 aside = _set_aside(damaged)
-                say(f"{damaged}: damaged, {what}; resuming from {folder.name} instead. It is kept as {aside.name}")
+                log_info(f"{damaged}: damaged, {what}; resuming from {folder.name} instead. It is kept as {aside.name}")
             return folder
         damages[folder] = problem
     if damages:

@@ -16,7 +16,7 @@ from cache.lock import LOCK_NAME, FolderLock, holder, require_free
 from cache.spec import CacheError
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.files import append_line, require_utf8, write_text, writing
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import Config, load_config
 from pipeline.runs.checkpoints import complete_checkpoints
 
@@ -53,7 +53,7 @@ class RunFolder:
     @property
     def watch(self) -> Path:
         """One JSON object a look at the LoRA weights."""
-        return self.path / "watch.jsonl"
+        return self.path / "lora_updates.jsonl"
 
     @property
     def report(self) -> Path:
@@ -83,9 +83,9 @@ class RunFolder:
         """The answers to one split, in the data set's official form."""
         return self.path / f"results-{_evaluated(split, with_adapter)}.json"
 
-    def answers(self, split: str, with_adapter: bool) -> Path:
+    def predictions(self, split: str, with_adapter: bool) -> Path:
         """The same with each one's accuracy and probability, JSON lines in the order of the split."""
-        return self.path / f"answers-{_evaluated(split, with_adapter)}.jsonl"
+        return self.path / f"predictions-{_evaluated(split, with_adapter)}.jsonl"
 
     def evaluation(self, split: str, with_adapter: bool) -> Path:
         """The summary of the answers to one split, JSON."""
@@ -96,7 +96,7 @@ class RunFolder:
         return self.path / f"mistakes-{_evaluated(split, with_adapter)}.jsonl"
 
     @property
-    def going_on(self) -> str:
+    def resume_command(self) -> str:
         """The command that goes on with the run."""
         return f"pipe train {self.path} --resume"
 
@@ -117,7 +117,7 @@ class RunFolder:
     def check_new(self) -> None:
         require_utf8(self.path)
         if not self.is_unstarted:
-            go_on = f", or go on with it by `{self.going_on}`" if self.config.is_file() else ""
+            go_on = f", or go on with it by `{self.resume_command}`" if self.config.is_file() else ""
             raise PipelineError(f"{self.path}: this run exists already; give another --name{go_on}")
 
     def check_resumable(self, config: Config) -> None:
@@ -176,13 +176,13 @@ class RunFolder:
         if not self.adapter.is_dir():
             if self.is_held:
                 raise PipelineError(f"{self.path}: {holder(self.path)} is still training this run")
-            raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.going_on}`")
+            raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.resume_command}`")
         if problem := adapter_damage(self.adapter):
             raise PipelineError(f"{problem}. {self._renewal()}")
 
     def _renewal(self) -> str:
         """How an adapter that is damaged is made again."""
-        kept = f"delete {self.adapter} and run `{self.going_on}`, which makes it from the last checkpoint; or "
+        kept = f"delete {self.adapter} and run `{self.resume_command}`, which makes it from the last checkpoint; or "
         again = f"train it again with `pipe train {self.config} --name ANOTHER`"
         return f"To make it again: {kept if self.last_checkpoint() else ''}{again}"
 
@@ -215,7 +215,7 @@ def adapter_damage(folder: Path) -> str | None:
         return f"{weights}: damaged, {error}"
 
 
-def rows_until(step: float, path: Path) -> list[dict[str, Any]]:
+def read_jsonl(step: float, path: Path) -> list[dict[str, Any]]:
     """The JSON lines up to a step: a killed run wrote beyond its last checkpoint, and its last line perhaps in part."""
     rows: list[dict[str, Any]] = []
     *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -227,7 +227,7 @@ def rows_until(step: float, path: Path) -> list[dict[str, Any]]:
         elif row["step"] <= step:
             rows.append(row)
     if damaged:
-        say(f"{path}: {damaged} damaged lines are skipped")
+        log_info(f"{path}: {damaged} damaged lines are skipped")
     last = _row(cut)
     return [*rows, last] if last and last["step"] <= step else rows
 

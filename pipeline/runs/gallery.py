@@ -10,7 +10,7 @@ from typing import Any
 
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.data.examples import VQAExample
 from pipeline.runs.folder import RunFolder
 
@@ -55,7 +55,7 @@ def gallery(run: RunFolder, features: FeatureReader, split: str, count: int, see
 
     Raises CacheError if the text cannot be read.
     """
-    after, before = (read_answers(run.answers(split, with_adapter)) for with_adapter in (True, False))
+    after, before = (read_answers(run.predictions(split, with_adapter)) for with_adapter in (True, False))
     text = features.text(split)
     if after is None or len(after) != len(text):
         return None
@@ -99,7 +99,7 @@ def _pictures(features: FeatureReader, rows: Sequence[int]) -> dict[int, str]:
     try:
         found = features.thumbnails(rows)
     except CacheError as error:
-        say(str(error))
+        log_info(str(error))
         return {}
     return {
         row: f"data:image/{_TYPES.get(data[:2], 'jpeg')};base64,{base64.b64encode(data).decode()}"

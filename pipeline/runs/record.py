@@ -8,7 +8,7 @@ from typing import Any
 
 from cache.reader import FeatureReader
 from pipeline.common.files import write_text
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import Config
 from pipeline.runs.folder import RunFolder
 
@@ -64,10 +64,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        say(f"{path}: damaged, skipped ({error})")
+        log_info(f"{path}: damaged, skipped ({error})")
         return None
     if not isinstance(found, dict):
-        say(f"{path}: damaged, skipped (not a JSON object)")
+        log_info(f"{path}: damaged, skipped (not a JSON object)")
         return None
     return found
 

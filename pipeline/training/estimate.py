@@ -14,39 +14,39 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Blip2Config
 
-from pipeline.batches.assemble import check_lora, open_batcher, trainable_questions, training_batches
+from pipeline.batches.assemble import check_lora, open_split, trainable_questions, training_batches
 from pipeline.batches.sequences import ImageSequence, micro_batches, pack
-from pipeline.blip2.checkpoint import LANGUAGE_HALF, fetch_checkpoint
+from pipeline.blip2.checkpoint import LANGUAGE_MODEL_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora
-from pipeline.blip2.memory import SavedForBackward, free_bytes
+from pipeline.blip2.memory import ActivationMemoryCounter, free_bytes
 from pipeline.common.compat import enable_activation_checkpointing
 from pipeline.config import Config, QuantizationConfig
-from pipeline.training.trainer import nodes_that_fit
+from pipeline.training.trainer import max_tokens_that_fit
 
 BATCHES_LOOKED_AT = 20
 BLOCK = 64
 """Weights of bitsandbytes' 4-bit format that share a scale: a float32, or a byte with double quantisation."""
 
 
-def forecast(config: Config) -> dict[str, Any]:
+def estimate_training(config: Config) -> dict[str, Any]:
     """What `pipe train` would compute and need; nothing is loaded or written.
 
     Resident memory on a CPU, torch's on a GPU; pages of the cache that the system keeps mapped are not counted, nor is
     what loading takes before training begins. Raises as `train` does at its start.
     """
     check_lora(config)
-    batcher = open_batcher(config, "train")
-    questions = trainable_questions(batcher, config)
+    builder = open_split(config, "train")
+    questions = trainable_questions(builder, config)
     settings = config.train
-    order, lay_out, micro_batch = training_batches(config, batcher, questions)
-    batches = [lay_out(numbers) for numbers in islice(order, BATCHES_LOOKED_AT)]
+    order, build_sequences, micro_batch = training_batches(config, builder, questions)
+    batches = [build_sequences(numbers) for numbers in islice(order, BATCHES_LOOKED_AT)]
     device = pick_device()
     model = _without_storage(config, pick_dtype(config.quantization.compute_dtype, device))
     weights = sum(_weight_bytes(name, weight, config.quantization) for name, weight in model.named_parameters())
     shortest = min((one for batch in batches for one in batch), key=lambda one: one.nodes)
     a_node = _saved_bytes(model, [shortest]) / shortest.nodes
-    nodes = nodes_that_fit(a_node, device)
+    nodes = max_tokens_that_fit(a_node, device)
     groups = list(_groups(batches, micro_batch, nodes))
     largest = max(groups, key=lambda group: sum(one.nodes for one in group))
     needed = {
@@ -59,8 +59,8 @@ def forecast(config: Config) -> dict[str, Any]:
     return {
         "questions": len(questions),
         "steps": settings.max_steps or -(-len(questions) // settings.batch_size) * settings.epochs,
-        "micro_batches_a_step": len(groups) / len(batches),
-        "questions_a_micro_batch": max(sum(one.questions for one in group) for group in groups),
+        "micro_batches_per_step": len(groups) / len(batches),
+        "questions_per_micro_batch": max(sum(one.questions for one in group) for group in groups),
         "memory_bytes": {**needed, "all": sum(needed.values())},
         "free_bytes": free_bytes(device),
     }
@@ -79,7 +79,7 @@ def _without_storage(config: Config, dtype: torch.dtype) -> PeftModel:
 
     They are said to lie on a CPU: automatic casting, which decides what is kept, does not know the meta device.
     """
-    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_HALF)
+    folder = fetch_checkpoint(config.model.checkpoint, config.model.revision, LANGUAGE_MODEL_PREFIXES)
     architecture = Blip2Config.from_pretrained(folder)
     if config.train.dropout is not None:
         architecture.text_config.dropout = config.train.dropout
@@ -115,7 +115,7 @@ def _saved_bytes(model: PeftModel, group: list[ImageSequence]) -> int:
     dtype = next(weight.dtype for weight in model.parameters() if not weight.requires_grad)
     inputs = {name: _fake(value, mode) for name, value in pack(group).items()}
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    with mode, autocast, SavedForBackward(model.parameters()) as saved:
+    with mode, autocast, ActivationMemoryCounter(model.parameters()) as saved:
         model(**inputs)
     return saved.bytes
 

@@ -20,19 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.common.progress import say
-from pipeline.runs.folder import RunFolder, append_row, rows_until, write_rows
+from pipeline.common.progress import log_info
+from pipeline.runs.folder import RunFolder, append_row, read_jsonl, write_rows
 from pipeline.training.stopping import StopRequest
 
 AT_ONCE = 16
 """Matrices measured together: at rank 64 and width 2560 their float64 copies take some 150 MB."""
-FAR = 10.0
+OUTLIER_FACTOR = 10.0
 """An update that is so many times the others' median, or a part of it, is out of the ordinary."""
 DEVIATIONS = 6.0
 """And so many robust standard deviations away: where the others lie far apart themselves, one more is no news."""
-HARMLESS = 0.1
+MIN_DIVERGING_RATIO = 0.1
 """An update of less than this share of its frozen weight does not count as running away, however small the others."""
-STILL = 1e-6
+MIN_RELATIVE_CHANGE = 1e-6
 """Of the norm: where all changes are smaller, at a learning rate near 0, float32 may keep nothing of one of them."""
 MEANINGS = {
     "is not finite": "the adapter is spoilt; try a lower train.learning_rate",
@@ -98,7 +98,9 @@ def effective_rank(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(finite, torch.where(total[:, 0] > 0, rank, 0.0), torch.nan)
 
 
-def signs(matrices: Mapping[str, Figures], last: Mapping[str, Figures], since: int, warm: bool) -> Iterator[str]:
+def find_anomalies(
+    matrices: Mapping[str, Figures], last: Mapping[str, Figures], since: int, warm: bool
+) -> Iterator[str]:
     """What is out of the ordinary at a look, in words; each sentence begins with a matrix's name and what it does.
 
     A matrix is compared with the others of its kind (`q_proj` with `q_proj`), of which there must be three, by the
@@ -108,9 +110,9 @@ def signs(matrices: Mapping[str, Figures], last: Mapping[str, Figures], since: i
     - `is not finite`;
     - `does not move`: its update is to the last bit that of the look before, while others' change; or, after warm-up,
       its ratio lies far below the others';
-    - `runs away`: its ratio lies far above the others', above `HARMLESS`, and grows.
+    - `runs away`: its ratio lies far above the others', above `MIN_DIVERGING_RATIO`, and grows.
 
-    Far is by a factor of `FAR`, and by `DEVIATIONS` robust standard deviations.
+    Far is by a factor of `OUTLIER_FACTOR`, and by `DEVIATIONS` robust standard deviations.
 
     Args:
         matrices: the figures of this look.
@@ -118,7 +120,7 @@ def signs(matrices: Mapping[str, Figures], last: Mapping[str, Figures], since: i
         since: the step of the look before.
         warm: whether the learning rate has passed its warm-up.
     """
-    moving = any((now["change"] or 0) > STILL * (now["norm"] or 0) for now in matrices.values())
+    moving = any((now["change"] or 0) > MIN_RELATIVE_CHANGE * (now["norm"] or 0) for now in matrices.values())
     for name, now in matrices.items():
         kind = name.rpartition(".")[2]
         others = [row["ratio"] for other, row in matrices.items() if other != name and other.rpartition(".")[2] == kind]
@@ -138,7 +140,7 @@ def _verdict(now: Figures, before: Figures, middle: float, far: float, moving: b
         return "is not finite"
     if (moving and now["change"] == 0) or (warm and ratio * far < middle):
         return "does not move"
-    if ratio > max(middle * far, HARMLESS) and ratio > (before["ratio"] or 0):
+    if ratio > max(middle * far, MIN_DIVERGING_RATIO) and ratio > (before["ratio"] or 0):
         return "runs away"
     return None
 
@@ -150,11 +152,11 @@ def _spread(ratios: list[float]) -> tuple[float, float]:
     logs = [math.log(ratio) for ratio in ratios]
     middle = median(logs)
     deviation = 1.4826 * median(abs(log - middle) for log in logs)  # of a normal distribution the standard deviation
-    return math.exp(middle), math.exp(max(math.log(FAR), DEVIATIONS * deviation))
+    return math.exp(middle), math.exp(max(math.log(OUTLIER_FACTOR), DEVIATIONS * deviation))
 
 
-class Watch(TrainerCallback):
-    """Looks every `steps` optimizer steps and at the first and last; writes `watch.jsonl`, and says what is odd, once.
+class LoraMonitorCallback(TrainerCallback):
+    """Record LoRA statistics every `steps` optimizer steps, the first and the last. Log each anomaly once.
 
     Process 0 alone looks: the weights are the same in all. `steps` None never does.
     """
@@ -166,7 +168,7 @@ class Watch(TrainerCallback):
         self.layers = adapted_layers(model)
         self.adapter: str = model.active_adapter
         self.last: dict[str, Any] = {}
-        self.told: list[str] = []
+        self.warnings: list[str] = []
         self.seconds = 0.0
 
     def summary(self) -> dict[str, Any]:
@@ -180,7 +182,7 @@ class Watch(TrainerCallback):
             "update_ratio_median": median(finite.values()) if finite else None,
             "update_ratio_largest": finite.get(largest) if largest else None,
             "largest": largest,
-            "told": self.told,
+            "warnings": self.warnings,
             "seconds": self.seconds,
         }
 
@@ -189,9 +191,9 @@ class Watch(TrainerCallback):
             return
         started = time.perf_counter()
         self.frozen = {name: frozen_norm(layer) for name, layer in self.layers.items()}
-        rows = rows_until(state.global_step, self.run.watch)
+        rows = read_jsonl(state.global_step, self.run.watch)
         write_rows(rows, self.run.watch)
-        self.told = [sentence for row in rows for sentence in row["told"]]
+        self.warnings = [sentence for row in rows for sentence in row["warnings"]]
         self.last = rows[-1] if rows else {}
         self.seen = self._factors()
         kept = self._kept(state)
@@ -240,18 +242,22 @@ class Watch(TrainerCallback):
 
     def _look(self, step: int) -> None:
         matrices = self._measure()
-        found = signs(matrices, self.last["matrices"], self.last["step"], step > self.warmup_steps) if self.last else ()
-        told = [sentence for sentence in found if not self._is_old(sentence)]
-        self.last = {"step": step, "matrices": matrices, "told": told}
-        self.told += told
+        found = (
+            find_anomalies(matrices, self.last["matrices"], self.last["step"], step > self.warmup_steps)
+            if self.last
+            else ()
+        )
+        warnings = [sentence for sentence in found if not self._is_old(sentence)]
+        self.last = {"step": step, "matrices": matrices, "warnings": warnings}
+        self.warnings += warnings
         self.seen = self._factors()
         append_row(self.last, self.run.watch)
-        for sentence in told:
-            say(f"step {step}: {sentence}")
+        for sentence in warnings:
+            log_info(f"step {step}: {sentence}")
 
     def _is_old(self, sentence: str) -> bool:
         """Whether the same was said of the same matrix, with whatever figures."""
-        return any(old.startswith(sentence.partition(" since ")[0]) for old in self.told)
+        return any(old.startswith(sentence.partition(" since ")[0]) for old in self.warnings)
 
     def _measure(self) -> dict[str, dict[str, float | None]]:
         matrices: dict[str, dict[str, float | None]] = {}

@@ -10,10 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline.common.distributed import world_size
 from pipeline.common.progress import progress_bar
 from pipeline.runs.checkpoints import mark_complete, remove_old
-from pipeline.runs.folder import RunFolder, append_row, rows_until, write_rows
+from pipeline.runs.folder import RunFolder, append_row, read_jsonl, write_rows
 
 
-class RunLog(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Also marks a checkpoint as complete, and only then removes older ones."""
 
     def __init__(self, run: RunFolder, keep: int) -> None:
@@ -24,7 +24,7 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = progress_bar("training", state.max_steps, "steps", done=state.global_step)
         if state.is_world_process_zero:
-            write_rows(rows_until(state.global_step, self.run.metrics), self.run.metrics)
+            write_rows(read_jsonl(state.global_step, self.run.metrics), self.run.metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if world_size() > 1:

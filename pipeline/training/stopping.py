@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.common.distributed import world_size
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,10 +35,10 @@ class StopRequest:
         if self.made:
             raise KeyboardInterrupt
         self.made = True
-        say(f"{signal.Signals(number).name}: stopping behind this step, to save first; once more stops at once")
+        log_info(f"{signal.Signals(number).name}: stopping behind this step, to save first; once more stops at once")
 
 
-class SaveAndStop(TrainerCallback):
+class GracefulStopCallback(TrainerCallback):
     """Saves when stopping is asked for, then stops; saves also when the last checkpoint is `minutes` old."""
 
     def __init__(self, request: StopRequest, minutes: float | None) -> None:

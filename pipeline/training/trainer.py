@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.batches.sampler import BatchOrder
+from pipeline.batches.sampler import QuestionBatchSampler
 from pipeline.batches.sequences import ImageSequence, micro_batches, pack
-from pipeline.blip2.memory import SavedForBackward, free_bytes, is_out_of_memory
+from pipeline.blip2.memory import ActivationMemoryCounter, free_bytes, is_out_of_memory
 from pipeline.common.compat import checkpoints_activations, enable_activation_checkpointing
 from pipeline.common.distributed import local_world_size
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 
 Batch = list[ImageSequence]
 Validator = Callable[[nn.Module], np.ndarray]
@@ -39,7 +39,7 @@ MAX_CONSECUTIVE_SKIPS = 20
 to 1, where gradients that are finite at all have been so."""
 
 
-def nodes_that_fit(bytes_a_node: float, device: torch.device) -> int:
+def max_tokens_that_fit(bytes_a_node: float, device: torch.device) -> int:
     """Tokens in a micro-batch, if each keeps so many bytes for the backward pass.
 
     Processes on one machine share what is free on its CPU.
@@ -54,16 +54,16 @@ def nodes_that_fit(bytes_a_node: float, device: torch.device) -> int:
 
 
 class Batches(Dataset[Batch]):
-    """The questions to be trained on; a list of their numbers gives the batch of them, as `lay_out` makes it."""
+    """The trainable questions; a list of their indices gives their batch, made by `build_sequences`."""
 
-    def __init__(self, questions: int, lay_out: Callable[[list[int]], Batch]) -> None:
-        self._questions, self._lay_out = questions, lay_out
+    def __init__(self, questions: int, build_sequences: Callable[[list[int]], Batch]) -> None:
+        self._questions, self._build_sequences = questions, build_sequences
 
     def __len__(self) -> int:
         return self._questions
 
     def __getitems__(self, numbers: list[int]) -> Batch:
-        return self._lay_out(numbers)
+        return self._build_sequences(numbers)
 
 
 class StageTwoTrainer(Trainer):
@@ -80,7 +80,7 @@ class StageTwoTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         batches: Batches,
-        order: BatchOrder,
+        order: QuestionBatchSampler,
         micro_batch: int | None,
         skip_not_finite: bool,
         validator: Validator | None,
@@ -191,7 +191,7 @@ class StageTwoTrainer(Trainer):
         fit = self._fit(batch)
         if fit < largest and not checkpoints_activations(self.args):
             enable_activation_checkpointing(self.model)
-            say("the questions on one image do not fit into memory at once: gradient checkpointing is switched on")
+            log_info("the questions on one image do not fit into memory at once: gradient checkpointing is switched on")
             fit = self._fit(batch)
         return fit
 
@@ -199,14 +199,14 @@ class StageTwoTrainer(Trainer):
         """By what the forward pass of the shortest sequence keeps in memory; 1 where not even that fits."""
         shortest = min(batch, key=lambda sequence: sequence.nodes)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), SavedForBackward(self.model.parameters()) as saved:
+        with torch.random.fork_rng(devices), ActivationMemoryCounter(self.model.parameters()) as saved:
             try:
                 self.compute_loss(self.model, self._prepare_inputs(pack([shortest])))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 return 1
-        return nodes_that_fit(saved.bytes / shortest.nodes, self.args.device)
+        return max_tokens_that_fit(saved.bytes / shortest.nodes, self.args.device)
 
     def _halve(self, groups: list[Batch]) -> None:
         """Half as much at a time from now on. Raises `PipelineError` if micro-batches cannot be made smaller."""
@@ -218,7 +218,7 @@ class StageTwoTrainer(Trainer):
                 "train.gradient_checkpointing=true, or a smaller train.micro_batch"
             )
         self._most = max(1, largest // 2)
-        say(
+        log_info(
             f"out of memory at step {self.state.global_step + 1} with {largest} {unit} at a time: the step is computed "
             f"again, and all that follow, with {self._most}; the effective batch stays as it is"
         )
@@ -230,7 +230,7 @@ class StageTwoTrainer(Trainer):
             return
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        say(f"step {self.state.global_step + 1} is skipped, not finite: {self._found()}")
+        log_info(f"step {self.state.global_step + 1} is skipped, not finite: {self._found()}")
         if self._skipped_in_a_row >= MAX_CONSECUTIVE_SKIPS:
             raise self._diverged(f"{self._skipped_in_a_row} steps in a row were skipped; the last: {self._found()}")
 
@@ -243,7 +243,7 @@ class StageTwoTrainer(Trainer):
             self._norm = float(nn.utils.get_total_norm(gradients))
         self._left_out = not (math.isfinite(self._loss) and math.isfinite(self._norm))
         if self._left_out and not self._skip_not_finite:
-            raise self._diverged(self._found(), ", or skip such steps with train.on_not_finite=skip")
+            raise self._diverged(self._found(), ", or skip such steps with train.on_nonfinite=skip")
         if self._left_out and self.accelerator.scaler is None:
             model.zero_grad()
         return not self._left_out
@@ -266,7 +266,7 @@ class StageTwoTrainer(Trainer):
 class _TellEpoch(TrainerCallback):
     """Tells the order which epoch it is, also of a training that is gone on with."""
 
-    def __init__(self, order: BatchOrder) -> None:
+    def __init__(self, order: QuestionBatchSampler) -> None:
         self._order = order
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -13,16 +13,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from cache.text import TextTable
 from pipeline.answers.generation import answer_questions
-from pipeline.answers.scores import check_method, counts, score
-from pipeline.batches.sequences import Batcher, pack
+from pipeline.answers.scores import check_metric, counts, score
+from pipeline.batches.sequences import SequenceBuilder, pack
 from pipeline.blip2.memory import in_parts
 from pipeline.common.distributed import rank, world_size
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import say
+from pipeline.common.progress import log_info
 from pipeline.config import EvaluateConfig, ValidationConfig
 from pipeline.data.examples import VQAExample
 from pipeline.data.text import PromptTokenizer
-from pipeline.runs.folder import RunFolder, adapter_damage, rows_until, write_rows
+from pipeline.runs.folder import RunFolder, adapter_damage, read_jsonl, write_rows
 
 SUMS = ("accuracy", "questions", "loss", "label_weight")
 
@@ -31,18 +31,22 @@ class Validator:
     """Answers a process's share of the questions."""
 
     def __init__(
-        self, batcher: Batcher, tokenizer: PromptTokenizer, settings: ValidationConfig, answering: EvaluateConfig
+        self,
+        builder: SequenceBuilder,
+        tokenizer: PromptTokenizer,
+        settings: ValidationConfig,
+        answering: EvaluateConfig,
     ) -> None:
-        """Raises `PipelineError` if the split has no answers that `answering.method` can score."""
-        self.batcher, self.tokenizer = batcher, tokenizer
+        """Raises `PipelineError` if the split has no answers that `answering.metric` can score."""
+        self.builder, self.tokenizer = builder, tokenizer
         self.answering = answering.model_copy(update={"num_beams": 1})
-        chosen = choose_questions(batcher.text, settings.questions, settings.seed)
+        chosen = choose_questions(builder.text, settings.questions, settings.seed)
         examples = self._examples(chosen)
-        check_method(examples, answering.method)
-        if not any(counts(example, answering.method) for example in examples):
+        check_metric(examples, answering.metric)
+        if not any(counts(example, answering.metric) for example in examples):
             raise PipelineError(
                 f"validation.split: of the questions of {settings.split} that were chosen, none has an answer that "
-                f"evaluate.method={answering.method} counts"
+                f"evaluate.metric={answering.metric} counts"
             )
         self.questions = np.array_split(chosen, world_size())[rank()]
 
@@ -51,21 +55,21 @@ class Validator:
         model.eval()
         if len(self.questions) == 0:
             return np.zeros(len(SUMS))
-        answers = answer_questions(model, self.batcher, self.questions, self.tokenizer, self.answering)
+        answers = answer_questions(model, self.builder, self.questions, self.tokenizer, self.answering)
         examples = self._examples(self.questions)
-        scores = score(examples, [answers[int(number)].text for number in self.questions], self.answering.method)
+        scores = score(examples, [answers[int(number)].text for number in self.questions], self.answering.metric)
         known = [value for value in scores if value is not None]
         return np.array([sum(known), len(known), *self._loss(model)])
 
     def _examples(self, questions: np.ndarray) -> list[VQAExample]:
-        return [VQAExample.from_record(self.batcher.text.record(int(number))) for number in questions]
+        return [VQAExample.from_record(self.builder.text.record(int(number))) for number in questions]
 
     def _loss(self, model: PeftModel) -> tuple[float, float]:
         """The summed loss of the most common answers, and the number of their tokens."""
         device = next(model.parameters()).device
 
         def loss_of(questions: Sequence[int]) -> tuple[float, float]:
-            inputs = pack(self.batcher.for_training(questions))
+            inputs = pack(self.builder.for_training(questions))
             with torch.no_grad():
                 loss = float(model(**send_to_device(inputs, device), num_items_in_batch=1).loss)
             return loss, float(inputs["label_weights"].sum())
@@ -86,7 +90,7 @@ def choose_questions(text: TextTable, count: int, seed: int) -> np.ndarray:
     return np.sort(answered[np.argsort(place[image], kind="stable")][:count])
 
 
-class KeepBest(TrainerCallback):
+class BestAdapterCallback(TrainerCallback):
     """Decides when to look, writes down what was seen, keeps the best adapter, and ends what gets no better.
 
     All is read off `validation.jsonl`: a training that is gone on with decides as one that was never stopped.
@@ -114,10 +118,10 @@ class KeepBest(TrainerCallback):
         """The best look, and the time that all took."""
         best = self.best or {}
         found = {f"best_{key}": best[key] for key in ("step", "accuracy", "loss") if key in best}
-        return {**found, "looks": len(self.rows), "seconds": self.seconds}
+        return {**found, "num_validations": len(self.rows), "seconds": self.seconds}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.rows = rows_until(state.global_step, self.run.validation)
+        self.rows = read_jsonl(state.global_step, self.run.validation)
         self._forget_lost()
         control.should_training_stop |= self._gets_no_better
         if state.is_world_process_zero:
@@ -126,7 +130,7 @@ class KeepBest(TrainerCallback):
     def _forget_lost(self) -> None:
         """Let no adapter that is gone or damaged be the best."""
         while (best := self.best) and (problem := adapter_damage(self.run.best(best["step"]))):
-            say(f"{problem}; the best adapter is taken from the other steps")
+            log_info(f"{problem}; the best adapter is taken from the other steps")
             self.lost.add(best["step"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -152,7 +156,7 @@ class KeepBest(TrainerCallback):
                 self.save(self.run.best(state.global_step))
             write_rows(self.rows, self.run.validation)  # after its adapter: a row stands for one that is there
         told = "the best so far" if best is row else f"the best is {best['accuracy']:.2f} of step {best['step']}"
-        say(f"step {row['step']}: accuracy {row['accuracy']:.2f}, loss {row['loss']:.3f}; {told}")
+        log_info(f"step {row['step']}: accuracy {row['accuracy']:.2f}, loss {row['loss']:.3f}; {told}")
         if self._gets_no_better:
-            say(f"no better in {self.patience} looks: training ends")
+            log_info(f"no better in {self.patience} looks: training ends")
             control.should_training_stop = True

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.answers.scores import check_method, confidence_interval, score, summarise
+from pipeline.answers.scores import check_metric, confidence_interval, score, summarise
 from pipeline.common.errors import PipelineError
 from pipeline.data.examples import DIFFICULT, VQAExample
 
@@ -72,12 +72,12 @@ def test_one_image_has_no_interval_and_none_leaves_0_to_100() -> None:
     assert (low > 0, high) == (True, 100)
 
 
-@pytest.mark.parametrize("method", ["official", "lavis", "lmms-eval", "a-okvqa"])
-def test_a_method_for_several_answers_is_refused_where_each_question_has_one(method: str) -> None:
-    with pytest.raises(PipelineError, match=rf"the {method} VQA accuracy .* set evaluate\.method=exact"):
-        check_method([example(0, "red"), example(1, "blue")], method)
-    check_method([example(0, "red"), example(1, "blue", "red")], method)
-    check_method([example(0, "red")], "exact")
+@pytest.mark.parametrize("metric", ["official", "lavis", "lmms-eval", "a-okvqa"])
+def test_a_method_for_several_answers_is_refused_where_each_question_has_one(metric: str) -> None:
+    with pytest.raises(PipelineError, match=rf"the {metric} VQA accuracy .* set evaluate\.metric=exact"):
+        check_metric([example(0, "red"), example(1, "blue")], metric)
+    check_metric([example(0, "red"), example(1, "blue", "red")], metric)
+    check_metric([example(0, "red")], "exact")
     with pytest.raises(PipelineError, match="exact"):
-        check_method([example(0, "red"), example(1)], method)
-    check_method([example(0)], method)
+        check_metric([example(0, "red"), example(1)], metric)
+    check_metric([example(0)], metric)

@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from pipeline.answers.vqa_accuracy import METHODS, vqa_accuracy
+from pipeline.answers.vqa_accuracy import METRICS, vqa_accuracy
 from pipeline.common.errors import PipelineError
 from pipeline.config import EvaluateConfig
 
@@ -186,11 +186,11 @@ def test_each_method_gives_the_value_of_its_published_script(
 ) -> None:
     prediction, counts, *expected = row
     for answers in (repeated(counts), repeated(counts)[::-1]):
-        assert [round(vqa_accuracy(prediction, answers, method), 2) for method in SCRIPTS] == expected
+        assert [round(vqa_accuracy(prediction, answers, metric), 2) for metric in SCRIPTS] == expected
 
 
 def test_lavis_and_lmms_eval_forgive_a_period_and_a_capital_when_all_people_agree() -> None:
-    given = {method: vqa_accuracy("Yes.", ["yes"] * 10, method) for method in METHODS}
+    given = {metric: vqa_accuracy("Yes.", ["yes"] * 10, metric) for metric in METRICS}
     assert given == {"official": 0, "lavis": 100, "lmms-eval": 100, "a-okvqa": 0, "exact": 0}
 
 
@@ -201,7 +201,7 @@ def test_lavis_may_refuse_what_all_people_said() -> None:
 
 
 def test_the_config_allows_every_method() -> None:
-    assert get_args(EvaluateConfig.model_fields["method"].annotation) == tuple(METHODS)
+    assert get_args(EvaluateConfig.model_fields["metric"].annotation) == tuple(METRICS)
 
 
 @pytest.mark.parametrize(("matches", "expected"), [(0, 0), (1, 30), (2, 60), (3, 90), (4, 100), (10, 100)])
@@ -240,7 +240,7 @@ def test_an_unknown_method_names_the_allowed_ones() -> None:
         vqa_accuracy("yes", ["yes"], "oficial")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_answers_is_an_error_and_not_a_zero(method: str) -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_answers_is_an_error_and_not_a_zero(metric: str) -> None:
     with pytest.raises(PipelineError, match="no answers"):
-        vqa_accuracy("yes", [], method)
+        vqa_accuracy("yes", [], metric)

@@ -31,7 +31,7 @@ from cache.spec import CacheSpec
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
 from pipeline.answers.generation import Answer, answer_questions
-from pipeline.batches.sequences import Batcher
+from pipeline.batches.sequences import SequenceBuilder
 from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.encoder import Blip2Encoder
@@ -53,10 +53,10 @@ def main() -> None:
             write_random_checkpoint(checkpoint, options.size)
         config = config_of(options.size)
         questions = easy_vqa(options.questions) if options.size == "tiny" else ask(options.questions, config)
-        batcher = make_cache(Path(name) / "cache", questions, config)
+        builder = make_cache(Path(name) / "cache", questions, config)
         ways = {
             "plain": plainly(plain_model(checkpoint, device, dtype).eval(), questions, config, options),
-            "cached": from_cache(cached_model(checkpoint, device, dtype).eval(), batcher, options),
+            "cached": from_cache(cached_model(checkpoint, device, dtype).eval(), builder, options),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(options.turns + 1):
@@ -65,7 +65,7 @@ def main() -> None:
                 answer()
                 if turn:  # the first warms up
                     seconds[way].append(time.perf_counter() - started)
-    floors = count(batcher, config, options, matrix_product_peak(device, dtype), read_peak(device))
+    floors = count(builder, config, options, matrix_product_peak(device, dtype), read_peak(device))
     report(options, seconds, floors, dtype)
 
 
@@ -93,7 +93,7 @@ def easy_vqa(count: int) -> list[Question]:
     return [Question(images[one.image], prompt, [0]) for one, prompt in zip(examples, prompts, strict=True)]
 
 
-def make_cache(folder: Path, questions: list[Question], config: Blip2Config) -> Batcher:
+def make_cache(folder: Path, questions: list[Question], config: Blip2Config) -> SequenceBuilder:
     """Random features and the questions' tokens, as stage one leaves them."""
     spec = CacheSpec(
         encoder_fingerprint="ab" * 32,
@@ -124,10 +124,10 @@ def make_cache(folder: Path, questions: list[Question], config: Blip2Config) -> 
             tokenizer="",
         )
         writer.finish({"val": text})
-    return Batcher(FeatureReader(folder), text)
+    return SequenceBuilder(FeatureReader(folder), text)
 
 
-def from_cache(model: Any, batcher: Batcher, options: argparse.Namespace) -> Callable[[], dict[int, Answer]]:
+def from_cache(model: Any, builder: SequenceBuilder, options: argparse.Namespace) -> Callable[[], dict[int, Answer]]:
     settings = EvaluateConfig(
         batch_size=options.batch,
         num_beams=options.beams,
@@ -139,7 +139,7 @@ def from_cache(model: Any, batcher: Batcher, options: argparse.Namespace) -> Cal
         def decode(self, rows: list[list[int]]) -> list[str]:
             return [""] * len(rows)
 
-    return lambda: answer_questions(model, batcher, np.arange(options.questions), NoWords(), settings)
+    return lambda: answer_questions(model, builder, np.arange(options.questions), NoWords(), settings)
 
 
 def plainly(
@@ -193,7 +193,7 @@ def read_peak(device: torch.device, gigabytes: float = 1.0) -> float:
 
 
 def count(
-    batcher: Batcher, config: Blip2Config, options: argparse.Namespace, products: float, reads: float
+    builder: SequenceBuilder, config: Blip2Config, options: argparse.Namespace, products: float, reads: float
 ) -> dict[str, tuple[float, float]]:
     """Seconds a question by matrix products and by reads of weights, for each way; the attention is left out."""
     batch = list(range(min(options.batch, options.questions)))
@@ -209,8 +209,8 @@ def count(
     head = half.get_output_embeddings().weight.numel()
     width, new = len(batch) * options.beams, options.new_tokens
     later = 2 * width * (new - 1) * (weights + head)  # each new token but the first goes once through the model
-    longest = max(len(batcher.text.prompt_ids[number]) for number in batch) + config.num_query_tokens
-    nodes = sum(sequence.nodes for sequence in batcher.for_generation(batch))
+    longest = max(len(builder.text.prompt_ids[number]) for number in batch) + config.num_query_tokens
+    nodes = sum(sequence.nodes for sequence in builder.for_generation(batch))
     operations = {
         "plain": len(batch) * (encoding + 2 * weights * longest + 2 * head) + later,
         "cached": 2 * weights * (nodes + width) + 2 * width * head + later,

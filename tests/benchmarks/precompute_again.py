@@ -39,7 +39,7 @@ from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.config import load_config
 from pipeline.encoding.encoder_spec import encoder_spec
 from pipeline.encoding.images import thumbnail
-from pipeline.encoding.preflight import read_inputs
+from pipeline.encoding.preflight import scan_dataset
 
 SPLITS = {"train": ("train2014", 82_783, 443_757), "val": ("val2014", 40_504, 214_354)}
 JPEGS = 16  # different ones, before the comments
@@ -88,9 +88,9 @@ def fill_cache(path: Path) -> None:
     config = load_config(path)
     dtype = dtype_name(pick_dtype(config.precompute.dtype, pick_device()))
     spec = encoder_spec(embedded_checkpoint(), dtype, config.cache.dtype)
-    longer_side = config.precompute.thumbnails
+    longer_side = config.precompute.thumbnail_size
     shown = thumbnail(jpeg(0), longer_side)
-    with FeatureWriter(config.cache.dir, spec, list(read_inputs(config.data).paths), config.cache.part_rows) as writer:
+    with FeatureWriter(config.cache.dir, spec, list(scan_dataset(config.data).paths), config.cache.part_rows) as writer:
         for part_path in writer.parts:
             with PartWriter(part_path) as part:
                 rows = part.open_rows

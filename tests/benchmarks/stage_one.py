@@ -22,12 +22,12 @@ from transformers import Blip2Config
 
 from cache.spec import CacheSpec
 from cache.writer import FeatureWriter
-from pipeline.blip2.checkpoint import ENCODER_HALF, fingerprint
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fingerprint
 from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.encoder import Blip2Encoder, load_encoder
-from pipeline.encoding.encoding_loop import Encoded, PictureEncoder
-from pipeline.encoding.images import Preprocessor, image_digest, read_picture
+from pipeline.encoding.encoding_loop import Encoded, EncodingLoop
+from pipeline.encoding.images import Preprocessor, image_digest, read_image_bytes
 
 
 def main() -> None:
@@ -39,13 +39,13 @@ def main() -> None:
         pictures = write_jpegs(Path(name) / "images", options.pictures)
         encoder, preprocess = build(options.size, device, dtype)
         spec = spec_of(encoder, preprocess, dtype)
-        first = [preprocess(read_picture(path)) for path in pictures[: options.batch]]
+        first = [preprocess(read_image_bytes(path)) for path in pictures[: options.batch]]
         resident = torch.from_numpy(np.stack(first)).to(device)
         bare(encoder, resident, options.batch)  # warms up
         times: dict[str, list[float]] = {"bare": [], "stage one": [], "decoding alone": []}
         for turn in range(options.turns):
             times["bare"].append(bare(encoder, resident, options.pictures))
-            stage = PictureEncoder(encoder, preprocess, options.batch, options.workers)
+            stage = EncodingLoop(encoder, preprocess, options.batch, options.workers)
             times["stage one"].append(stage_one(stage, Path(name) / f"cache{turn}", spec, pictures))
             times["decoding alone"].append(decoding(preprocess, pictures, options.workers))
     report(options, times, dtype, stage.done)
@@ -54,7 +54,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["embedded", "vit-g"], default="embedded")
-    parser.add_argument("--pictures", type=int, help="default: 1,024, or 8 at real size")
+    parser.add_argument("--max-examples", type=int, help="default: 1,024, or 8 at real size")
     parser.add_argument("--batch", type=int, help="default: 64, or 4 at real size")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
@@ -95,7 +95,7 @@ def build(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Blip2Enc
 
 def spec_of(encoder: Blip2Encoder, preprocess: Preprocessor, dtype: torch.dtype) -> CacheSpec:
     return CacheSpec(
-        encoder_fingerprint=fingerprint(embedded_checkpoint(), ENCODER_HALF),
+        encoder_fingerprint=fingerprint(embedded_checkpoint(), ENCODER_PREFIXES),
         encoder_dtype=dtype_name(dtype),
         image_preprocessing=preprocess.identity(),
         query_tokens=encoder.config.num_query_tokens,
@@ -115,9 +115,9 @@ def bare(encoder: Blip2Encoder, pixel_values: torch.Tensor, pictures: int) -> fl
     return time.perf_counter() - started
 
 
-def stage_one(stage: PictureEncoder, folder: Path, spec: CacheSpec, pictures: list[Path]) -> float:
+def stage_one(stage: EncodingLoop, folder: Path, spec: CacheSpec, pictures: list[Path]) -> float:
     """Seconds from an empty cache to sealed parts."""
-    digests = {image_digest(read_picture(path)): path for path in pictures}
+    digests = {image_digest(read_image_bytes(path)): path for path in pictures}
     with FeatureWriter(folder, spec, list(digests)) as writer:
         started = time.perf_counter()
         done = stage.fill(writer.parts, digests)
@@ -129,7 +129,7 @@ def stage_one(stage: PictureEncoder, folder: Path, spec: CacheSpec, pictures: li
 def decoding(preprocess: Preprocessor, pictures: list[Path], workers: int) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda path: preprocess(read_picture(path)), pictures):
+        for _ in pool.map(lambda path: preprocess(read_image_bytes(path)), pictures):
             pass
     return time.perf_counter() - started
 

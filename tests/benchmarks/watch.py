@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from pipeline.blip2.device import pick_device
 from pipeline.blip2.memory import peak_bytes, reset_peak
 from pipeline.runs.folder import RunFolder
-from pipeline.training.lora_monitor import Watch
+from pipeline.training.lora_monitor import LoraMonitorCallback
 from pipeline.training.stopping import StopRequest
 
 
@@ -72,12 +72,14 @@ def main() -> None:
         with TemporaryDirectory() as name:
             measured, memory = look(model, RunFolder(Path(name)), options.rounds, device)
         print_table(f"ms, rank {rank}", measured, {})
-        share = sorted(measured["a look"])[options.rounds // 2] / 1e3 / options.watch_steps / options.step_seconds
+        share = (
+            sorted(measured["a look"])[options.rounds // 2] / 1e3 / options.lora_monitor_steps / options.step_seconds
+        )
         print(f"share of the training time {share:.3%}; memory {memory / 1e6:.0f} MB")
 
 
 def look(model: PeftModel, run: RunFolder, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], int]:
-    watch = Watch(model, run, steps=1, warmup_steps=0, stop=StopRequest())
+    watch = LoraMonitorCallback(model, run, steps=1, warmup_steps=0, stop=StopRequest())
     arguments = TrainingArguments(output_dir=str(run.checkpoints), report_to=[], use_cpu=device.type == "cpu")
     state, control = TrainerState(max_steps=rounds), TrainerControl()
     start = milliseconds(lambda: watch.on_train_begin(arguments, state, control), device)

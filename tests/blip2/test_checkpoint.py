@@ -18,7 +18,7 @@ from checkpoints import shards_of
 from safetensors.torch import load_file, save_file
 from transformers import Blip2ForConditionalGeneration
 
-from pipeline.blip2.checkpoint import ENCODER_HALF, LANGUAGE_HALF, WEIGHTS, fetch_checkpoint, fingerprint
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, WEIGHTS, fetch_checkpoint, fingerprint
 from pipeline.blip2.encoder import Blip2Encoder, load_encoder
 from pipeline.blip2.language_model import Blip2LanguageHalf, load_language_half
 from pipeline.common.errors import PipelineError
@@ -80,20 +80,20 @@ def test_the_halves_have_the_full_models_parameters_between_them(checkpoint: Pat
 
 
 def test_stage_one_loads_without_the_language_models_shards(sharded: Path, checkpoint: Path, tmp_path: Path) -> None:
-    folder = without_the_other_half(sharded, ENCODER_HALF, LANGUAGE_HALF, tmp_path / "half")
+    folder = without_the_other_half(sharded, ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, tmp_path / "half")
     pixel_values = torch.randn(2, 3, 64, 64)
     half, whole = (load_encoder(path, CPU, torch.float32) for path in (folder, checkpoint))
     assert torch.equal(half(pixel_values), whole(pixel_values))
 
 
 def test_stage_two_loads_without_the_encoders_shards(sharded: Path, checkpoint: Path, tmp_path: Path) -> None:
-    folder = without_the_other_half(sharded, LANGUAGE_HALF, ENCODER_HALF, tmp_path / "half")
+    folder = without_the_other_half(sharded, LANGUAGE_MODEL_PREFIXES, ENCODER_PREFIXES, tmp_path / "half")
     half, whole = (load_language_half(path, CPU, torch.float32).state_dict() for path in (folder, checkpoint))
     assert half.keys() == whole.keys()
     assert all(torch.equal(half[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("half", [ENCODER_HALF, LANGUAGE_HALF], ids=["encoder", "language"])
+@pytest.mark.parametrize("half", [ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES], ids=["encoder", "language"])
 def test_no_tensor_of_the_other_half_is_read_from_a_single_file(
     checkpoint: Path, tmp_path: Path, half: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,16 +136,16 @@ def test_no_tensor_of_the_other_half_is_read_from_a_single_file(
 
     real_open = loading.safe_open
     monkeypatch.setattr(loading, "safe_open", File)
-    model = Blip2Encoder if half is ENCODER_HALF else Blip2LanguageHalf
+    model = Blip2Encoder if half is ENCODER_PREFIXES else Blip2LanguageHalf
     model.from_pretrained(checkpoint, dtype=torch.float32)
     assert len(read) > 50
     assert {name for name in read if not name.startswith(half)} == set()
 
 
 def test_nan_in_the_other_half_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    encoder = load_encoder(poisoned(checkpoint, LANGUAGE_HALF, tmp_path / "a"), CPU, torch.float32)
+    encoder = load_encoder(poisoned(checkpoint, LANGUAGE_MODEL_PREFIXES, tmp_path / "a"), CPU, torch.float32)
     assert torch.isfinite(encoder(torch.randn(1, 3, 64, 64))).all()
-    language = load_language_half(poisoned(checkpoint, ENCODER_HALF, tmp_path / "b"), CPU, torch.float32, bits=None)
+    language = load_language_half(poisoned(checkpoint, ENCODER_PREFIXES, tmp_path / "b"), CPU, torch.float32, bits=None)
     assert all(torch.isfinite(weight).all() for weight in language.state_dict().values())
 
 
@@ -162,12 +162,12 @@ def test_linear_layers_of_opt_are_quantised_and_nothing_else(checkpoint: Path) -
 
 
 def test_the_fingerprint_covers_the_encoder_and_nothing_else(checkpoint: Path, sharded: Path, tmp_path: Path) -> None:
-    known = fingerprint(checkpoint, ENCODER_HALF)
+    known = fingerprint(checkpoint, ENCODER_PREFIXES)
     assert len(known) == 64
-    assert fingerprint(sharded, ENCODER_HALF) == known
-    assert fingerprint(poisoned(checkpoint, LANGUAGE_HALF, tmp_path / "a"), ENCODER_HALF) == known
+    assert fingerprint(sharded, ENCODER_PREFIXES) == known
+    assert fingerprint(poisoned(checkpoint, LANGUAGE_MODEL_PREFIXES, tmp_path / "a"), ENCODER_PREFIXES) == known
     for number, tensor in enumerate(("query_tokens", "qformer.layernorm.weight", "vision_model.post_layernorm.bias")):
-        assert fingerprint(poisoned(checkpoint, (tensor,), tmp_path / f"b{number}"), ENCODER_HALF) != known
+        assert fingerprint(poisoned(checkpoint, (tensor,), tmp_path / f"b{number}"), ENCODER_PREFIXES) != known
 
 
 @pytest.mark.parametrize(
@@ -188,14 +188,14 @@ def test_a_folder_that_is_no_whole_checkpoint_is_refused(
     shutil.copytree(checkpoint, folder)
     damage(folder)
     with pytest.raises(PipelineError, match=message):
-        fetch_checkpoint(str(folder), None, ENCODER_HALF)
+        fetch_checkpoint(str(folder), None, ENCODER_PREFIXES)
 
 
 def test_a_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
-    folder = without_the_other_half(sharded, ENCODER_HALF, LANGUAGE_HALF, tmp_path / "half")
-    fetch_checkpoint(str(folder), None, ENCODER_HALF)
+    folder = without_the_other_half(sharded, ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, tmp_path / "half")
+    fetch_checkpoint(str(folder), None, ENCODER_PREFIXES)
     with pytest.raises(PipelineError, match=r"not whole, it lacks model-\d+"):
-        fetch_checkpoint(str(folder), None, LANGUAGE_HALF)
+        fetch_checkpoint(str(folder), None, LANGUAGE_MODEL_PREFIXES)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -275,22 +275,22 @@ def fetch_in_a_new_process(checkpoint: str, half: str, environment: dict[str, st
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("half", ["ENCODER_HALF", "LANGUAGE_HALF"])
+@pytest.mark.parametrize("half", ["ENCODER_PREFIXES", "LANGUAGE_MODEL_PREFIXES"])
 def test_from_a_hub_only_the_needed_shards_are_asked_for(
     hub: tuple[dict[str, str], set[str]], sharded: Path, half: str
 ) -> None:
     environment, asked = hub
     done = fetch_in_a_new_process("someone/blip2", half, environment)
     assert done.returncode == 0, done.stderr
-    wanted = shards_of(sharded, {"ENCODER_HALF": ENCODER_HALF, "LANGUAGE_HALF": LANGUAGE_HALF}[half])
+    wanted = shards_of(sharded, {"ENCODER_PREFIXES": ENCODER_PREFIXES, "LANGUAGE_MODEL_PREFIXES": LANGUAGE_MODEL_PREFIXES}[half])
     assert {name for name in asked if name.endswith(".safetensors")} == wanted
     assert len(wanted) < len(list(sharded.glob("*.safetensors")))
     folder = Path(done.stdout.strip())
-    load = load_encoder if half == "ENCODER_HALF" else load_language_half
+    load = load_encoder if half == "ENCODER_PREFIXES" else load_language_half
     assert load(folder, CPU, torch.float32) is not None
 
 
 def test_a_hub_id_that_is_not_there_is_told_in_one_line(hub: tuple[dict[str, str], set[str]]) -> None:
-    done = fetch_in_a_new_process("nobody/nothing", "ENCODER_HALF", hub[0])
+    done = fetch_in_a_new_process("nobody/nothing", "ENCODER_PREFIXES", hub[0])
     assert done.returncode == 1
     assert "PipelineError: checkpoint 'nobody/nothing' (model.checkpoint) is neither a folder here" in done.stderr

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.answers.generation import answer_questions
 from pipeline.batches.sequences import pack
-from pipeline.blip2.checkpoint import ENCODER_HALF, LANGUAGE_HALF, fetch_checkpoint, fetch_small_files
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, fetch_checkpoint, fetch_small_files
 from pipeline.blip2.checkpoint_files import INDEX, WEIGHTS
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.encoder import load_encoder
 from pipeline.blip2.language_model import add_lora, load_language_half
 from pipeline.cli import main
-from pipeline.commands.ask import Picture
+from pipeline.commands.ask import EncodedImage
 from pipeline.common.errors import PipelineError
 from pipeline.config import EvaluateConfig
 from pipeline.data.examples import VQAExample
@@ -36,14 +36,14 @@ HEAD, WORDS = "language_model.lm_head.weight", "language_model.model.decoder.emb
 
 def begin_stage_one(folder: Path) -> Any:
     """What `pipe precompute` does before the pictures are read."""
-    small = fetch_small_files(str(folder), None, ENCODER_HALF)
+    small = fetch_small_files(str(folder), None, ENCODER_PREFIXES)
     PromptTokenizer(small, "Q: {question}")
     return load_preprocessor(small).size
 
 
 def begin_stage_two(folder: Path) -> Any:
     """What `pipe train` does before tokens are made and the model is loaded."""
-    folder = fetch_checkpoint(str(folder), None, LANGUAGE_HALF)
+    folder = fetch_checkpoint(str(folder), None, LANGUAGE_MODEL_PREFIXES)
     return encoder_spec(folder, "float32", "float32"), PromptTokenizer(folder, "Q: {question}")
 
 
@@ -57,7 +57,7 @@ def compute(folder: Path) -> tuple[torch.Tensor, torch.Tensor, str]:
     torch.manual_seed(0)
     features = load_encoder(folder, CPU, torch.float32)(torch.randn(1, 3, height, width))
     text = tokenize([VQAExample(0, Path("x"), "what?", ("red",))], [0], tokenizer)
-    asked = Picture(features[0].detach(), text)
+    asked = EncodedImage(features[0].detach(), text)
     assert len(features[0]) == spec.query_tokens
     model = add_lora(load_language_half(folder, CPU, torch.float32), 4, 8, 0.0, ("q_proj",), "none")
     loss = model.train()(**pack(asked.for_training([0]))).loss.detach()
@@ -248,7 +248,7 @@ def test_a_config_that_keeps_no_cache_answers_alike(tmp_path: Path) -> None:
         folder = copy_of(tmp_path / str(number), config={**_config(), "text_config": text})
         tokenizer = PromptTokenizer(folder, "Question: {question} Answer:")
         table = tokenize([VQAExample(0, Path("a.png"), "what shape is it?", ())], [0], tokenizer)
-        asked = Picture(torch.full((16, 128), 0.1), table)
+        asked = EncodedImage(torch.full((16, 128), 0.1), table)
         model = load_language_half(folder, CPU, torch.float32)
         answer = answer_questions(model, asked, np.zeros(1, np.int64), tokenizer, EvaluateConfig())[0]
         probabilities.append((answer.text, answer.log_probability))
@@ -345,7 +345,7 @@ def test_a_wrong_value_of_the_image_processor_is_refused_by_its_key(setting: dic
 def in_shards(folder: Path, change: Callable[[dict[str, Any]], object] = lambda index: None) -> Path:
     """The embedded checkpoint in a shard a half, and its index changed."""
     copy_of(folder, model=None)
-    halves = {"e.safetensors": ENCODER_HALF, "l.safetensors": LANGUAGE_HALF}
+    halves = {"e.safetensors": ENCODER_PREFIXES, "l.safetensors": LANGUAGE_MODEL_PREFIXES}
     shards = {shard: {name: one for name, one in _tensors().items() if name.startswith(half)}
               for shard, half in halves.items()}  # fmt: skip
     for shard, tensors in shards.items():
@@ -434,7 +434,7 @@ def test_the_command_says_so_in_one_error_and_leaves_nothing(
 ) -> None:
     name = "vision_model.embeddings.patch_embedding.weight"
     folder = with_tensors(data_set / "checkpoint", lambda tensors: tensors.pop(name))
-    monkeypatch.setattr("pipeline.commands.precompute.read_inputs", lambda *_: pytest.fail("the pictures were read"))
+    monkeypatch.setattr("pipeline.commands.precompute.scan_dataset", lambda *_: pytest.fail("the pictures were read"))
     config = write_config(data_set, model={"checkpoint": str(folder)})
     stage, *words = command.split()
     done = CliRunner().invoke(main, [stage, str(config), *words])

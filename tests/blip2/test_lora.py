@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import Blip2ForConditionalGeneration
 
 from pipeline.batches.assemble import load_base
-from pipeline.batches.sequences import Batcher, pack, pack_prompts
+from pipeline.batches.sequences import SequenceBuilder, pack, pack_prompts
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_adapter, load_language_half, save_adapter
 from pipeline.blip2.lora import require_all_saved
 from pipeline.cli import main
@@ -140,7 +140,13 @@ def _logits(model: torch.nn.Module, features: torch.Tensor, ids: torch.Tensor) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("bias", "trained"), [("all", 34), pytest.param("lora_only", 8, marks=SAVES_LORA_ONLY)])
 def test_biases_are_trained_in_float32_in_every_dtype(
-    cached: Config, batcher: Batcher, tmp_path: Path, bits: int | None, dtype: torch.dtype, bias: str, trained: int
+    cached: Config,
+    builder: SequenceBuilder,
+    tmp_path: Path,
+    bits: int | None,
+    dtype: torch.dtype,
+    bias: str,
+    trained: int,
 ) -> None:
     name = str(dtype).removeprefix("torch.")
     config = cached.model_copy(
@@ -154,7 +160,7 @@ def test_biases_are_trained_in_float32_in_every_dtype(
     before = {name: weight.detach().clone() for name, weight in biases.items()}
     for _ in range(2):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            model(**pack(batcher.for_training([0, 1]))).loss.backward()
+            model(**pack(builder.for_training([0, 1]))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, weight in biases.items():
@@ -162,7 +168,7 @@ def test_biases_are_trained_in_float32_in_every_dtype(
         if not name.endswith("k_proj.bias"):  # of which attention's softmax takes no notice
             assert not torch.equal(weight, before[name]), name
     with torch.inference_mode():  # as a validation does, without autocast
-        said = model.eval().generate(**pack_prompts(batcher.for_generation([0, 1])), max_new_tokens=2)
+        said = model.eval().generate(**pack_prompts(builder.for_generation([0, 1])), max_new_tokens=2)
     assert said.log_probability.isfinite().all()
 
     save_adapter(model, tmp_path / "adapter")
@@ -174,10 +180,10 @@ def test_biases_are_trained_in_float32_in_every_dtype(
 
 
 @pytest.fixture(scope="module")
-def batcher(cached: Config) -> Batcher:
-    from pipeline.batches.assemble import open_batcher
+def builder(cached: Config) -> SequenceBuilder:
+    from pipeline.batches.assemble import open_split
 
-    return open_batcher(cached, "train")
+    return open_split(cached, "train")
 
 
 @SAVES_LORA_ONLY

@@ -10,22 +10,29 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.batches.assemble import load_base, open_batcher
+from pipeline.batches.assemble import load_base, open_split
 from pipeline.batches.sequences import pack
 from pipeline.blip2 import memory
 from pipeline.blip2.language_model import add_lora
-from pipeline.blip2.memory import SavedForBackward, free_bytes, in_parts, is_out_of_memory, peak_bytes, reset_peak
+from pipeline.blip2.memory import (
+    ActivationMemoryCounter,
+    free_bytes,
+    in_parts,
+    is_out_of_memory,
+    peak_bytes,
+    reset_peak,
+)
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
-from pipeline.training.estimate import _saved_bytes, _weight_bytes, _without_storage, forecast
-from pipeline.training.trainer import nodes_that_fit
+from pipeline.training.estimate import _saved_bytes, _weight_bytes, _without_storage, estimate_training
+from pipeline.training.trainer import max_tokens_that_fit
 
 CPU = torch.device("cpu")
 
 
 def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights() -> None:
     layer, inputs = nn.Linear(8, 8), torch.zeros(4, 8)
-    with SavedForBackward(layer.parameters()) as saved:
+    with ActivationMemoryCounter(layer.parameters()) as saved:
         layer(inputs).sin().cos()
     assert saved.bytes == 3 * 4 * 8 * 4  # the layer's input, the inputs of sin and of cos
 
@@ -33,15 +40,15 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights(
 @pytest.mark.parametrize("free", [10**3, 10**8, 10**9, 1_010_000_000, 10**13])
 def test_micro_batches_take_their_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr("pipeline.training.trainer.free_bytes", lambda device: free)
-    nodes = nodes_that_fit(3e6, CPU)
+    nodes = max_tokens_that_fit(3e6, CPU)
     assert nodes == {10**3: 1, 10**8: 20, 10**9: 192, 1_010_000_000: 192, 10**13: 640}[free]
 
 
 def test_processes_on_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.training.trainer.free_bytes", lambda device: 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert nodes_that_fit(3e6, CPU) == 48
-    assert nodes_that_fit(3e6, torch.device("cuda", 1)) == 192, "each has a GPU of its own"
+    assert max_tokens_that_fit(3e6, CPU) == 48
+    assert max_tokens_that_fit(3e6, torch.device("cuda", 1)) == 192, "each has a GPU of its own"
 
 
 def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,11 +138,11 @@ def _raise(error: Exception) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_forecast_counts_what_the_model_keeps(cached: Config, dtype: str) -> None:
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"compute_dtype": dtype})})
-    sequences = open_batcher(config, "train").for_training(range(30))
+    sequences = open_split(config, "train").for_training(range(30))
     foretold = _saved_bytes(_without_storage(config, getattr(torch, dtype)), sequences)
     model = add_lora(load_base(config), **config.lora.model_dump()).train()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    with autocast, SavedForBackward(model.parameters()) as saved:
+    with autocast, ActivationMemoryCounter(model.parameters()) as saved:
         model(**pack(sequences))
     assert foretold == pytest.approx(saved.bytes, rel=0.02)
 
@@ -155,9 +162,9 @@ def test_the_forecast_knows_the_size_of_the_weights(cached: Config) -> None:
 
 def test_a_dry_run_begins_nothing(cached: Config, tmp_path: Path) -> None:
     train = cached.train.model_copy(update={"output_dir": tmp_path / "runs", "batch_size": 20, "micro_batch": 5})
-    told = forecast(cached.model_copy(update={"train": train}))
+    told = estimate_training(cached.model_copy(update={"train": train}))
     assert (told["questions"], told["steps"]) == (54, 4)
-    assert told["questions_a_micro_batch"] <= 5
+    assert told["questions_per_micro_batch"] <= 5
     assert told["memory_bytes"]["all"] == sum(told["memory_bytes"].values()) / 2
     assert not (tmp_path / "runs").exists()
 

@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from pipeline.blip2.prefix_tree import Text, TokenTree, grow_tree
+from pipeline.blip2.prefix_tree import PrefixTree, PromptTarget, build_prefix_tree
 
 Q = 3
 
 
-def way(tree: TokenTree, node: int) -> list[int]:
+def way(tree: PrefixTree, node: int) -> list[int]:
     """Tokens on the way from the root to a text node, read off the mask."""
     seen = np.flatnonzero(tree.mask[node])
     assert list(seen[:Q]) == list(range(Q)), "the image is seen"
@@ -19,7 +19,9 @@ def way(tree: TokenTree, node: int) -> list[int]:
 
 
 def test_what_texts_have_in_common_is_there_once() -> None:
-    tree = grow_tree(Q, [Text([9, 1, 2], [5, 6]), Text([9, 1, 3], [7, 6], 0.5), Text([9, 1, 2], [8, 6])])
+    tree = build_prefix_tree(
+        Q, [PromptTarget([9, 1, 2], [5, 6]), PromptTarget([9, 1, 3], [7, 6], 0.5), PromptTarget([9, 1, 2], [8, 6])]
+    )
     assert tree.input_ids.tolist() == [9, 1, 2, 5, 3, 7, 8]
     assert tree.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 6]
     assert tree.labels.tolist() == [5, 6, 7, 6, 8, 6]
@@ -31,7 +33,7 @@ def test_every_label_is_told_by_exactly_what_stands_before_it(seed: int) -> None
     rng = random.Random(seed)
     prompts = [[9, *(rng.randrange(3) for _ in range(rng.randrange(1, 6)))] for _ in range(8)]
     targets = [[*(rng.randrange(3) for _ in range(rng.randrange(3))), 7] for _ in range(8)]
-    tree = grow_tree(Q, list(map(Text, prompts, targets)))
+    tree = build_prefix_tree(Q, list(map(PromptTarget, prompts, targets)))
     before = [[*prompt, *target[:place]] for prompt, target in zip(prompts, targets, strict=True)
               for place in range(len(target))]  # fmt: skip
     assert [way(tree, node) for node in tree.label_nodes] == before
@@ -41,11 +43,11 @@ def test_every_label_is_told_by_exactly_what_stands_before_it(seed: int) -> None
 
 
 def test_the_image_is_causal_and_sees_no_text() -> None:
-    tree = grow_tree(Q, [Text([9, 1], [5]), Text([9, 2], [5])])
+    tree = build_prefix_tree(Q, [PromptTarget([9, 1], [5]), PromptTarget([9, 2], [5])])
     assert tree.mask[:Q].tolist() == np.tri(Q, Q + 3, dtype=bool).tolist()
 
 
 def test_a_question_without_target_has_no_label() -> None:
-    tree = grow_tree(Q, [Text([9, 1], []), Text([9, 2], [5, 6])])
+    tree = build_prefix_tree(Q, [PromptTarget([9, 1], []), PromptTarget([9, 2], [5, 6])])
     assert tree.labels.tolist() == [5, 6]
     assert tree.input_ids.tolist() == [9, 1, 2, 5]

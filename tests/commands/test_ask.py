@@ -18,9 +18,9 @@ from rounding import relative_difference
 from transformers import Blip2ForConditionalGeneration
 
 from cache.reader import FeatureReader
-from pipeline.blip2.checkpoint import ENCODER_HALF, LANGUAGE_HALF
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES
 from pipeline.cli import main
-from pipeline.commands.ask import Answerer, Conversation, PictureReader, ask
+from pipeline.commands.ask import Conversation, ImageEncoder, Predictor, ask
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
@@ -74,7 +74,7 @@ def test_features_are_those_of_the_cache_in_its_dtype(cached: Config, picture: P
     features = FeatureReader(cached.cache.dir)
     stored = features.gather(features.text("val").image_row[:1])[0]
     config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dtype": dtype})})
-    found = PictureReader(config)(picture)
+    found = ImageEncoder(config)(picture)
     assert str(found.dtype) == f"torch.{dtype}"
     stored_step = torch.finfo(getattr(torch, dtype)).eps
     apart = relative_difference(found.float(), torch.from_numpy(stored))
@@ -84,7 +84,7 @@ def test_features_are_those_of_the_cache_in_its_dtype(cached: Config, picture: P
 def test_an_image_of_more_than_8_bits_is_told(
     cached: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    read = PictureReader(cached)
+    read = ImageEncoder(cached)
     path = tmp_path / "scan.png"
     Image.effect_noise((64, 64), 90).convert("I;16").save(path)
     assert read(path).isfinite().all()
@@ -98,7 +98,7 @@ def test_the_encoder_computes_in_the_caches_dtype_unless_the_config_names_one(ca
     def dtype(name: str, **elsewhere: object) -> str:
         precompute = cached.precompute.model_copy(update={"dtype": name})
         cache = cached.cache.model_copy(update=elsewhere)
-        return str(PictureReader(cached.model_copy(update={"precompute": precompute, "cache": cache})).encoder_dtype)
+        return str(ImageEncoder(cached.model_copy(update={"precompute": precompute, "cache": cache})).encoder_dtype)
 
     assert dtype("auto") == "torch.float32"  # as the cache says, whatever auto is here
     assert dtype("bfloat16") == "torch.bfloat16"
@@ -277,7 +277,7 @@ def test_a_checkpoint_without_its_encoder_is_told(
     for path in checkpoint.glob("*.json"):
         if not (folder / path.name).exists():
             shutil.copy(path, folder)
-    for shard in shards_of(folder, ENCODER_HALF) - shards_of(folder, LANGUAGE_HALF):
+    for shard in shards_of(folder, ENCODER_PREFIXES) - shards_of(folder, LANGUAGE_MODEL_PREFIXES):
         (folder / shard).unlink()
     with pytest.raises(PipelineError, match="the checkpoint is not whole, it lacks model-"):
         ask(run, picture, QUESTION, (f"model.checkpoint={folder}",), True)
@@ -287,7 +287,7 @@ def test_features_beyond_the_storage_dtype_are_told(
     cached: Config, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dtype": "float16"})})
-    look = PictureReader(config)
+    look = ImageEncoder(config)
     monkeypatch.setattr(type(look.encoder), "forward", lambda self, pixels: pixels.new_full((1, 16, 128), 1e6))
     with pytest.raises(PipelineError, match="its features are not finite in float16"):
         look(picture)
@@ -304,4 +304,4 @@ def test_a_run_of_captions_needs_no_question(run: RunFolder, cached: Config, pic
     assert [answer["question"] for answer in told] == [""]
     with pytest.raises(ConfigError):
         Conversation(run, ("lora.r=2",), True, told.append)
-    assert not Answerer(captions, captions.trained_config(), True).asks
+    assert not Predictor(captions, captions.trained_config(), True).asks

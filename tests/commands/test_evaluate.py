@@ -12,7 +12,7 @@ from torch import OutOfMemoryError
 
 import pipeline.answers.generation
 from pipeline.answers.generation import answer_questions
-from pipeline.batches.assemble import load_base, load_tokenizer, open_batcher
+from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from pipeline.batches.sequences import pack_prompts
 from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.cli import main
@@ -39,15 +39,15 @@ def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: RunFolder
         low, high = summary["accuracy_interval"]
         assert low <= summary["accuracy"] <= high
     assert {path.name for path in run.path.iterdir()} >= {
-        "results-val.json", "answers-val.jsonl", "evaluation-val.json", "mistakes-val.jsonl",
-        "results-val-no-adapter.json", "answers-val-no-adapter.jsonl", "evaluation-val-no-adapter.json",
+        "results-val.json", "predictions-val.jsonl", "evaluation-val.json", "mistakes-val.jsonl",
+        "results-val-no-adapter.json", "predictions-val-no-adapter.jsonl", "evaluation-val-no-adapter.json",
         "mistakes-val-no-adapter.jsonl",
     }  # fmt: skip
 
 
 def test_each_answer_stands_with_its_accuracy_in_the_order_of_the_split(run: RunFolder) -> None:
     summary = evaluate(run)
-    answers = [json.loads(line) for line in run.answers("val", True).read_text().splitlines()]
+    answers = [json.loads(line) for line in run.predictions("val", True).read_text().splitlines()]
     results = json.loads(Path(summary["results"]).read_text())
     assert [{key: one[key] for key in ("question_id", "answer")} for one in answers] == results
     assert sum(one["accuracy"] for one in answers) / len(answers) == pytest.approx(summary["accuracy"])
@@ -64,44 +64,44 @@ def test_mistakes_are_wrong_and_the_surest_stands_first(run: RunFolder) -> None:
     assert all(0 < one <= 1 for one in sure)
     for one in mistakes:
         assert answers[one["question_id"]] == one["answer"]
-        assert one["answer"] not in one["right"]
+        assert one["answer"] not in one["references"]
         assert Path(one["image"]).exists()
 
 
 def test_the_probability_is_that_of_the_answers_tokens(cached: Config) -> None:
     """Against the loss of the same answer, which training computes."""
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": None})})
-    batcher, model, tokenizer = open_batcher(config, "val"), load_base(config), load_tokenizer(config)
+    builder, model, tokenizer = open_split(config, "val"), load_base(config), load_tokenizer(config)
     for beams in 1, 3:
         settings = config.evaluate.model_copy(update={"num_beams": beams, "max_new_tokens": 20})
-        found = answer_questions(model, batcher, np.arange(6), tokenizer, settings)
+        found = answer_questions(model, builder, np.arange(6), tokenizer, settings)
         for number, answer in found.items():
             target = np.array(tokenizer.targets([answer.text])[0])
-            inputs = batcher.for_training([number], targets=lambda _, target=target: [(target, 1.0)])
+            inputs = builder.for_training([number], targets=lambda _, target=target: [(target, 1.0)])
             loss = model(**pipeline.batches.sequences.pack(inputs), num_items_in_batch=1).loss
             assert answer.log_probability == pytest.approx(-loss.item(), abs=1e-3)
 
 
 def test_an_image_is_read_once_for_all_its_questions(cached: Config) -> None:
-    batcher = open_batcher(cached, "train")
-    sequences = batcher.for_generation([0, 1, 2, 3, 4, 5])
+    builder = open_split(cached, "train")
+    sequences = builder.for_generation([0, 1, 2, 3, 4, 5])
     assert [one.questions for one in sequences] == [3, 3]
     inputs = pack_prompts(sequences)
-    apart = sum(len(batcher.text.prompt_ids[number]) - 1 + batcher.query_tokens for number in range(6))
+    apart = sum(len(builder.text.prompt_ids[number]) - 1 + builder.query_tokens for number in range(6))
     assert len(inputs["position_ids"]) < 0.6 * apart
-    assert inputs["last_tokens"].tolist() == [int(batcher.text.prompt_ids[number][-1]) for number in range(6)]
+    assert inputs["last_tokens"].tolist() == [int(builder.text.prompt_ids[number][-1]) for number in range(6)]
     for number, path in enumerate(inputs["paths"].tolist()):
         seen = [node for node in path if node >= 0]
-        assert len(seen) == batcher.query_tokens + len(batcher.text.prompt_ids[number]) - 1
+        assert len(seen) == builder.query_tokens + len(builder.text.prompt_ids[number]) - 1
 
 
 def test_answers_do_not_depend_on_batches_or_their_order(cached: Config) -> None:
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": None})})
-    batcher, model, tokenizer = open_batcher(config, "train"), load_base(config), load_tokenizer(config)
+    builder, model, tokenizer = open_split(config, "train"), load_base(config), load_tokenizer(config)
 
     def answers(batch_size: int, questions: Any) -> dict[int, str]:
         settings = config.evaluate.model_copy(update={"batch_size": batch_size})
-        found = answer_questions(model, batcher, np.asarray(questions), tokenizer, settings)
+        found = answer_questions(model, builder, np.asarray(questions), tokenizer, settings)
         return {number: answer.text for number, answer in found.items()}
 
     expected = answers(54, range(54))
@@ -115,8 +115,8 @@ def test_answers_do_not_depend_on_batches_or_their_order(cached: Config) -> None
 def test_out_of_memory_halves_the_batch(
     cached: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batcher, model, tokenizer = open_batcher(cached, "val"), load_base(cached), load_tokenizer(cached)
-    expected = answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
+    builder, model, tokenizer = open_split(cached, "val"), load_base(cached), load_tokenizer(cached)
+    expected = answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
     generate, limit = Blip2LanguageHalf.generate, [5]
 
     def short(self: Blip2LanguageHalf, paths: Any, **inputs: Any) -> Any:
@@ -125,14 +125,14 @@ def test_out_of_memory_halves_the_batch(
         return generate(self, paths, **inputs)
 
     monkeypatch.setattr(Blip2LanguageHalf, "generate", short)
-    found = answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
+    found = answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
     assert {number: answer.text for number, answer in found.items()} == {
         number: answer.text for number, answer in expected.items()
     }
     assert "out of memory with 18 questions at a time: they are computed in two halves" in capsys.readouterr().err
     limit[0] = 0
     with pytest.raises(PipelineError, match=r"out of memory with one question .* fewer evaluate\.num_beams"):
-        answer_questions(model, batcher, np.arange(18), tokenizer, cached.evaluate)
+        answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
 
 
 @pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5", "train={}"])
@@ -168,14 +168,14 @@ def test_options_are_the_configs_keys_and_overrides_win(run: RunFolder, monkeypa
         5, 10, 1, -1.0)  # fmt: skip
     assert evaluated("--preset", "official", "--num-beams", "3").num_beams == 3
     assert evaluated("--num-beams", "3", "evaluate.num_beams=2").num_beams == 2
-    assert (evaluated("--split", "train").split, evaluated("--method", "lavis").method) == ("train", "lavis")
+    assert (evaluated("--split", "train").split, evaluated("--metric", "lavis").metric) == ("train", "lavis")
     assert {"greedy", "official"} == set(PRESETS)
 
 
 def test_a_wrong_option_names_what_is_allowed(run: RunFolder) -> None:
-    done = CliRunner().invoke(main, ["evaluate", str(run.path), "--method", "bleu"])
+    done = CliRunner().invoke(main, ["evaluate", str(run.path), "--metric", "bleu"])
     assert done.exit_code == 2
-    assert "evaluate.method" in done.stderr
+    assert "evaluate.metric" in done.stderr
     assert "'lmms-eval'" in done.stderr
 
 
@@ -203,7 +203,7 @@ def test_a_split_without_answers_is_answered_and_not_scored(data_set: Path) -> N
     precompute(config)
     run = RunFolder(data_set / "run")
     train(config, run)
-    summary = evaluate(run, ("evaluate.split=test", "evaluate.method=official"))
+    summary = evaluate(run, ("evaluate.split=test", "evaluate.metric=official"))
     assert (summary["questions"], summary["scored"], summary["accuracy"]) == (1, 0, None)
     assert [row["question_id"] for row in json.loads(Path(summary["results"]).read_text())] == ["q-3"]
     assert Path(summary["mistakes"]).read_text() == ""

@@ -205,7 +205,7 @@ def test_the_exported_adapter_loads_into_plain_peft(run: RunFolder, checkpoint: 
 
 def test_the_card_loads_what_it_describes(run: RunFolder, tmp_path: Path) -> None:
     evaluate(run)
-    answers = [json.loads(line) for line in run.answers("val", True).read_text().splitlines()]
+    answers = [json.loads(line) for line in run.predictions("val", True).read_text().splitlines()]
     surest = max(range(len(answers)), key=lambda place: answers[place]["probability"])  # far from any tie
     example = asked(run)[surest]
     for merge in False, True:

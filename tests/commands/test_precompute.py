@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import pipeline.encoding.encoding_loop
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_batcher
+from pipeline.batches.assemble import open_split
 from pipeline.commands.precompute import dry_run, precompute
 from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError
@@ -51,7 +51,7 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
         update={"cache": config.cache.model_copy(update={"dir": data_set / "elsewhere" / "whole"})}
     )
     precompute(whole)
-    read = pipeline.encoding.encoding_loop.read_picture
+    read = pipeline.encoding.encoding_loop.read_image_bytes
     monkeypatch.setattr(
         pipeline.encoding.encoding_loop,
         "read_picture",
@@ -82,37 +82,37 @@ def test_only_new_and_changed_pictures_are_encoded(data_set: Path) -> None:
     assert text.record(len(text) - 1)["answers"] == ["new"]
 
 
-def left_out(path: Path) -> list[dict]:
+def skipped(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_missing_pictures_are_an_error_or_a_counted_skip(data_set: Path) -> None:
     for name in ("0.png", "1.png"):
         (data_set / "images" / name).unlink()
-    with pytest.raises(PipelineError, match=r"6 questions \(not there: .*/0.png, .*/1.png\).*on_missing=skip"):
+    with pytest.raises(PipelineError, match=r"6 questions \(not there: .*/0.png, .*/1.png\).*on_invalid=skip"):
         precompute(load_config(data_set / "config.yaml"))
-    report = data_set / "cache.left-out.jsonl"
+    report = data_set / "cache.skipped.jsonl"
     assert not (data_set / "cache").exists()
-    listed = left_out(report)
+    listed = skipped(report)
     assert [(one["split"], one["reason"], one["questions"]) for one in listed] == [("train", "not there", 3)] * 2
-    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
     assert (summary["images"], summary["failed"], summary["questions"]["train"]) == (22, 2, 48)
-    assert summary["left_out"] == {"not there": 6}
-    assert left_out(FeatureReader(data_set / "cache").attachment("left-out.jsonl")) == listed
+    assert summary["skipped"] == {"not there": 6}
+    assert skipped(FeatureReader(data_set / "cache").attachment("skipped.jsonl")) == listed
     assert not report.exists()  # the cache holds it now
 
 
 def test_what_training_will_not_see_is_said_at_its_start(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data_set / "images" / "0.png").unlink()
-    config = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
+    config = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     precompute(config)
     capsys.readouterr()
-    open_batcher(config, "train")
+    open_split(config, "train")
     assert "3 questions were left out (not there: 3)" in capsys.readouterr().err
 
 
 def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set: Path) -> None:
-    config = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
+    config = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     shutil.rmtree(data_set / "images")
     with pytest.raises(PipelineError, match=r"images \(data.train.images\): no such folder"):
         precompute(config)
@@ -127,7 +127,7 @@ def test_a_split_of_which_nothing_is_left_is_an_error_even_if_questions_are_skip
     with pytest.raises(
         PipelineError, match=r"no question of val is left: \d+ questions \(longer, .*val\.jsonl: line 1"
     ):
-        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+        precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
 
 
 def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_set: Path) -> None:
@@ -139,8 +139,8 @@ def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_se
     with pytest.raises(PipelineError, match=told):
         precompute(load_config(data_set / "config.yaml"))
     (data_set / "2.png").rename(data_set / "images" / "2.png")
-    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
-    assert summary["left_out"] == {"question_id is there twice": 1, "no answer": 1}
+    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
+    assert summary["skipped"] == {"question_id is there twice": 1, "no answer": 1}
     assert (summary["questions"]["train"], summary["failed"]) == (54, 0)
 
 
@@ -152,11 +152,11 @@ def truncate(path: Path) -> None:
 def test_a_picture_that_turns_out_broken_costs_no_other_its_features(data_set: Path) -> None:
     truncate(data_set / "images" / "5.png")
     config = load_config(data_set / "config.yaml")
-    with pytest.raises(PipelineError, match=r"3 questions \(cannot be decoded: .*/5\.png\).*on_missing=skip"):
+    with pytest.raises(PipelineError, match=r"3 questions \(cannot be decoded: .*/5\.png\).*on_invalid=skip"):
         precompute(config)
     assert not (data_set / "cache" / "manifest.json").exists()
-    assert left_out(data_set / "cache.left-out.jsonl")[0]["image"].endswith("5.png")
-    skipping = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
+    assert skipped(data_set / "cache.skipped.jsonl")[0]["image"].endswith("5.png")
+    skipping = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     summary = precompute(skipping)
     assert (summary["encoded"], summary["reused"], summary["failed"]) == (0, 23, 1)
     assert summary["questions"] == {"train": 51, "val": 18}
@@ -171,13 +171,13 @@ def test_each_thing_left_out_is_said_once_and_the_last_line_says_where_the_list_
 ) -> None:
     (data_set / "images" / "0.png").unlink()
     truncate(data_set / "images" / "5.png")
-    precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
     told = capsys.readouterr().err
     assert (told.count("0.png"), told.count("5.png")) == (1, 1)
     listed = Path(told.rstrip().splitlines()[-1].removeprefix("all that was left out: "))
-    assert [Path(one["image"]).name for one in left_out(listed)] == ["0.png", "5.png"]
+    assert [Path(one["image"]).name for one in skipped(listed)] == ["0.png", "5.png"]
     assert listed.parent == data_set / "cache"
-    assert not (data_set / "cache.left-out.jsonl").exists()
+    assert not (data_set / "cache.skipped.jsonl").exists()
 
 
 @pytest.mark.parametrize(("dtype", "advised"), [("float32", True), ("float16", False), ("bfloat16", False)])
@@ -192,7 +192,7 @@ def test_a_disk_that_is_too_full_is_told_in_fitting_units(
 
 def test_a_broken_picture_leaves_the_others_features_as_they_are(data_set: Path) -> None:
     """A resumed run must give the same bytes whether or not a picture of the batch fails."""
-    config = load_config(data_set / "config.yaml", ["precompute.on_missing=skip"])
+    config = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     precompute(
         config.model_copy(update={"cache": config.cache.model_copy(update={"dir": data_set / "elsewhere" / "whole"})})
     )
@@ -208,7 +208,7 @@ def test_a_broken_picture_leaves_the_others_features_as_they_are(data_set: Path)
 def test_a_picture_that_changes_during_the_run_is_not_stored_under_its_old_digest(
     data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = pipeline.encoding.encoding_loop.read_picture
+    read = pipeline.encoding.encoding_loop.read_image_bytes
     monkeypatch.setattr(
         pipeline.encoding.encoding_loop,
         "read_picture",
@@ -226,7 +226,7 @@ def test_a_cache_of_other_features_is_refused_and_kept(data_set: Path) -> None:
     with pytest.raises(CacheError, match="dtype: cache has float32, wanted float16"):
         precompute(other)
     with pytest.raises(PipelineError, match="dtype: cache has float32, wanted float16"):
-        open_batcher(other, "train")
+        open_split(other, "train")
     assert digest_of_folder(data_set / "cache") == before
 
 
@@ -238,16 +238,16 @@ def test_another_encoder_is_noticed_before_training(data_set: Path, checkpoint: 
     tensors["query_tokens"][0, 0, 0] += 0.5
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PipelineError, match="encoder_fingerprint: cache has"):
-        open_batcher(load_config(data_set / "config.yaml", [f"model.checkpoint={other}"]), "train")
+        open_split(load_config(data_set / "config.yaml", [f"model.checkpoint={other}"]), "train")
 
 
 def test_a_changed_prompt_remakes_the_tokens_from_the_cache(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precompute(load_config(data_set / "config.yaml"))
     shutil.rmtree(data_set / "images")
     changed = load_config(data_set / "config.yaml", ['data.prompt="Q: {question} A:"'])
-    text = open_batcher(changed, "train").text
+    text = open_split(changed, "train").text
     assert "making the tokens of train again" in capsys.readouterr().err
-    fresh = open_batcher(load_config(data_set / "config.yaml"), "train").text
+    fresh = open_split(load_config(data_set / "config.yaml"), "train").text
     assert [list(text.target_ids[i]) for i in range(9)] == [list(fresh.target_ids[i]) for i in range(9)]
     assert list(text.prompt_ids[0]) != list(fresh.prompt_ids[0])
     assert np.array_equal(text.image_row, fresh.image_row)
@@ -260,8 +260,8 @@ def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> No
     )
     precompute(exact)
     precompute(rounded)
-    wanted = open_batcher(exact, "train").for_training([0])[0].query_features
-    found = open_batcher(rounded, "train").for_training([0])[0].query_features
+    wanted = open_split(exact, "train").for_training([0])[0].query_features
+    found = open_split(rounded, "train").for_training([0])[0].query_features
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, wanted.to(torch.bfloat16))
 
@@ -278,7 +278,7 @@ def test_features_of_a_split_the_cache_lacks_are_asked_for_by_name(data_set: Pat
     config = load_config(write_config(data_set))
     precompute(config)
     with pytest.raises(CacheError, match="no split 'test'; there are: train, val"):
-        open_batcher(config, "test")
+        open_split(config, "test")
 
 
 @pytest.mark.slow
@@ -293,15 +293,15 @@ def test_a_compiled_encoder_gives_the_same_features_to_rounding(data_set: Path) 
     assert np.abs(found - wanted).max() < 1e-4
 
 
-@pytest.mark.parametrize("on_missing", ["error", "skip"])
+@pytest.mark.parametrize("on_invalid", ["error", "skip"])
 def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_nothing(
-    data_set: Path, monkeypatch: pytest.MonkeyPatch, on_missing: str
+    data_set: Path, monkeypatch: pytest.MonkeyPatch, on_invalid: str
 ) -> None:
-    overrides = [f"precompute.on_missing={on_missing}", "cache.part_rows=8"]
+    overrides = [f"precompute.on_invalid={on_invalid}", "cache.part_rows=8"]
     whole = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/whole"])
     precompute(whole)
     config = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/elsewhere/cache"])
-    begin, begun = pipeline.encoding.encoding_loop.PictureEncoder._begin, []
+    begin, begun = pipeline.encoding.encoding_loop.EncodingLoop._begin, []
 
     def vanish(self, part, rows, pictures):
         begun.append(rows)
@@ -309,7 +309,7 @@ def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_not
             (data_set / "images").rename(data_set / "away")
         return begin(self, part, rows, pictures)
 
-    monkeypatch.setattr(pipeline.encoding.encoding_loop.PictureEncoder, "_begin", vanish)
+    monkeypatch.setattr(pipeline.encoding.encoding_loop.EncodingLoop, "_begin", vanish)
     with pytest.raises(
         PipelineError, match=r"images/\d+\.png: not there, though it could .* run the same command again"
     ):
@@ -323,7 +323,7 @@ def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_not
 def test_want_of_memory_gives_no_row_up(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.Image.Image.resize", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(PipelineError, match=r"images/\d+\.png: not enough memory"):
-        precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+        precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
     monkeypatch.undo()
     assert precompute(load_config(data_set / "config.yaml"))["failed"] == 0
 
@@ -338,9 +338,9 @@ def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
         shutil.copy(data_set / "other" / "images" / f"{number}.png", data_set / "images" / f"{number}.png")
     broken = data_set / "images" / "1.png"
     broken.write_bytes(broken.read_bytes()[:120])
-    read, known = [], pipeline.encoding.encoding_loop.read_picture
+    read, known = [], pipeline.encoding.encoding_loop.read_image_bytes
     monkeypatch.setattr(
-        "pipeline.encoding.encoding_loop.read_picture", lambda path: (read.append(path.name), known(path))[1]
+        "pipeline.encoding.encoding_loop.read_image_bytes", lambda path: (read.append(path.name), known(path))[1]
     )
     told = dry_run(config)
     assert (told["to_encode"], set(read)) == (3, {"0.png", "1.png", "2.png"})

@@ -11,7 +11,7 @@ from cache import audit
 from cache.format import inspect_part
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_batcher
+from pipeline.batches.assemble import open_split
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError
@@ -52,15 +52,15 @@ def cut(part: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("on_missing", ["error", "skip"])
+@pytest.mark.parametrize("on_invalid", ["error", "skip"])
 @pytest.mark.parametrize("whole_part", [False, True])
 @pytest.mark.parametrize("hurt", ["gone", "changed"])
 def test_nothing_is_thrown_away_before_its_picture_is_found(
-    data_set: Path, config: Config, on_missing: str, whole_part: bool, hurt: str
+    data_set: Path, config: Config, on_invalid: str, whole_part: bool, hurt: str
 ) -> None:
     text = (data_set / "config.yaml").read_text()
     (data_set / "config.yaml").write_text(
-        text.replace('"batch_size": 8,', f'"on_missing": "{on_missing}", "batch_size": 8,', 1)
+        text.replace('"batch_size": 8,', f'"on_invalid": "{on_invalid}", "batch_size": 8,', 1)
     )
     cache = config.cache.dir
     picture = damage_row(cache, 5)
@@ -104,7 +104,7 @@ def test_a_row_that_is_not_stored_is_found_told_at_training_and_encoded_again(co
     with pytest.raises(
         CacheError, match=r"row 5 .* was never written\. Run `pipe precompute` again: it encodes its picture"
     ):
-        open_batcher(config, "train").features.gather(np.array([5]))
+        open_split(config, "train").features.gather(np.array([5]))
     assert repair(cache)["encoded"] == 1
     assert upkeep.verify(cache)["damaged"] == []
 
@@ -160,6 +160,6 @@ def test_the_bar_of_encoding_ends_at_its_end_with_a_broken_picture(
     broken = data_set / "images" / "5.png"
     broken.write_bytes(broken.read_bytes()[:-200])
     made = bars(monkeypatch, encoding)
-    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_missing=skip"]))
+    summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
     assert (summary["encoded"], summary["failed"]) == (23, 1)
     assert [(bar.n, bar.total) for bar in made] == [(24, 24)]

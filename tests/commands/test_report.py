@@ -29,7 +29,7 @@ TOLD = "layers.1.self_attn.q_proj runs away <b>"
 def look(step: int) -> dict[str, Any]:
     figures = {"norm": 0.5 * step, "ratio": 0.01 * step, "effective_rank": None, "change": 0.1}
     names = [f"layers.{layer}.self_attn.{kind}" for layer in range(4) for kind in ("q_proj", "v_proj")]
-    return {"step": step, "matrices": dict.fromkeys(names, figures), "told": [TOLD] if step == 2 else []}
+    return {"step": step, "matrices": dict.fromkeys(names, figures), "warnings": [TOLD] if step == 2 else []}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_heat_map_has_layers_as_rows_and_looks_as_columns() -> None:
     assert (queries["module"], values["module"], queries["layers"]) == ("q_proj", "v_proj", ["0", "1", "2", "3"])
     assert queries["values"]["norm"][0] == [0.5 * step for step in found["steps"]]
     assert values["values"]["norm"][3][-1] is None
-    assert found["told"] == [{"step": 2, "words": TOLD}]
+    assert found["warnings"] == [{"step": 2, "words": TOLD}]
 
 
 def test_no_text_ends_the_scripts_element() -> None:
@@ -141,9 +141,9 @@ def test_fewer_pictures_are_chosen_and_none_are_no_lack(run: RunFolder, tmp_path
     [
         ("evaluation-val.json", "pipe evaluate RUN"),
         ("evaluation-val-no-adapter.json", "pipe evaluate RUN --adapter none"),
-        ("answers-val.jsonl", "pipe evaluate RUN"),
+        ("predictions-val.jsonl", "pipe evaluate RUN"),
         ("validation.jsonl", "pipe train RUN/config.yaml validation.steps=500"),
-        ("watch.jsonl", "pipe train RUN/config.yaml train.watch_steps=50"),
+        ("lora_updates.jsonl", "pipe train RUN/config.yaml train.lora_monitor_steps=50"),
         ("adapter", "pipe train RUN --resume"),
     ],
 )
@@ -170,18 +170,18 @@ def test_without_thumbnails_or_the_cache_or_with_other_questions_the_rest_is_the
     other.config.write_text(moved.to_yaml())
     (missing,) = report([other])["missing"]
     assert f"no cache at {tmp_path}/cache: run `pipe precompute` first" in missing
-    precompute(moved.model_copy(update={"precompute": moved.precompute.model_copy(update={"thumbnails": 0})}))
+    precompute(moved.model_copy(update={"precompute": moved.precompute.model_copy(update={"thumbnail_size": 0})}))
     (missing,) = report([other])["missing"]
     assert re.search(f"no thumbnails.*: pipe precompute {other.config}", missing)
     assert only_run(other.report)["gallery"]["pictures"] == {}
-    lines = other.answers("val", True).read_text().splitlines(keepends=True)
-    other.answers("val", True).write_text("".join(lines[1:]))
+    lines = other.predictions("val", True).read_text().splitlines(keepends=True)
+    other.predictions("val", True).write_text("".join(lines[1:]))
     (missing,) = report([other])["missing"]
     assert re.search(f"questions are not those.*: pipe evaluate {other.path}", missing)
 
 
 def test_several_runs_stand_side_by_side(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = copied(run, tmp_path, "adapter", "watch.jsonl")
+    other = copied(run, tmp_path, "adapter", "lora_updates.jsonl")
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["report", str(run.path), str(other.path), "--json"])
     assert done.exit_code == 0, done.output

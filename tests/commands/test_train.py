@@ -11,7 +11,7 @@ from runs import files_of, with_train
 from safetensors.torch import load_file
 
 from cache.spec import CacheError
-from pipeline.batches.sequences import Batcher, ImageSequence
+from pipeline.batches.sequences import ImageSequence, SequenceBuilder
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_language_half
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
@@ -89,16 +89,16 @@ def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     config = with_train(cached, max_steps=8)
     train(config, whole)
-    lay_out, batches = Batcher.for_training, []
+    build_sequences, batches = SequenceBuilder.for_training, []
 
-    def stop_at_the_sixth(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
+    def stop_at_the_sixth(self: SequenceBuilder, questions: list[int], *how: object) -> list[ImageSequence]:
         batches.append(questions)
         if len(batches) == 6:
             raise KeyboardInterrupt
-        return lay_out(self, questions, *how)
+        return build_sequences(self, questions, *how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batcher, "for_training", stop_at_the_sixth)
+        patch.setattr(SequenceBuilder, "for_training", stop_at_the_sixth)
         with pytest.raises(KeyboardInterrupt):
             train(config, killed)
     assert not killed.adapter.exists()
@@ -181,14 +181,14 @@ def test_a_damaged_adapter_is_told(cached: Config, tmp_path: Path) -> None:
 def test_the_official_accuracy_of_single_answers_is_refused(cached: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     train(cached, run)
-    with pytest.raises(PipelineError, match=r"set evaluate\.method=exact"):
-        evaluate(run, ("evaluate.method=official",))
+    with pytest.raises(PipelineError, match=r"set evaluate\.metric=exact"):
+        evaluate(run, ("evaluate.metric=official",))
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(cached: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batcher, "for_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(SequenceBuilder, "for_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(cached, run)
     assert train(cached, run, resume=True)["steps"] == 4
@@ -267,7 +267,7 @@ def test_evaluation_writes_the_official_results_form(cached: Config, tmp_path: P
     right = [json.loads(line)["answer"] for line in (cached.cache.dir.parent / "val.jsonl").read_text().splitlines()]
     hits = sum(row["answer"] == answer for row, answer in zip(rows, right, strict=True))
     assert with_adapter["accuracy"] == pytest.approx(100 * hits / 18)
-    assert (with_adapter["questions"], with_adapter["scored"], with_adapter["method"]) == (18, 18, "exact")
+    assert (with_adapter["questions"], with_adapter["scored"], with_adapter["metric"]) == (18, 18, "exact")
 
 
 def test_beams_and_batch_size_are_overridden_at_evaluation(cached: Config, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_trainers_arguments_go_by_the_newest_name(
 
 def test_no_old_name_is_called_in_a_training(cached: Config, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With answers in between and activations that do not fit, which is where the renamed names are used."""
-    monkeypatch.setattr("pipeline.training.trainer.nodes_that_fit", lambda *_: 1)
+    monkeypatch.setattr("pipeline.training.trainer.max_tokens_that_fit", lambda *_: 1)
     settings = cached.train.model_copy(update={"max_steps": 1, "warmup_steps": 0})
     config = cached.model_copy(
         update={"train": settings, "validation": cached.validation.model_copy(update={"steps": 1, "questions": 2})}

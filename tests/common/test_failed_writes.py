@@ -146,7 +146,7 @@ MOMENTS = pytest.mark.parametrize("samples", [SOME, pytest.param(MANY, marks=pyt
 @pytest.fixture(scope="module")
 def config(cached: Config) -> Config:
     validation = cached.validation.model_copy(update={"steps": 2, "questions": 3})
-    watched = with_train(cached, max_steps=3, save_steps=1, keep_checkpoints=1, watch_steps=2, batch_size=2)
+    watched = with_train(cached, max_steps=3, save_steps=1, save_total_limit=1, lora_monitor_steps=2, batch_size=2)
     return watched.model_copy(update={"validation": validation})
 
 
@@ -168,7 +168,7 @@ def test_training(config: Config, tmp_path: Path, samples: int) -> None:
 @pytest.fixture(scope="module")
 def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("trained") / "run")
-    train(with_train(cached, max_steps=1, watch_steps=None), run)
+    train(with_train(cached, max_steps=1, lora_monitor_steps=None), run)
     evaluate(run)
     return run
 
@@ -271,7 +271,7 @@ def test_a_stage_asks_before_it_loads_a_model(
         raise AssertionError("loaded")
 
     for name in ("evaluate.load_base", "export.load_base", "train.load_base"):
-        monkeypatch.setattr(f"pipeline.{name}", fail)
+        monkeypatch.setattr(f"pipeline.commands.{name}", fail)
     work: dict[str, Callable[[], object]] = {
         "evaluate": lambda: evaluate(trained),
         "report": lambda: report([trained], tmp_path / "page.html"),

@@ -140,12 +140,12 @@ def test_other_code_reads_again(data: Path, parsed: list[str], monkeypatch: pyte
 
 
 def test_what_was_skipped_is_looked_for_again(data: Path, parsed: list[str]) -> None:
-    skip = "precompute.on_missing=skip"
+    skip = "precompute.on_invalid=skip"
     (data / "images" / "plain.png").rename(data / "away.png")
-    assert again(skip)["left_out"] == {"not there": 3}
+    assert again(skip)["skipped"] == {"not there": 3}
     parsed.clear()
     (data / "away.png").rename(data / "images" / "plain.png")
-    assert again(skip)["left_out"] == {}
+    assert again(skip)["skipped"] == {}
     assert parsed == ["train", "val"]
     assert again(skip)["questions"] == {"train": 18, "val": 6}
 
@@ -172,9 +172,9 @@ def test_a_picture_that_is_gone_or_edited_is_noticed(data: Path, parsed: list[st
     row = {text.record(number)["image"]: int(text.image_row[number]) for number in range(len(text))}
     assert row["images/5.png"] == row["images/6.png"]
     (data / "images" / "5.png").unlink()
-    summary = again("precompute.on_missing=skip")
+    summary = again("precompute.on_invalid=skip")
     assert parsed == []
-    assert summary["left_out"] == {"not there": 3}
+    assert summary["skipped"] == {"not there": 3}
     assert summary["questions"] == {"train": 15, "val": 6}
 
 

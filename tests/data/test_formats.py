@@ -9,11 +9,11 @@ import published
 import pytest
 from data_set import write_config
 
-from pipeline.batches.assemble import load_tokenizer, open_batcher
+from pipeline.batches.assemble import load_tokenizer, open_split
 from pipeline.commands.precompute import precompute
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import load_config
-from pipeline.data.examples import DIFFICULT, LeftOut, Split, VQAExample
+from pipeline.data.examples import DIFFICULT, SkippedItem, Split, VQAExample
 from pipeline.data.vqa import FORMATS, official_form, read_examples
 
 FOLDER = Path("pictures")
@@ -139,9 +139,9 @@ def test_a_data_set_as_it_is_published(tmp_path: Path, data_set: str) -> None:
 
 @pytest.mark.parametrize("data_set", published.TEST)
 def test_a_test_split_as_it_is_published_has_no_answers(tmp_path: Path, data_set: str) -> None:
-    examples, left_out = read(tmp_path, data_set, published.TEST[data_set], split="test")
+    examples, skipped = read(tmp_path, data_set, published.TEST[data_set], split="test")
     expected = EXPECTED[data_set][: len(examples)]
-    assert left_out == []
+    assert skipped == []
     assert [example.answers for example in examples] == [()] * len(expected)
     assert [example.question_id for example in examples] == [example.question_id for example in expected]
     assert [example.question for example in examples] == [example.question for example in expected]
@@ -161,20 +161,20 @@ def test_captions_of_a_train_split_are_asked_for(tmp_path: Path) -> None:
 
 def test_a_picture_without_captions_and_captions_without_picture_are_left_out(tmp_path: Path) -> None:
     annotations = [published.COCO_CAPTIONS["annotations"][0], {"image_id": 3, "id": 4, "caption": "A cat."}]
-    examples, left_out = read(
+    examples, skipped = read(
         tmp_path, "coco_captions", {"annotations": published.COCO_CAPTIONS | {"annotations": annotations}}
     )
     assert [example.question_id for example in examples] == [391895]
     path = tmp_path / "annotations.json"
-    assert left_out == [
-        LeftOut("train", "no answer", f"{path}: images[1]", 522418, "pictures/000000522418.jpg"),
-        LeftOut("train", "caption of an image that is not listed", f"{path}: annotations[1]", 3, questions=0),
+    assert skipped == [
+        SkippedItem("train", "no answer", f"{path}: images[1]", 522418, "pictures/000000522418.jpg"),
+        SkippedItem("train", "caption of an image that is not listed", f"{path}: annotations[1]", 3, questions=0),
     ]
 
 
 def test_a_question_that_is_there_twice_is_left_out_and_in_gqa_is_malformed(tmp_path: Path) -> None:
-    _, left_out = read(tmp_path, "aokvqa", {"annotations": [*published.AOKVQA, published.AOKVQA[0]]})
-    assert [(one.reason, one.where) for one in left_out] == [
+    _, skipped = read(tmp_path, "aokvqa", {"annotations": [*published.AOKVQA, published.AOKVQA[0]]})
+    assert [(one.reason, one.where) for one in skipped] == [
         ("question_id is there twice", f"{tmp_path / 'annotations.json'}: [2]")
     ]
     path = tmp_path / "gqa.json"
@@ -231,7 +231,7 @@ def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_se
     path = write_config(data_set, data={"format": "coco_captions", "train": files, "val": None})
     config = load_config(path)
     assert precompute(config)["questions"] == {"train": 4}
-    text, tokenizer = open_batcher(config, "train").text, load_tokenizer(config)
+    text, tokenizer = open_split(config, "train").text, load_tokenizer(config)
 
     def ids(words: str) -> list[int]:
         return list(tokenizer.tokenizer(words, add_special_tokens=False)["input_ids"])

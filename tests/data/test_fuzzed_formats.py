@@ -218,7 +218,7 @@ def check_every_place(folder: Path, data_set: str, key: str) -> None:
 
 def check_all_are_counted(data_set: str, files: dict[str, Any], found: Split, seen: str) -> None:
     asked = records(data_set, files.get("questions", files["annotations"]))
-    assert len(found.examples) + sum(one.questions for one in found.left_out) == len(asked), seen
+    assert len(found.examples) + sum(one.questions for one in found.skipped) == len(asked), seen
     json.dumps([example.to_record() for example in found.examples], ensure_ascii=False).encode()
 
 
@@ -290,7 +290,7 @@ def test_a_record_that_is_there_twice_is_counted(tmp_path: Path, data_set: str, 
     repeated.append(repeated[0])
     found = read(data_set, published.write(tmp_path, data_set, files | {key: content}))
     assert isinstance(found, Split)
-    assert (len(found.examples), len(found.left_out)) == (2, 1)
+    assert (len(found.examples), len(found.skipped)) == (2, 1)
 
 
 MANY = 1_000_000

@@ -23,7 +23,7 @@ from PIL import Image
 
 from cache.audit import verify
 from cache.reader import FeatureReader
-from pipeline.batches.assemble import open_batcher
+from pipeline.batches.assemble import open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode, repair
@@ -32,10 +32,10 @@ from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.table_name import TableName
 from pipeline.config import Config, SplitFiles, load_config
 from pipeline.data.examples import DIFFICULT, Split
-from pipeline.data.tables import TablePicture, identity
+from pipeline.data.tables import TableImage, identity
 from pipeline.data.vqa import read_examples
-from pipeline.encoding.images import PictureError, read_picture
-from pipeline.encoding.preflight import read_inputs
+from pipeline.encoding.images import ImageError, read_image_bytes
+from pipeline.encoding.preflight import scan_dataset
 from pipeline.runs.folder import RunFolder
 
 PART = "features-00000.h5"
@@ -155,10 +155,10 @@ def saved_arrow_file_form(folder: Path, table: Dataset) -> str:
 )
 def test_vqav2_in_every_form_that_it_is_kept_in(tmp_path: Path, save: Callable[[Path, Dataset], str]) -> None:
     (tmp_path / "t").mkdir()
-    examples, left_out = read(save(tmp_path / "t", vqav2(*range(6))))
-    assert left_out == []
+    examples, skipped = read(save(tmp_path / "t", vqav2(*range(6))))
+    assert skipped == []
     assert [example.question_id for example in examples] == list(range(1000, 1006))
-    assert [read_picture(example.image) for example in examples] == [png(n // 2) for n in range(6)]
+    assert [read_image_bytes(example.image) for example in examples] == [png(n // 2) for n in range(6)]
     assert {(e.answers, e.answer_type, e.question_type) for e in examples} == {
         (("red",) * 10, "other", "what color is the")
     }
@@ -180,9 +180,9 @@ def test_textvqa_and_a_test_split_without_answers(tmp_path: Path) -> None:
     table = Dataset.from_list(rows, features=TEXTVQA)
     path = saved_parquet(tmp_path, table)
     assert [example.answers for example in read(path, "test").examples] == [("dakota", "dakota digital"), (), ()]
-    examples, left_out = read(path, "train")
+    examples, skipped = read(path, "train")
     assert [example.question_id for example in examples] == [0]
-    assert [(one.reason, one.where) for one in left_out] == [("no answer", f"{path}: row {n}") for n in (1, 2)]
+    assert [(one.reason, one.where) for one in skipped] == [("no answer", f"{path}: row {n}") for n in (1, 2)]
 
 
 def gqa(folder: Path) -> dict[str, str]:
@@ -197,11 +197,11 @@ def gqa(folder: Path) -> dict[str, str]:
 
 def test_gqa_joins_its_two_tables(tmp_path: Path) -> None:
     paths = gqa(tmp_path)
-    examples, left_out = read(**paths)
+    examples, skipped = read(**paths)
     assert [(e.question_id, e.answers) for e in examples] == [(f"0{n}", ("yes",)) for n in range(4)]
-    assert [read_picture(example.image) for example in examples] == [png(n % 2) for n in range(4)]
+    assert [read_image_bytes(example.image) for example in examples] == [png(n % 2) for n in range(4)]
     assert str(examples[0].image) == f"{paths['image_dataset']}: row 1"
-    assert [(one.reason, one.where, one.image) for one in left_out] == [
+    assert [(one.reason, one.where, one.image) for one in skipped] == [
         ("no picture in data.val.image_dataset", f"{paths['dataset']}: row 4", "n7")
     ]
     with pytest.raises(PipelineError, match=r"instructions\.parquet: no column image, and no image_dataset"):
@@ -252,7 +252,7 @@ def test_a_part_of_a_split_has_the_pictures_of_its_rows(tmp_path: Path) -> None:
     for path in (saved_parquet(tmp_path, vqav2(*range(10))), saved_to_disk(tmp_path, vqav2(*range(10)))):
         ends = [read(path, dataset_split=part).examples for part in ("train[:60%]", "train[60%:]")]
         assert [e.question_id for end in ends for e in end] == list(range(1000, 1010))
-        assert [read_picture(e.image) for end in ends for e in end] == [png(n // 2) for n in range(10)]
+        assert [read_image_bytes(e.image) for end in ends for e in end] == [png(n // 2) for n in range(10)]
 
 
 # ---- pictures
@@ -276,23 +276,23 @@ def test_a_picture_is_its_bytes_or_the_file_beside_the_table(tmp_path: Path, ima
     path = plain(tmp_path, {"image": {"bytes": png(), "path": "x"}}, {"image": image})
     picture = read(path).examples[1].image
     if isinstance(stored, bytes):
-        assert read_picture(picture) == stored
+        assert read_image_bytes(picture) == stored
     else:
-        with pytest.raises(PictureError, match=stored):
-            read_picture(picture)
+        with pytest.raises(ImageError, match=stored):
+            read_image_bytes(picture)
 
 
 def test_columns_of_bytes_and_of_names(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png(9))
-    assert read_picture(read(plain(tmp_path, image=[png(5)])).examples[0].image) == png(5)
+    assert read_image_bytes(read(plain(tmp_path, image=[png(5)])).examples[0].image) == png(5)
     named = read(plain(tmp_path, image=["a.png"]), images=tmp_path / "pictures").examples
-    assert read_picture(named[0].image) == png(9)
+    assert read_image_bytes(named[0].image) == png(9)
 
 
 def test_a_picture_goes_to_other_processes(tmp_path: Path) -> None:
     pictures = [example.image for example in read(saved_parquet(tmp_path, vqav2(0, 2, 4))).examples]
-    assert read_picture(pictures[0]) == png(0)  # so that the column is open
+    assert read_image_bytes(pictures[0]) == png(0)  # so that the column is open
     again = pickle.loads(pickle.dumps(dict(enumerate(pictures))))
     assert len(pickle.dumps(pictures)) < 10_000
     assert [again[n] for n in range(3)] == pictures == sorted(pictures)
@@ -451,8 +451,8 @@ def test_a_hub_id_with_pictures_in_another_subset(tmp_path: Path, monkeypatch: p
     local = gqa(tmp_path)
     subsets = {"instructions": Hub(val=[local["dataset"]]), "images": Hub(val=[local["image_dataset"]])}
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, name, revision: subsets[name](path))
-    examples, left_out = read("lmms-lab/GQA", subset="instructions", image_subset="images")
-    assert (len(examples), len(left_out)) == (4, 1)
+    examples, skipped = read("lmms-lab/GQA", subset="instructions", image_subset="images")
+    assert (len(examples), len(skipped)) == (4, 1)
     assert str(examples[0].image) == "lmms-lab/GQA images val: row 1"
 
 
@@ -572,7 +572,7 @@ def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -
         folder = tmp_path / kind
         write_data_set(folder)
         config = load_config(in_tables(folder) if kind == "tables" else write_config(folder))
-        made[kind] = config, precompute(config), read_inputs(config.data)
+        made[kind] = config, precompute(config), scan_dataset(config.data)
     (files, of_files, in_files), (table, of_tables, in_table) = made.values()
     assert (of_files["images"], of_tables["images"], of_tables["encoded"]) == (24, 24, 24)
     assert (in_files.pictures, in_table.pictures) == (24, 72)  # rows: each picture is there for each of its questions
@@ -589,21 +589,21 @@ def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> 
     precompute(tables)
     path = Path(tables.data.splits["train"].dataset or "")
     before, times = path.read_bytes(), path.stat()
-    assert open_batcher(tables, "train")
+    assert open_split(tables, "train")
     edited = pq.read_table(path)
     answers = edited["answer"].to_pylist()
     pq.write_table(edited.set_column(edited.column_names.index("answer"), "answer", [answers[::-1]]), path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(PipelineError, match=r"train\.parquet \(data\.train\.dataset\) is not what .* was made of"):
-        open_batcher(tables, "train")
+        open_split(tables, "train")
     assert precompute(tables)["encoded"] == 0
-    record = open_batcher(tables, "train").text.record(0)
+    record = open_split(tables, "train").text.record(0)
     assert record["answers"] == [answers[-1]]
     path.unlink()
-    assert open_batcher(tables, "train")
+    assert open_split(tables, "train")
     path.write_bytes(before)
     with pytest.raises(PipelineError, match=r"is not what"):
-        open_batcher(tables, "train")
+        open_split(tables, "train")
 
 
 def test_training_notices_another_part_or_revision() -> None:
@@ -638,10 +638,10 @@ def test_broken_pictures_in_tables_are_left_out_by_row(tables: Config) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
     with pytest.raises(PipelineError, match=r"1 questions \(no picture in this row: .*train\.parquet: row 4\)"):
         precompute(tables)
-    skipping = tables.precompute.model_copy(update={"on_missing": "skip"})
+    skipping = tables.precompute.model_copy(update={"on_invalid": "skip"})
     summary = precompute(tables.model_copy(update={"precompute": skipping})) or {}
     assert (summary["failed"], summary["questions"]["train"]) == (3, 51)
-    listed = (tables.cache.dir / FeatureReader(tables.cache.dir).attachment("left-out.jsonl")).read_text()
+    listed = (tables.cache.dir / FeatureReader(tables.cache.dir).attachment("skipped.jsonl")).read_text()
     assert [json.loads(line)["where"].rpartition(": ")[2] for line in listed.splitlines()] == [
         "row 4",
         "row 5",
@@ -650,4 +650,4 @@ def test_broken_pictures_in_tables_are_left_out_by_row(tables: Config) -> None:
 
 
 def test_a_picture_of_a_table_is_one_of_its_row() -> None:
-    assert str(TablePicture("t.parquet", 12, None)) == "t.parquet: row 12"  # type: ignore[arg-type]
+    assert str(TableImage("t.parquet", 12, None)) == "t.parquet: row 12"  # type: ignore[arg-type]

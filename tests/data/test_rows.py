@@ -71,7 +71,7 @@ def test_a_quoted_text_may_have_several_lines(tmp_path: Path) -> None:
     path = written(tmp_path, 'image,question,answer\na.png,"one\nor two?",red\nb.png,what?,\n')
     found = read(path)
     assert [(one.question_id, one.question) for one in found.examples] == [(2, "one\nor two?")]
-    assert [one.where for one in found.left_out] == [f"{path}: line 4"]
+    assert [one.where for one in found.skipped] == [f"{path}: line 4"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_json_list_is_read(tmp_path: Path, indent: int | None) -> None:
     path = written(tmp_path, json.dumps(rows, indent=indent), "train.json")
     found = read(path)
     assert [(one.question_id, one.answers) for one in found.examples] == [("x", ("red",)), (1, ("2",))]
-    assert [one.where for one in found.left_out] == [f"{path}: [2]"]
+    assert [one.where for one in found.skipped] == [f"{path}: [2]"]
 
 
 @pytest.mark.parametrize(
@@ -126,5 +126,5 @@ def test_whole_numbers_and_single_answers_are_read(
 def test_an_empty_cell_is_no_answer(tmp_path: Path, fields: dict[str, object]) -> None:
     line = json.dumps({"image": "a.png", "question": "how many?", **fields})
     path = written(tmp_path, f"{json.dumps(ROWS[0])}\n{line}", "train.jsonl")
-    assert [(one.reason, one.where) for one in read(path).left_out] == [("no answer", f"{path}: line 2")]
+    assert [(one.reason, one.where) for one in read(path).skipped] == [("no answer", f"{path}: line 2")]
     assert read(path, "test").examples[1].answers == ()

@@ -10,8 +10,8 @@ import rounding
 import torch
 from data_set import write_config
 
-from pipeline.batches.assemble import load_tokenizer, open_batcher, training_batches
-from pipeline.batches.sequences import Batcher, pack
+from pipeline.batches.assemble import load_tokenizer, open_split, training_batches
+from pipeline.batches.sequences import SequenceBuilder, pack
 from pipeline.commands.precompute import precompute
 from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
@@ -44,9 +44,9 @@ def with_answers(config: Config, answers: str) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"answers": answers})})
 
 
-def targets_of(config: Config, choice: str, seed: int = 0) -> tuple[Targets, Batcher]:
-    batcher = open_batcher(config, "train")
-    return Targets(batcher.text, load_tokenizer(config), choice, seed), batcher
+def targets_of(config: Config, choice: str, seed: int = 0) -> tuple[Targets, SequenceBuilder]:
+    builder = open_split(config, "train")
+    return Targets(builder.text, load_tokenizer(config), choice, seed), builder
 
 
 def spelled(config: Config, tokens: np.ndarray) -> str:
@@ -61,13 +61,13 @@ def test_all_gives_each_distinct_answer_once_by_its_share(ten_answers: Config) -
 
 
 def test_drawn_is_drawn_anew_each_epoch_in_proportion_and_by_seed(ten_answers: Config) -> None:
-    targets, _ = targets_of(ten_answers, "drawn")
+    targets, _ = targets_of(ten_answers, "sampled")
     drawn = [spelled(ten_answers, targets(0, epoch)[0][0]) for epoch in range(400)]
     counts = Counter(drawn)
     assert counts["red"] == pytest.approx(240, abs=40)
     assert counts["blue"] == pytest.approx(120, abs=40)
     assert counts["a big circle"] == pytest.approx(40, abs=25)
-    again, other = targets_of(ten_answers, "drawn")[0], targets_of(ten_answers, "drawn", seed=1)[0]
+    again, other = targets_of(ten_answers, "sampled")[0], targets_of(ten_answers, "sampled", seed=1)[0]
     assert [spelled(ten_answers, again(0, epoch)[0][0]) for epoch in range(50)] == drawn[:50]
     assert [spelled(ten_answers, other(0, epoch)[0][0]) for epoch in range(50)] != drawn[:50]
 
@@ -75,19 +75,19 @@ def test_drawn_is_drawn_anew_each_epoch_in_proportion_and_by_seed(ten_answers: C
 def test_the_loss_of_all_is_the_answers_weighted_mean(ten_answers: Config) -> None:
     from pipeline.batches.assemble import load_base
 
-    targets, batcher = targets_of(ten_answers, "all")
+    targets, builder = targets_of(ten_answers, "all")
     model = load_base(ten_answers, dropout=0.0).train()
     question = 0
-    together = model(**pack(batcher.for_training([question], targets=lambda number: targets(number, 0)))).loss
+    together = model(**pack(builder.for_training([question], targets=lambda number: targets(number, 0)))).loss
     summed, weights = 0.0, 0.0
     for tokens, share in targets(question, 0):
-        alone = pack(batcher.for_training([question], targets=lambda _, tokens=tokens: [(tokens, 1.0)]))
+        alone = pack(builder.for_training([question], targets=lambda _, tokens=tokens: [(tokens, 1.0)]))
         summed += share * model(**alone, num_items_in_batch=1).loss.item()
         weights += share * len(tokens)
     assert together.item() == pytest.approx(summed / weights, rel=rounding.FLOAT32)
 
 
-@pytest.mark.parametrize("answers", ["drawn", "all"])
+@pytest.mark.parametrize("answers", ["sampled", "all"])
 def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
     ten_answers: Config, tmp_path: Path, answers: str
 ) -> None:
@@ -101,13 +101,15 @@ def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
 
 
 def test_the_batches_of_a_training_take_the_epoch_into_account(ten_answers: Config) -> None:
-    config = with_answers(ten_answers, "drawn")
-    batcher = open_batcher(config, "train")
-    order, lay_out, _ = training_batches(config, batcher, np.arange(12))
+    config = with_answers(ten_answers, "sampled")
+    builder = open_split(config, "train")
+    order, build_sequences, _ = training_batches(config, builder, np.arange(12))
     labels = []
     for epoch in range(6):
         order.epoch = epoch
-        labels.append(torch.from_numpy(np.concatenate([one.tree.labels for one in lay_out(list(range(12)))])).tolist())
+        labels.append(
+            torch.from_numpy(np.concatenate([one.tree.labels for one in build_sequences(list(range(12)))])).tolist()
+        )
     assert len({tuple(one) for one in labels}) > 1
 
 

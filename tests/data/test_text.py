@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from cache.reader import FeatureReader
 from pipeline.answers.scores import score
-from pipeline.batches.assemble import load_tokenizer, open_batcher
+from pipeline.batches.assemble import load_tokenizer, open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.train import train
@@ -142,7 +142,7 @@ def test_a_run_with_nothing_to_do_makes_no_tokens(data_set: Path, monkeypatch: p
         again = FeatureReader(config.cache.dir).text(split)
         assert np.array_equal(again.prompt_ids.values, text.prompt_ids.values)
         assert np.array_equal(again.image_row, text.image_row)
-    open_batcher(config, "train")
+    open_split(config, "train")
 
 
 # ---- blank answers
@@ -170,17 +170,17 @@ def test_no_blank_answer_is_trained(tmp_path: Path) -> None:
     rows = [{"image": "0.png", "question": "what?", "answers": ["", "", " ", "red", "blue"]}]
     config = data_of(tmp_path, rows, data={"val": None})
     precompute(config)
-    tokenizer, text = load_tokenizer(config), open_batcher(config, "train").text
+    tokenizer, text = load_tokenizer(config), open_split(config, "train").text
     assert tokenizer.decode([text.target_ids[0].tolist()]) == ["red"]
     targets = Targets(text, tokenizer, "all", 0)(0, 0)
     assert [(tokenizer.decode([ids.tolist()])[0], weight) for ids, weight in targets] == [("red", 0.5), ("blue", 0.5)]
 
 
-@pytest.mark.parametrize(("method", "accuracy"), [("official", 90), ("lavis", 90), ("lmms-eval", 90), ("exact", 100)])
-def test_a_blank_answer_among_ten_counts_as_in_the_published_scripts(method: str, accuracy: float) -> None:
+@pytest.mark.parametrize(("metric", "accuracy"), [("official", 90), ("lavis", 90), ("lmms-eval", 90), ("exact", 100)])
+def test_a_blank_answer_among_ten_counts_as_in_the_published_scripts(metric: str, accuracy: float) -> None:
     ten = asked("what?", *["red"] * 3, *["blue"] * 6, "")
-    assert score([ten], ["red"], method) == pytest.approx([accuracy])
-    assert score([asked("what?", "", " ")], ["red"], method) == [None]
+    assert score([ten], ["red"], metric) == pytest.approx([accuracy])
+    assert score([asked("what?", "", " ")], ["red"], metric) == [None]
     assert score([asked("what?", "", "red")], [""], "exact") == [0]
 
 
@@ -260,15 +260,15 @@ def test_too_long_questions_are_listed_and_skipped(tmp_path: Path, split: str) -
     with pytest.raises(PipelineError, match=r"2 questions \(longer, .*256 tokens .*long\.jsonl: line 2, .*line 4\)"):
         precompute(load_config(path))
     assert not (tmp_path / "cache").exists()
-    listed = [json.loads(line) for line in (tmp_path / "cache.left-out.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "cache.skipped.jsonl").read_text().splitlines()]
     assert [(one["split"], one["question_id"], one["where"]) for one in listed] == [
         (split, number, f"{tmp_path}/long.jsonl: line {number}") for number in (2, 4)
     ]
     for _ in range(2):  # the second time with tokens from the cache
-        summary = precompute(load_config(path, ["precompute.on_missing=skip"]))
+        summary = precompute(load_config(path, ["precompute.on_invalid=skip"]))
         assert summary
         assert summary["questions"][split] == 2
-        assert sum(summary["left_out"].values()) == 2
+        assert sum(summary["skipped"].values()) == 2
     text = FeatureReader(tmp_path / "cache").text(split)
     assert [text.record(number)["question_id"] for number in range(2)] == [1, 3]
 
@@ -297,7 +297,7 @@ def longest_question(tokenizer: PromptTokenizer, room: int) -> str:
     [
         (["red", "red", words(50)], "most_common", True),
         (["red", "red", words(50)], "all", False),
-        (["red", "red", words(50)], "drawn", False),
+        (["red", "red", words(50)], "sampled", False),
         ([words(50)], "most_common", False),
         (["red"], "all", True),
     ],
@@ -308,7 +308,7 @@ def test_the_longest_answer_that_may_be_trained_counts(
     question = longest_question(tokenizer, len(tokenizer.targets(["red"])[0]))
     rows = [{"image": "0.png", "question": question, "answers": answers}, row("what?", "red")]
     config = data_of(tmp_path, rows, data={"val": None}, train={"answers": trained})
-    config = config.model_copy(update={"precompute": config.precompute.model_copy(update={"on_missing": "skip"})})
+    config = config.model_copy(update={"precompute": config.precompute.model_copy(update={"on_invalid": "skip"})})
     summary = precompute(config)
     assert summary
     assert summary["questions"] == {"train": 1 + fits}
@@ -316,20 +316,20 @@ def test_the_longest_answer_that_may_be_trained_counts(
 
 def test_room_for_an_answer_is_needed_where_the_split_is_answered(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
     rows = [row(longest_question(tokenizer, 10), "red"), row("what?", "red")]
-    config = data_of(tmp_path, rows, precompute={"on_missing": "skip"}, evaluate={"max_new_tokens": 11})
+    config = data_of(tmp_path, rows, precompute={"on_invalid": "skip"}, evaluate={"max_new_tokens": 11})
     assert precompute(config)["questions"] == {"train": 2, "val": 1}
-    config = data_of(tmp_path / "b", rows, precompute={"on_missing": "skip"}, evaluate={"max_new_tokens": 10})
+    config = data_of(tmp_path / "b", rows, precompute={"on_invalid": "skip"}, evaluate={"max_new_tokens": 10})
     assert precompute(config)["questions"] == {"train": 2, "val": 2}
-    assert len(open_batcher(config, "val", trained=False, answered=True).text) == 2
+    assert len(open_split(config, "val", trained=False, answered=True).text) == 2
     with pytest.raises(PipelineError, match=r"longer, .*val\.jsonl: line 1\)"):  # of a text that was there already
         precompute(load_config(tmp_path / "b" / "config.yaml", ["evaluate.max_new_tokens=11",
-                                                                "precompute.on_missing=error"]))  # fmt: skip
+                                                                "precompute.on_invalid=error"]))  # fmt: skip
     longer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 11})})
     with pytest.raises(PipelineError, match=r"question 1 of val is 257 tokens .*max_new_tokens=11.*takes 256\. Lower"):
-        open_batcher(longer, "val", trained=False, answered=True)
+        open_split(longer, "val", trained=False, answered=True)
 
 
 def test_long_text_brings_no_warning_of_the_library(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = data_of(tmp_path, [row(LONG, "red"), row("what?", "red")], precompute={"on_missing": "skip"})
+    config = data_of(tmp_path, [row(LONG, "red"), row("what?", "red")], precompute={"on_invalid": "skip"})
     precompute(config)
     assert "Token indices" not in capfd.readouterr().err

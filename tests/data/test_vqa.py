@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.data.examples import LeftOut, Split, VQAExample
+from pipeline.data.examples import SkippedItem, Split, VQAExample
 from pipeline.data.vqa import read_examples
 
 LINE = {"image": "a.png", "question": "what color?", "answer": "red"}
@@ -37,8 +37,8 @@ def split_of_jsonl(path: Path, split: str = "train") -> Split:
 
 def read_jsonl(path: Path, split: str = "train") -> list[VQAExample]:
     """The examples of a file of which nothing is left out."""
-    examples, left_out = split_of_jsonl(path, split)
-    assert left_out == []
+    examples, skipped = split_of_jsonl(path, split)
+    assert skipped == []
     return examples
 
 
@@ -140,22 +140,22 @@ def test_jsonl_keeps_unusual_characters_and_takes_a_byte_order_mark(tmp_path: Pa
 def test_jsonl_of_a_test_split_may_lack_answers_and_of_another_may_not(tmp_path: Path, none: dict[str, Any]) -> None:
     path = write_jsonl(tmp_path, LINE, {"image": "b.png", "question": "what color?"} | none)
     assert [example.answers for example in read_jsonl(path, split="test")] == [("red",), ()]
-    examples, left_out = split_of_jsonl(path, split="train")
+    examples, skipped = split_of_jsonl(path, split="train")
     assert [example.question_id for example in examples] == [1]
-    assert left_out == [LeftOut("train", "no answer", f"{path}: line 2", 2, "pictures/b.png")]
+    assert skipped == [SkippedItem("train", "no answer", f"{path}: line 2", 2, "pictures/b.png")]
 
 
 def test_jsonl_keeps_the_first_of_the_questions_with_the_same_id(tmp_path: Path) -> None:
     later = [LINE | {"question_id": "a", "question": text, "image": f"{text}.png"} for text in ("b", "c")]
     path = write_jsonl(tmp_path, LINE | {"question_id": "a"}, later[0], LINE, later[1])
-    examples, left_out = split_of_jsonl(path)
+    examples, skipped = split_of_jsonl(path)
     assert [(example.question_id, example.question) for example in examples] == [
         ("a", "what color?"),
         (3, LINE["question"]),
     ]
-    assert left_out == [
-        LeftOut("train", "question_id is there twice", f"{path}: line 2", "a", "pictures/b.png"),
-        LeftOut("train", "question_id is there twice", f"{path}: line 4", "a", "pictures/c.png"),
+    assert skipped == [
+        SkippedItem("train", "question_id is there twice", f"{path}: line 2", "a", "pictures/b.png"),
+        SkippedItem("train", "question_id is there twice", f"{path}: line 4", "a", "pictures/c.png"),
     ]
 
 
@@ -166,9 +166,9 @@ def test_a_number_and_the_same_text_are_two_question_ids(tmp_path: Path) -> None
 
 def test_a_question_that_lacks_an_answer_does_not_shadow_one_with_its_id(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, LINE | {"question_id": 7, "answers": []}, LINE | {"question_id": 7})
-    examples, left_out = split_of_jsonl(path)
+    examples, skipped = split_of_jsonl(path)
     assert [example.answers for example in examples] == [("red",)]
-    assert [(item.reason, item.where) for item in left_out] == [("no answer", f"{path}: line 1")]
+    assert [(item.reason, item.where) for item in skipped] == [("no answer", f"{path}: line 1")]
 
 
 def test_a_malformed_line_is_an_error_also_after_lines_that_are_left_out(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_braces_in_a_path_stay_as_they_are(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     path = write_jsonl(folder, LINE, LINE | {"answers": []})
-    assert [item.where for item in split_of_jsonl(path).left_out] == [f"{path}: line 2"]
+    assert [item.where for item in split_of_jsonl(path).skipped] == [f"{path}: line 2"]
 
 
 @pytest.mark.parametrize(
@@ -326,8 +326,8 @@ def test_vqav2_joins_on_the_question_id_and_keeps_all_answers(tmp_path: Path) ->
     answers = [{"answer": text, "answer_id": i, "raw_answer": text} for i, text in enumerate(["yes", "no"] * 5, 1)]
     annotated = ANNOTATION | {"question_id": 7, "answer_type": "yes/no", "question_type": "is it", "answers": answers}
     unasked = ANNOTATION | {"question_id": 1}
-    examples, left_out = read_vqav2(tmp_path, [QUESTION, second], [annotated, unasked, ANNOTATION])
-    assert left_out == []
+    examples, skipped = read_vqav2(tmp_path, [QUESTION, second], [annotated, unasked, ANNOTATION])
+    assert skipped == []
     assert examples == [
         VQAExample(
             question_id=42,
@@ -364,16 +364,16 @@ def test_vqav2_lists_what_is_left_out_with_file_and_position(tmp_path: Path) -> 
     questions.append(QUESTION | {"question_id": "42"})
     other = ANNOTATION | {"answers": [{"answer": "blue"}]}
     unanswered = ANNOTATION | {"question_id": 2, "answers": []}
-    examples, left_out = read_vqav2(tmp_path, questions, [ANNOTATION, other, unanswered])
+    examples, skipped = read_vqav2(tmp_path, questions, [ANNOTATION, other, unanswered])
     assert [(example.question_id, example.answers) for example in examples] == [(42, ("red",) * 10)]
     asked, answered = tmp_path / "questions.json", tmp_path / "annotations.json"
     picture = "coco/COCO_val2014_0000000000{:02d}.jpg".format
-    assert left_out == [
-        LeftOut("val", "question_id is annotated twice", f"{answered}: annotations[1]", 42, questions=0),
-        LeftOut("val", f"no annotation in {answered}", f"{asked}: questions[1]", 1, picture(1)),
-        LeftOut("val", "question_id is there twice", f"{asked}: questions[2]", 42, picture(42)),
-        LeftOut("val", "no answer", f"{asked}: questions[3]", 2, picture(2)),
-        LeftOut("val", f"no annotation in {answered}", f"{asked}: questions[4]", "42", picture(9)),
+    assert skipped == [
+        SkippedItem("val", "question_id is annotated twice", f"{answered}: annotations[1]", 42, questions=0),
+        SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[1]", 1, picture(1)),
+        SkippedItem("val", "question_id is there twice", f"{asked}: questions[2]", 42, picture(42)),
+        SkippedItem("val", "no answer", f"{asked}: questions[3]", 2, picture(2)),
+        SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[4]", "42", picture(9)),
     ]
 
 
@@ -382,9 +382,9 @@ def test_vqav2_test_split_with_annotations_keeps_unanswered_questions_but_not_th
 ) -> None:
     questions = [QUESTION, QUESTION | {"question_id": 1}, QUESTION | {"question_id": 2}]
     annotations = [ANNOTATION, ANNOTATION | {"question_id": 1, "answers": []}]
-    examples, left_out = read_vqav2(tmp_path, questions, annotations, split="test")
+    examples, skipped = read_vqav2(tmp_path, questions, annotations, split="test")
     assert [(example.question_id, len(example.answers)) for example in examples] == [(42, 10), (1, 0)]
-    assert [(item.question_id, item.reason) for item in left_out] == [
+    assert [(item.question_id, item.reason) for item in skipped] == [
         (2, f"no annotation in {tmp_path / 'annotations.json'}")
     ]
 
@@ -459,8 +459,8 @@ def test_easy_vqa_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.M
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="the easy-vqa package is not installed")
 @pytest.mark.parametrize(("split", "questions", "images"), [("train", 38575, 4000), ("test", 9673, 1000)])
 def test_easy_vqa_as_published(split: str, questions: int, images: int) -> None:
-    examples, left_out = read_examples("easy_vqa", split)
-    assert (len(examples), left_out) == (questions, [])
+    examples, skipped = read_examples("easy_vqa", split)
+    assert (len(examples), skipped) == (questions, [])
     assert len({example.target for example in examples}) == 13
     pictures = {example.image for example in examples}
     assert len(pictures) == images

@@ -16,7 +16,7 @@ from pipeline.blip2.encoder import Blip2Encoder
 from pipeline.commands.precompute import dry_run, precompute
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
-from pipeline.encoding.encoding_loop import PictureEncoder
+from pipeline.encoding.encoding_loop import EncodingLoop
 
 FEATURES = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
 OURS = torch.device("cuda", 1)
@@ -86,7 +86,7 @@ class OnDevice:
 
 def test_features_are_read_when_the_copy_from_their_own_gpu_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch)
-    loop = PictureEncoder(lambda pixels: OnDevice(), None, 2, 1)  # type: ignore[arg-type, return-value]
+    loop = EncodingLoop(lambda pixels: OnDevice(), None, 2, 1)  # type: ignore[arg-type, return-value]
     batch = SimpleNamespace(
         slots=[None, None],
         rows=range(2),

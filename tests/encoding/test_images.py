@@ -29,7 +29,7 @@ from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
 from pipeline.encoding.decoding import RULES
-from pipeline.encoding.images import PictureError, Preprocessor, check_header, image_digest, read_picture
+from pipeline.encoding.images import ImageError, Preprocessor, check_header, image_digest, read_image_bytes
 from pipeline.runs.folder import RunFolder
 
 MODES = {  # of the forms that can hold many
@@ -104,7 +104,7 @@ def changed_processor(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def assert_as_plain(preprocess: Preprocessor, folder: Path, path: Path) -> None:
     expected = plain(folder, path)
-    data = read_picture(path)
+    data = read_image_bytes(path)
     check_header(data)
     values = preprocess(data)
     assert values.dtype == np.float32
@@ -113,7 +113,7 @@ def assert_as_plain(preprocess: Preprocessor, folder: Path, path: Path) -> None:
 
 
 def reason(call: Callable[..., object], *args: object) -> str:
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         call(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -589,7 +589,7 @@ def test_a_picture_that_the_plain_recipe_cannot_take_is_an_error_with_its_reason
     path.write_bytes(make())
     with pytest.raises(Exception):  # noqa: B017, PT011 - it raises anything
         plain(checkpoint, path)
-    assert reason(preprocess, read_picture(path)).startswith(told)
+    assert reason(preprocess, read_image_bytes(path)).startswith(told)
 
 
 @pytest.mark.parametrize("name", [name for name in BROKEN if not name.startswith(("truncated", "damaged"))])
@@ -688,49 +688,49 @@ def test_a_file_is_read_whole_and_digested(tmp_path: Path) -> None:
     path, data = tmp_path / "a.bin", os.urandom(300_000)
     path.write_bytes(data)
     (tmp_path / "link").symlink_to(path)
-    assert read_picture(path) == read_picture(tmp_path / "link") == data
+    assert read_image_bytes(path) == read_image_bytes(tmp_path / "link") == data
     assert image_digest(data) == hashlib.sha256(data).digest()
 
 
 def test_an_empty_file_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "empty.jpg"
     path.touch()
-    assert read_picture(path) == b""
+    assert read_image_bytes(path) == b""
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "broken").symlink_to("gone.jpg")
-    assert reason(read_picture, tmp_path / "gone.jpg") == "not there"
-    assert reason(read_picture, tmp_path / "broken") == "not there"
-    assert reason(read_picture, tmp_path / "file" / "a.jpg").startswith("not there: a part of its path is a file")
+    assert reason(read_image_bytes, tmp_path / "gone.jpg") == "not there"
+    assert reason(read_image_bytes, tmp_path / "broken") == "not there"
+    assert reason(read_image_bytes, tmp_path / "file" / "a.jpg").startswith("not there: a part of its path is a file")
 
 
 def test_a_folder_named_like_a_picture_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").mkdir()
-    assert reason(read_picture, tmp_path / "x.jpg") == "a folder, not a file"
+    assert reason(read_image_bytes, tmp_path / "x.jpg") == "a folder, not a file"
 
 
 def test_links_that_loop_are_told(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("b.jpg")
     (tmp_path / "b.jpg").symlink_to("a.jpg")
-    assert reason(read_picture, tmp_path / "a.jpg") == "links that loop"
+    assert reason(read_image_bytes, tmp_path / "a.jpg") == "links that loop"
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "a\ud800.jpg"])
 def test_a_name_that_no_file_can_have_is_told(tmp_path: Path, name: str) -> None:
-    assert reason(read_picture, tmp_path / name) == "not there: no file can have this name"
+    assert reason(read_image_bytes, tmp_path / name) == "not there: no file can have this name"
 
 
 def test_a_name_that_is_too_long_is_told(tmp_path: Path) -> None:
-    assert reason(read_picture, tmp_path / ("a" * 300)) == "its name is too long"
+    assert reason(read_image_bytes, tmp_path / ("a" * 300)) == "its name is too long"
 
 
 def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     started = time.perf_counter()
-    assert reason(read_picture, tmp_path / "pipe.jpg") == "not a regular file"
-    assert reason(read_picture, Path("/dev/zero")) == "not a regular file"
+    assert reason(read_image_bytes, tmp_path / "pipe.jpg") == "not a regular file"
+    assert reason(read_image_bytes, Path("/dev/zero")) == "not a regular file"
     assert time.perf_counter() - started < 1
 
 
@@ -738,7 +738,7 @@ def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
 def test_a_file_without_permission_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.touch(mode=0o000)
-    assert reason(read_picture, path) == "permission denied"
+    assert reason(read_image_bytes, path) == "permission denied"
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
@@ -748,8 +748,8 @@ def test_files_are_closed(tmp_path: Path, preprocess: Preprocessor) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         for name in "pipe.jpg", ".":
-            reason(read_picture, tmp_path / name)
-        reason(preprocess, read_picture(tmp_path / "html.jpg"))
+            reason(read_image_bytes, tmp_path / name)
+        reason(preprocess, read_image_bytes(tmp_path / "html.jpg"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -757,5 +757,5 @@ def test_a_file_of_a_terabyte_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     path.touch()
     os.truncate(path, 1 << 40)
-    with pytest.raises(PictureError, match=r"too large \(1099511627776 bytes, at most 1073741824\)"):
-        read_picture(path)
+    with pytest.raises(ImageError, match=r"too large \(1099511627776 bytes, at most 1073741824\)"):
+        read_image_bytes(path)

@@ -21,7 +21,7 @@ from cache.thumbnails import Thumbnails, find_thumbnails
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
 from pipeline.config import load_config
-from pipeline.encoding.images import KEPT_BYTES, PictureError, Preprocessor, image_digest, thumbnail
+from pipeline.encoding.images import KEPT_BYTES, ImageError, Preprocessor, image_digest, thumbnail
 from pipeline.encoding.upkeep import cache_info
 
 
@@ -46,7 +46,7 @@ def test_a_small_file_that_browsers_show_is_kept_and_others_are_not() -> None:
     assert thumbnail(small, 10) == small
     with Image.open(BytesIO(thumbnail(picture("BMP", 20, 20), 128))) as made:
         assert (made.format, made.size) == ("JPEG", (20, 20))
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         thumbnail(b"no picture", 128)
 
 
@@ -180,12 +180,12 @@ def test_another_size_makes_them_anew_and_encodes_nothing(
 ) -> None:
     run(data_set)
     monkeypatch.setattr("pipeline.commands.precompute.load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
-    run(data_set, "precompute.thumbnails=50")
+    run(data_set, "precompute.thumbnail_size=50")
     assert len(made) == 48
     sides = [max(Image.open(BytesIO(data)).size) for data in thumbnails(data_set).values()]
     assert sorted(sides) == [50] * 12 + [64] * 12
     assert len([*(data_set / "cache").glob("thumbnails-*")]) == 1
-    assert run(data_set, "precompute.thumbnails=0")["thumbnail_bytes"] == 0
+    assert run(data_set, "precompute.thumbnail_size=0")["thumbnail_bytes"] == 0
     assert thumbnails(data_set) == {}
     assert not [*(data_set / "cache").glob("thumbnails-*")]
     assert audit.verify(data_set / "cache").damages == []
@@ -198,7 +198,7 @@ def test_a_killed_run_finds_those_that_it_made(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.encoding.encoding_loop.PictureEncoder, "fill", killed)
+        patch.setattr(pipeline.encoding.encoding_loop.EncodingLoop, "fill", killed)
         with pytest.raises(KeyboardInterrupt):
             run(data_set)
     assert len(made) == 24
@@ -212,7 +212,7 @@ def test_one_that_fails_costs_nothing_else(data_set: Path, monkeypatch: pytest.M
 
     def fails(data: bytes, longer_side: int) -> bytes:
         if data == broken:
-            raise PictureError("cannot be made smaller")
+            raise ImageError("cannot be made smaller")
         return thumbnail(data, longer_side)
 
     monkeypatch.setattr(pipeline.encoding.thumbnails, "thumbnail", fails)

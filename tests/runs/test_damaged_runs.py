@@ -20,7 +20,7 @@ from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
 from pipeline.runs.checkpoints import COMPLETE_MARKER, mark_complete, sound_checkpoint
-from pipeline.runs.folder import RunFolder, rows_until
+from pipeline.runs.folder import RunFolder, read_jsonl
 from pipeline.runs.record import evaluations, read_record
 
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
@@ -46,7 +46,7 @@ DAMAGES: list[Callable[[Path], None]] = [cut, empty, change, Path.unlink]
 
 @pytest.fixture(scope="module")
 def config(cached: Config) -> Config:
-    return with_train(cached, max_steps=4, save_steps=2, watch_steps=3, batch_size=2)
+    return with_train(cached, max_steps=4, save_steps=2, lora_monitor_steps=3, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_training_resumes_from_the_one_before_to_the_same_end(
     change(checkpoint(stopped, 4) / "optimizer.pt")
     train(config, stopped, True, load)
     assert files_of(stopped.adapter) == files_of(finished.adapter)
-    assert [row["step"] for row in rows_until(9, stopped.metrics)] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(9, stopped.metrics)] == [1, 2, 3, 4]
 
 
 def test_where_all_are_damaged_it_says_what_can_be_done(
@@ -137,7 +137,7 @@ def test_a_damaged_record_or_log_costs_no_training(
     stopped.watch.write_bytes(b"\0" * 100)
     train(config, stopped, True, load)
     assert files_of(stopped.adapter) == files_of(finished.adapter)
-    assert [row["step"] for row in rows_until(9, stopped.metrics)] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(9, stopped.metrics)] == [1, 2, 3, 4]
     assert read_record(stopped)["summary"]["steps"] == 4
     assert f"{stopped.metrics}: 3 damaged lines are skipped" in capsys.readouterr().err
 
@@ -169,7 +169,7 @@ def test_the_best_adapter_that_is_damaged_is_not_put_in_place(
         with pytest.raises(SystemExit):
             train(validated, run, load=load)
     load.forget()
-    rows = rows_until(9, run.validation)
+    rows = read_jsonl(9, run.validation)
     run.validation.write_text("".join(json.dumps(row | {"accuracy": 90 - row["step"]}) + "\n" for row in rows))
     cut(run.best(1) / "adapter_model.safetensors")
     assert run.best(2).is_dir(), "it was the best so far, too"

@@ -53,7 +53,7 @@ def write_config(folder: Path, **sections: object) -> Path:
         "lora": {"dropout": 0.0},
         "train": {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1,
                   "save_steps": 2, "output_dir": f"{folder}/runs"},
-        "evaluate": {"split": "val", "method": "exact"},
+        "evaluate": {"split": "val", "metric": "exact"},
     }  # fmt: skip
     for section, values in sections.items():
         config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, get_scheduler
 
 import pipeline.commands.train
 from cache.reader import FeatureReader
-from pipeline.batches.assemble import load_base, load_tokenizer, open_batcher
+from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from pipeline.batches.sequences import pack
 from pipeline.blip2.language_model import add_lora
 from pipeline.commands.evaluate import evaluate
@@ -71,7 +71,7 @@ def test_loss_and_lora_gradients_equal_the_plain_recipes(
     cached: Config, checkpoint: Path, bits: int | None, share_prefix: bool
 ) -> None:
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})})
-    batcher = open_batcher(config, "train")
+    builder = open_split(config, "train")
     questions = [0, 1, 2, 10, 20, 30, 31]
     plain = get_peft_model(
         load_full(checkpoint, bits), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
@@ -80,9 +80,9 @@ def test_loss_and_lora_gradients_equal_the_plain_recipes(
     wake_lora(plain)
     wake_lora(ours)
 
-    picked = [examples_of(batcher.text)[i] for i in questions]
+    picked = [examples_of(builder.text)[i] for i in questions]
     plain_loss = plain.train()(**plain_batch(load_processor(checkpoint, "right"), picked)).loss
-    our_loss = ours.train()(**pack(batcher.for_training(questions, share_prefix))).loss
+    our_loss = ours.train()(**pack(builder.for_training(questions, share_prefix))).loss
     plain_loss.backward()
     our_loss.backward()
 
@@ -115,10 +115,10 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
         return model
 
     def remember_order(*arguments: object) -> object:
-        batcher = open_batcher(*arguments)
-        lay_out = batcher.for_training
-        batcher.for_training = lambda questions, *how: order.append(list(questions)) or lay_out(questions, *how)
-        return batcher
+        builder = open_split(*arguments)
+        build_sequences = builder.for_training
+        builder.for_training = lambda questions, *how: order.append(list(questions)) or build_sequences(questions, *how)
+        return builder
 
     monkeypatch.setattr(pipeline.commands.train, "add_lora", remember_weights)
     monkeypatch.setattr(pipeline.commands.train, "open_batcher", remember_order)
@@ -129,7 +129,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
         load_full(checkpoint, bits), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     )
     plain.load_state_dict(starting_weights, strict=False)
-    _train_plainly(plain.train(), checkpoint, examples_of(open_batcher(config, "train").text), order, steps=20)
+    _train_plainly(plain.train(), checkpoint, examples_of(open_split(config, "train").text), order, steps=20)
 
     for name, weight in trainable(plain).items():
         assert relative_difference(weight, starting_weights[name]) > 1e-3, f"{name} was not trained"
@@ -196,7 +196,7 @@ def test_plain_transformers_and_peft_answer_500_test_questions_the_same(
 
     model = PeftModel.from_pretrained(load_full(checkpoint, bits=4), easy_vqa_run.adapter).eval()
     config = load_config(easy_vqa_run.config)
-    examples = examples_of(open_batcher(config, "test").text)
+    examples = examples_of(open_split(config, "test").text)
     plain = list(plain_answers(model, load_processor(checkpoint, "left"), examples, **settings))
 
     assert len(ours) == 500

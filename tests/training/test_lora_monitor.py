@@ -17,12 +17,19 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.batches.assemble import load_base
-from pipeline.batches.sequences import Batcher, ImageSequence
+from pipeline.batches.sequences import ImageSequence, SequenceBuilder
 from pipeline.blip2.language_model import add_lora
 from pipeline.commands.train import train
 from pipeline.config import Config
 from pipeline.runs.folder import RunFolder
-from pipeline.training.lora_monitor import Factors, Watch, adapted_layers, frozen_norm, measure, signs
+from pipeline.training.lora_monitor import (
+    Factors,
+    LoraMonitorCallback,
+    adapted_layers,
+    find_anomalies,
+    frozen_norm,
+    measure,
+)
 from pipeline.training.stopping import StopRequest
 from pipeline.training.trainer import StageTwoTrainer
 
@@ -31,7 +38,7 @@ FROZEN = "layers.1.self_attn.q_proj"
 
 
 def with_train(config: Config, **settings: object) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update={"watch_steps": 2, **settings})})
+    return config.model_copy(update={"train": config.train.model_copy(update={"lora_monitor_steps": 2, **settings})})
 
 
 def rows(run: RunFolder) -> list[dict[str, Any]]:
@@ -99,7 +106,7 @@ def test_scaling_and_frozen_weight_are_those_of_peft(
     base = load_base(cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})}))
     settings = LoraConfig(r=8, lora_alpha=24, target_modules=["q_proj", "fc1"], use_rslora=rank_stabilised)
     model = get_peft_model(base, settings)
-    watch = Watch(model, RunFolder(tmp_path), steps=1, warmup_steps=0, stop=StopRequest())
+    watch = LoraMonitorCallback(model, RunFolder(tmp_path), steps=1, warmup_steps=0, stop=StopRequest())
     state, control = TrainerState(max_steps=9, is_world_process_zero=True), TrainerControl()
     arguments = TrainingArguments(output_dir=str(tmp_path / "x"), use_cpu=True, report_to=[])
     watch.on_train_begin(arguments, state, control)
@@ -134,7 +141,7 @@ def test_half_precision_weights_have_a_norm_in_float32(cached: Config) -> None:
 def test_watching_changes_no_training_and_ends_with_the_last_step(cached: Config, tmp_path: Path) -> None:
     watched, plain = RunFolder(tmp_path / "watched"), RunFolder(tmp_path / "plain")
     summary = train(with_train(cached, max_steps=5), watched)
-    assert train(with_train(cached, max_steps=5, watch_steps=None), plain)["lora"] == {}
+    assert train(with_train(cached, max_steps=5, lora_monitor_steps=None), plain)["lora"] == {}
     name = "adapter_model.safetensors"
     assert (watched.adapter / name).read_bytes() == (plain.adapter / name).read_bytes()
     assert not plain.watch.exists()
@@ -151,30 +158,32 @@ def test_watching_changes_no_training_and_ends_with_the_last_step(cached: Config
     assert summary["lora"]["largest"] == max(ratios, key=lambda layer: ratios[layer])
     assert summary["lora"]["update_ratio_largest"] == max(ratios.values())
     assert summary["lora"]["update_ratio_median"] == pytest.approx(np.median([*ratios.values()]))
-    assert summary["lora"]["told"] == []
+    assert summary["lora"]["warnings"] == []
 
 
-@pytest.mark.parametrize("watch_steps", [2, 3, 50])
-def test_a_killed_training_is_watched_as_if_never_stopped(cached: Config, tmp_path: Path, watch_steps: int) -> None:
+@pytest.mark.parametrize("lora_monitor_steps", [2, 3, 50])
+def test_a_killed_training_is_watched_as_if_never_stopped(
+    cached: Config, tmp_path: Path, lora_monitor_steps: int
+) -> None:
     """Killed after step 6, gone on with from step 4."""
-    config = with_train(cached, max_steps=8, watch_steps=watch_steps)
+    config = with_train(cached, max_steps=8, lora_monitor_steps=lora_monitor_steps)
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     train(config, whole)
-    lay_out, batches = Batcher.for_training, []
+    build_sequences, batches = SequenceBuilder.for_training, []
 
-    def stop_at_the_seventh(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
+    def stop_at_the_seventh(self: SequenceBuilder, questions: list[int], *how: object) -> list[ImageSequence]:
         batches.append(questions)
         if len(batches) == 7:
             raise KeyboardInterrupt
-        return lay_out(self, questions, *how)
+        return build_sequences(self, questions, *how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batcher, "for_training", stop_at_the_seventh)
+        patch.setattr(SequenceBuilder, "for_training", stop_at_the_seventh)
         with pytest.raises(KeyboardInterrupt):
             train(config, killed)
-    assert rows(killed)[-1]["step"] == (0 if watch_steps == 50 else 6)
+    assert rows(killed)[-1]["step"] == (0 if lora_monitor_steps == 50 else 6)
     shutil.rmtree(killed.checkpoints / "checkpoint-6")
-    between_looks = watch_steps != 2
+    between_looks = lora_monitor_steps != 2
     assert (killed.checkpoints / "checkpoint-4" / "watched.safetensors").exists() == between_looks
     train(config, killed, resume=True)
     assert killed.watch.read_text() == whole.watch.read_text()
@@ -182,10 +191,10 @@ def test_a_killed_training_is_watched_as_if_never_stopped(cached: Config, tmp_pa
 
 def test_a_training_can_be_watched_from_where_it_is_gone_on_with(cached: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    train(with_train(cached, watch_steps=None), run)
+    train(with_train(cached, lora_monitor_steps=None), run)
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
-    train(with_train(cached, watch_steps=1), run, resume=True)
+    train(with_train(cached, lora_monitor_steps=1), run, resume=True)
     assert [row["step"] for row in rows(run)] == [2, 3, 4]
     assert [min(figures["change"] for figures in row["matrices"].values()) > 0 for row in rows(run)] == [
         False,
@@ -200,7 +209,7 @@ def test_a_training_can_be_watched_from_where_it_is_gone_on_with(cached: Config,
         {"learning_rate": 1e-4},
         {"learning_rate": 5e-3, "warmup_steps": 0},
         {"learning_rate": 2e-2, "lr_scheduler": "linear"},
-        {"learning_rate": 1e-3, "weight_decay": 0.1, "share_prefix": False, "watch_steps": 1},
+        {"learning_rate": 1e-3, "weight_decay": 0.1, "share_prefix": False, "lora_monitor_steps": 1},
     ],
 )
 def test_a_healthy_training_is_told_nothing_of(
@@ -209,8 +218,8 @@ def test_a_healthy_training_is_told_nothing_of(
     """Four layers; the last looks are at a learning rate of nearly 0."""
     run = RunFolder(tmp_path / "run")
     summary = train(with_train(cached, max_steps=24, **settings), run)
-    assert summary["lora"]["told"] == []
-    assert [row["told"] for row in rows(run)] == [[]] * len(rows(run))
+    assert summary["lora"]["warnings"] == []
+    assert [row["warnings"] for row in rows(run)] == [[]] * len(rows(run))
     assert "since step" not in capsys.readouterr().err
 
 
@@ -232,12 +241,12 @@ def test_a_layer_without_gradient_is_told_once(
     monkeypatch.setattr("pipeline.commands.train.add_lora", adapted_with(freeze))
     run = RunFolder(tmp_path / "run")
     summary = train(with_train(cached, max_steps=12), run)
-    told = [(row["step"], sentence) for row in rows(run) for sentence in row["told"]]
+    told = [(row["step"], sentence) for row in rows(run) for sentence in row["warnings"]]
     assert [step for step, _ in told] == [2]
     sentence = told[0][1]
     assert sentence.startswith(f"{FROZEN} does not move since step 0: its update is 0 of the frozen weight, the median")
     assert "leave it out of lora.target_modules" in sentence
-    assert summary["lora"]["told"] == [sentence]
+    assert summary["lora"]["warnings"] == [sentence]
     assert capsys.readouterr().err.count(f"step 2: {sentence}") == 1
     assert rows(run)[-1]["matrices"][FROZEN]["norm"] == 0
 
@@ -259,7 +268,7 @@ def test_a_layer_whose_learning_rate_is_a_hundredfold_is_told_once(
     monkeypatch.setattr(StageTwoTrainer, "create_optimizer", hundredfold)
     run = RunFolder(tmp_path / "run")
     train(with_train(cached, max_steps=12), run)
-    told = [sentence for row in rows(run) for sentence in row["told"]]
+    told = [sentence for row in rows(run) for sentence in row["warnings"]]
     assert len(told) == 1, told
     assert told[0].startswith(f"{FROZEN} runs away since step ")
     assert "try a lower train.learning_rate" in told[0]
@@ -286,20 +295,22 @@ def look(ratios: list[float | None], changes: list[float | None] | None = None) 
     ],
 )
 def test_what_is_told_of_the_first_layer(last: list[float], now: list[float | None], told: str | None) -> None:
-    found = [sentence.partition(" since step 50: ")[0] for sentence in signs(look(now), look(last), 50, warm=True)]
+    found = [
+        sentence.partition(" since step 50: ")[0] for sentence in find_anomalies(look(now), look(last), 50, warm=True)
+    ]
     assert found[:1] == ([f"layers.0.fc1 {told}"] if told else [])
 
 
 def test_before_the_warm_up_has_passed_a_layer_may_lag() -> None:
     now = look([0.001, 0.1, 0.1, 0.1])
-    assert not [*signs(now, look([0.0] * 4), 0, warm=False)]
-    assert len([*signs(now, look([0.0] * 4), 0, warm=True)]) == 1
+    assert not [*find_anomalies(now, look([0.0] * 4), 0, warm=False)]
+    assert len([*find_anomalies(now, look([0.0] * 4), 0, warm=True)]) == 1
 
 
 def test_a_layer_that_stands_still_is_told_unless_all_nearly_do() -> None:
     """A learning rate of nearly 0 changes some weights in the last bit, and others not at all."""
     ratios = [0.1] * 4
-    (sentence,) = signs(look(ratios, [0.0, 1e-3, 1e-3, 1e-3]), look(ratios), 0, warm=False)
+    (sentence,) = find_anomalies(look(ratios, [0.0, 1e-3, 1e-3, 1e-3]), look(ratios), 0, warm=False)
     assert sentence.startswith("layers.0.fc1 does not move since step 0")
-    assert not [*signs(look(ratios, [0.0, 1e-9, 1e-9, 1e-9]), look(ratios), 0, warm=True)]
-    assert not [*signs(look([0.0] * 4, [0.0] * 4), look([0.0] * 4), 0, warm=True)]
+    assert not [*find_anomalies(look(ratios, [0.0, 1e-9, 1e-9, 1e-9]), look(ratios), 0, warm=True)]
+    assert not [*find_anomalies(look([0.0] * 4, [0.0] * 4), look([0.0] * 4), 0, warm=True)]

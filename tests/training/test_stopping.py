@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pipeline.batches.sequences import Batcher, ImageSequence
+from pipeline.batches.sequences import ImageSequence, SequenceBuilder
 from pipeline.cli import main
 from pipeline.commands.train import StoppedError, train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
 from pipeline.runs.folder import RunFolder
-from pipeline.training.stopping import SaveAndStop, StopRequest
+from pipeline.training.stopping import GracefulStopCallback, StopRequest
 
 
 def with_train(config: Config, **settings: object) -> Config:
@@ -38,15 +38,15 @@ def rows_of(path: Path) -> list[dict[str, float]]:
 
 def signalled(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, batch: int) -> None:
     """The process gets the signal when a training lays out its n-th batch."""
-    lay_out, batches = Batcher.for_training, []
+    build_sequences, batches = SequenceBuilder.for_training, []
 
-    def signal_in_the_middle(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
+    def signal_in_the_middle(self: SequenceBuilder, questions: list[int], *how: object) -> list[ImageSequence]:
         batches.append(questions)
         if len(batches) == batch:
             os.kill(os.getpid(), number)
-        return lay_out(self, questions, *how)
+        return build_sequences(self, questions, *how)
 
-    monkeypatch.setattr(Batcher, "for_training", signal_in_the_middle)
+    monkeypatch.setattr(SequenceBuilder, "for_training", signal_in_the_middle)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -129,12 +129,12 @@ def test_a_signal_in_the_last_step_ends_as_any_training(cached: Config, tmp_path
 
 def test_checkpoints_by_the_clock_and_only_the_newest(cached: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    train(with_train(cached, max_steps=6, save_steps=100, save_minutes=1e-9, keep_checkpoints=3), run)
+    train(with_train(cached, max_steps=6, save_steps=100, save_minutes=1e-9, save_total_limit=3), run)
     assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
     by_steps = RunFolder(tmp_path / "by_steps")
     train(with_train(cached, max_steps=6, save_steps=4, save_minutes=None), by_steps)
     assert {path.name for path in by_steps.checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-6"}
-    assert SaveAndStop(StopRequest(), None).seconds == float("inf")
+    assert GracefulStopCallback(StopRequest(), None).seconds == float("inf")
 
 
 def test_resume_takes_the_runs_folder(cached: Config, tmp_path: Path) -> None:

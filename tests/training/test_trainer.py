@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import Trainer
 
 import pipeline.training.trainer
-from pipeline.batches.assemble import load_base, open_batcher
-from pipeline.batches.sampler import BatchOrder
-from pipeline.batches.sequences import Batcher, ImageSequence, micro_batches, pack
+from pipeline.batches.assemble import load_base, open_split
+from pipeline.batches.sampler import QuestionBatchSampler
+from pipeline.batches.sequences import ImageSequence, SequenceBuilder, micro_batches, pack
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora
 from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
@@ -45,7 +45,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def test_an_epoch_has_every_question_once_and_images_together() -> None:
-    batches = list(BatchOrder(QUESTIONS, 16, seed=0, image_row=IMAGE_ROW))
+    batches = list(QuestionBatchSampler(QUESTIONS, 16, seed=0, image_row=IMAGE_ROW))
     assert [len(batch) for batch in batches] == [16] * 12 + [8]
     order = [question for batch in batches for question in batch]
     assert sorted(order) == QUESTIONS.tolist()
@@ -55,20 +55,22 @@ def test_an_epoch_has_every_question_once_and_images_together() -> None:
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    order = BatchOrder(QUESTIONS, 16, seed=0)
+    order = QuestionBatchSampler(QUESTIONS, 16, seed=0)
     first = list(order)
     assert list(order) == first
     order.epoch = 1
     assert list(order) != first
-    assert list(BatchOrder(QUESTIONS, 16, seed=1)) != first
-    assert list(BatchOrder(QUESTIONS, 16, seed=0)) == first
+    assert list(QuestionBatchSampler(QUESTIONS, 16, seed=1)) != first
+    assert list(QuestionBatchSampler(QUESTIONS, 16, seed=0)) == first
 
 
 @pytest.mark.parametrize("processes", [2, 3, 9])
 def test_processes_share_every_batch(processes: int) -> None:
-    shares = [list(BatchOrder(QUESTIONS, 16, 0, IMAGE_ROW, process, processes)) for process in range(processes)]
+    shares = [
+        list(QuestionBatchSampler(QUESTIONS, 16, 0, IMAGE_ROW, process, processes)) for process in range(processes)
+    ]
     together = [list(chain(*batch)) for batch in zip(*shares, strict=True)]
-    assert together == list(BatchOrder(QUESTIONS, 16, 0, IMAGE_ROW))
+    assert together == list(QuestionBatchSampler(QUESTIONS, 16, 0, IMAGE_ROW))
 
 
 def nodes(sequence: ImageSequence) -> int:
@@ -77,7 +79,7 @@ def nodes(sequence: ImageSequence) -> int:
 
 @pytest.mark.parametrize("most", [1, 60, 100, 10_000])
 def test_micro_batches_keep_to_their_size_and_lose_nothing(cached: Config, most: int) -> None:
-    sequences = open_batcher(cached, "train").for_training(range(54))
+    sequences = open_split(cached, "train").for_training(range(54))
     groups = micro_batches(sequences, nodes, most)
     assert sorted(map(id, chain(*groups))) == sorted(map(id, sequences))
     assert all(len(group) == 1 or sum(map(nodes, group)) <= most for group in groups)
@@ -85,9 +87,9 @@ def test_micro_batches_keep_to_their_size_and_lose_nothing(cached: Config, most:
 
 
 def test_an_image_with_many_questions_becomes_several_sequences(cached: Config) -> None:
-    batcher = open_batcher(cached, "train")
-    assert [one.questions for one in batcher.for_training([0, 1, 2, 3, 4, 5], most=2)] == [2, 1, 2, 1]
-    assert [one.questions for one in batcher.for_training([0, 3, 1], share_prefix=False)] == [1, 1, 1]
+    builder = open_split(cached, "train")
+    assert [one.questions for one in builder.for_training([0, 1, 2, 3, 4, 5], most=2)] == [2, 1, 2, 1]
+    assert [one.questions for one in builder.for_training([0, 3, 1], share_prefix=False)] == [1, 1, 1]
 
 
 def test_the_step_is_the_same_however_it_is_split(cached: Config, tmp_path: Path) -> None:
@@ -155,24 +157,24 @@ def test_gradient_checkpointing_is_chosen_only_if_one_image_does_not_fit(
 def test_steps_that_are_not_finite_are_left_out_and_counted(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lay_out, batches = Batcher.for_training, []
+    build_sequences, batches = SequenceBuilder.for_training, []
 
-    def second_is_broken(self: Batcher, *args: object) -> list[ImageSequence]:
+    def second_is_broken(self: SequenceBuilder, *args: object) -> list[ImageSequence]:
         batches.append(args)
-        sequences = lay_out(self, *args)
+        sequences = build_sequences(self, *args)
         if len(batches) == 2:
             sequences[0].query_features[:] = float("nan")
         return sequences
 
-    monkeypatch.setattr(Batcher, "for_training", second_is_broken)
+    monkeypatch.setattr(SequenceBuilder, "for_training", second_is_broken)
     run = RunFolder(tmp_path / "run")
-    summary = train(with_train(cached, on_not_finite="skip"), run)
+    summary = train(with_train(cached, on_nonfinite="skip"), run)
     assert (summary["steps"], summary["skipped_steps"]) == (4, 1)
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1]
     assert all(torch.isfinite(weight).all() for weight in adapter_of(run).values())
     batches.clear()
-    with pytest.raises(PipelineError, match=r"training diverged at step 2: loss nan.*on_not_finite=skip"):
+    with pytest.raises(PipelineError, match=r"training diverged at step 2: loss nan.*on_nonfinite=skip"):
         train(cached, RunFolder(tmp_path / "stopped"))
 
 
@@ -180,18 +182,18 @@ def test_a_run_of_steps_that_are_not_finite_stops_the_training(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is trained then, whatever is to be done about a single one."""
-    lay_out = Batcher.for_training
+    build_sequences = SequenceBuilder.for_training
 
-    def broken(self: Batcher, *args: object) -> list[ImageSequence]:
-        sequences = lay_out(self, *args)
+    def broken(self: SequenceBuilder, *args: object) -> list[ImageSequence]:
+        sequences = build_sequences(self, *args)
         sequences[0].query_features[:] = float("nan")
         return sequences
 
-    monkeypatch.setattr(Batcher, "for_training", broken)
+    monkeypatch.setattr(SequenceBuilder, "for_training", broken)
     run = RunFolder(tmp_path / "run")
     told = f"training diverged at step {MAX_CONSECUTIVE_SKIPS}: {MAX_CONSECUTIVE_SKIPS} steps in a row were skipped"
     with pytest.raises(PipelineError, match=told):
-        train(with_train(cached, batch_size=4, max_steps=100, on_not_finite="skip"), run)
+        train(with_train(cached, batch_size=4, max_steps=100, on_nonfinite="skip"), run)
 
 
 def in_float16(config: Config, monkeypatch: pytest.MonkeyPatch, **scaler: float) -> tuple[Config, list[Trainer]]:
@@ -237,7 +239,7 @@ def test_logits_are_computed_at_the_labels_alone(cached: Config, share_prefix: b
     model = add_lora(load_base(cached), **cached.lora.model_dump())
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    sequences = open_batcher(cached, "train").for_training(range(30), share_prefix)
+    sequences = open_split(cached, "train").for_training(range(30), share_prefix)
     model(**pack(sequences)).loss.backward()
     labels = sum(len(sequence.tree.labels) for sequence in sequences)
     assert shapes == [(labels, model.config.text_config.vocab_size)]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cache.text import Ragged, TextTable
-from pipeline.batches.assemble import load_base, load_tokenizer, open_batcher
-from pipeline.batches.sequences import Batcher, ImageSequence, pack
+from pipeline.batches.assemble import load_base, load_tokenizer, open_split
+from pipeline.batches.sequences import ImageSequence, SequenceBuilder, pack
 from pipeline.blip2.language_model import Blip2LanguageHalf, load_adapter
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
@@ -63,19 +63,19 @@ def test_a_look_sees_what_evaluation_sees_and_changes_no_training(
     last = looked.last_adapter if looked.last_adapter.exists() else looked.adapter
     assert (last / NAME).read_bytes() == (plain.adapter / NAME).read_bytes()
     assert rows(looked)[-1]["accuracy"] == pytest.approx(evaluate(plain)["accuracy"], abs=1e-4)
-    batcher = open_batcher(cached, "val")
+    builder = open_split(cached, "val")
     model = load_adapter(load_base(cached), plain.adapter)
     with torch.no_grad():
-        loss = model(**pack(batcher.for_training(range(18)))).loss
+        loss = model(**pack(builder.for_training(range(18)))).loss
     assert rows(looked)[-1]["loss"] == pytest.approx(loss.item(), rel=rounding.FLOAT32)
-    assert summary["validation"]["looks"] == 3
+    assert summary["validation"]["num_validations"] == 3
     assert summary["validation"]["best_accuracy"] == max(row["accuracy"] for row in rows(looked))
     assert all("accuracy" not in json.loads(line) for line in looked.metrics.read_text().splitlines())
 
 
 def test_where_memory_is_short_the_loss_is_summed_in_parts(cached: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config, model = with_validation(cached), load_base(cached)
-    validator = Validator(open_batcher(config, "val"), load_tokenizer(config), config.validation, config.evaluate)
+    validator = Validator(open_split(config, "val"), load_tokenizer(config), config.validation, config.evaluate)
     whole = validator(model)
     forward = Blip2LanguageHalf.forward
 
@@ -128,16 +128,16 @@ def test_a_killed_training_looks_and_keeps_as_if_never_stopped(cached: Config, t
     config = with_validation(cached, steps=1, max_steps=8)
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     train(config, whole)
-    lay_out, batches = Batcher.for_training, []
+    build_sequences, batches = SequenceBuilder.for_training, []
 
-    def stop(self: Batcher, questions: list[int], *how: object) -> list[ImageSequence]:
+    def stop(self: SequenceBuilder, questions: list[int], *how: object) -> list[ImageSequence]:
         batches.append(questions)
         if len(batches) == 12:  # in the middle: each look lays out questions too
             raise KeyboardInterrupt
-        return lay_out(self, questions, *how)
+        return build_sequences(self, questions, *how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batcher, "for_training", stop)
+        patch.setattr(SequenceBuilder, "for_training", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, killed)
     assert 0 < len(rows(killed)) < 8
@@ -168,10 +168,10 @@ def test_what_cannot_be_scored_is_told_before_training(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_validation(cached)
-    official = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"method": "official"})})
-    with pytest.raises(PipelineError, match=r"set evaluate\.method=exact"):
+    official = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": "official"})})
+    with pytest.raises(PipelineError, match=r"set evaluate\.metric=exact"):
         train(official, RunFolder(tmp_path / "run"))
-    difficult = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"method": "a-okvqa"})})
+    difficult = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": "a-okvqa"})})
     monkeypatch.setattr("pipeline.training.validation.VQAExample.from_record", lambda _: DIFFICULT_EXAMPLE)
     with pytest.raises(PipelineError, match=r"none has an answer .*=a-okvqa counts"):
         train(difficult, RunFolder(tmp_path / "run"))

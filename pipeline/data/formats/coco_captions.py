@@ -1,6 +1,6 @@
 """COCO's captions: pictures to describe, with no question."""
 
-from pipeline.data.examples import NO_IMAGE, LeftOut, Split, VQAExample
+from pipeline.data.examples import NO_IMAGE, SkippedItem, Split, VQAExample
 from pipeline.data.records import answer_of, each, field, naming, object_of, parse_json
 from pipeline.data.sources import Sources, collect, pictures
 
@@ -33,10 +33,10 @@ def read(sources: Sources) -> Split:
         for _, (image_id, text) in captioned:
             captions.setdefault(image_id, []).append(text)
         found = collect(sources, path, "images[{}]", enumerate(field(whole, "images", list)), example)
-    images = {one.question_id for one in found.examples} | {one.question_id for one in found.left_out}
+    images = {one.question_id for one in found.examples} | {one.question_id for one in found.skipped}
     unlisted = [
-        LeftOut(sources.split, NO_IMAGE, f"{path}: {place.format(position)}", image_id, questions=0)
+        SkippedItem(sources.split, NO_IMAGE, f"{path}: {place.format(position)}", image_id, questions=0)
         for position, (image_id, _) in captioned
         if image_id not in images
     ]
-    return found._replace(left_out=found.left_out + unlisted)
+    return found._replace(skipped=found.skipped + unlisted)

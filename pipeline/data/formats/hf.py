@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from sys import intern
 from typing import Any
 
-from pipeline.data.examples import DIFFICULT, LeftOut, Split, VQAExample, is_blank
+from pipeline.data.examples import DIFFICULT, SkippedItem, Split, VQAExample, is_blank
 from pipeline.data.records import RecordError, answer_text, field, naming, question_id_of, texts_of
 from pipeline.data.sources import Sources, collect
-from pipeline.data.tables import Table, TablePicture, open_table
+from pipeline.data.tables import Table, TableImage, open_table
 
 _ANSWERS = ("answers", "direct_answers", "answer", "multiple_choice_answer")  # the first that is not blank counts
 _IDS = ("question_id", "questionId", "id")
@@ -27,7 +27,7 @@ def read(sources: Sources) -> Split:
     `image`, found by its `id` and one of `_IMAGE_IDS`; questions whose picture it lacks are left out.
     """
     table = open_table(sources.need_table("dataset"), f"data.{sources.split}.dataset", sources.split)
-    without: list[LeftOut] = []
+    without: list[SkippedItem] = []
     with naming(table.name):
         question, key = table.need("question"), table.first_of(_IDS)
         answers = [column for column in _ANSWERS if column in table.columns]
@@ -35,7 +35,7 @@ def read(sources: Sources) -> Split:
             table.need(*_ANSWERS)
         image_id, picture_of = _pictures(sources, table)
 
-        def records() -> Iterator[tuple[int, tuple[TablePicture, _Record]]]:
+        def records() -> Iterator[tuple[int, tuple[TableImage, _Record]]]:
             optional = [column for column in (key, image_id, _DIFFICULT, *_TYPES) if column in table.columns]
             for row, record in table.records({question, *answers, *filter(None, optional)}):
                 picture = picture_of(row, record)
@@ -44,7 +44,7 @@ def read(sources: Sources) -> Split:
                 else:
                     reason = f"no picture in data.{sources.split}.image_dataset"
                     where, image = f"{table.name}: row {row}", str(record[image_id or ""])
-                    without.append(LeftOut(sources.split, reason, where, image=image))
+                    without.append(SkippedItem(sources.split, reason, where, image=image))
 
         def example(row: int, value: Any) -> VQAExample:
             picture, record = value
@@ -60,21 +60,21 @@ def read(sources: Sources) -> Split:
             )
 
         found = collect(sources, table.name, "row {}", records(), example)
-    return found._replace(left_out=without + found.left_out)
+    return found._replace(skipped=without + found.skipped)
 
 
-def _pictures(sources: Sources, table: Table) -> tuple[str | None, Callable[[int, _Record], TablePicture | None]]:
+def _pictures(sources: Sources, table: Table) -> tuple[str | None, Callable[[int, _Record], TableImage | None]]:
     """What finds a row's picture; with a table of pictures also the column of their ids, and None for unknown ones."""
     if "image_dataset" not in sources.tables:
         column = table.need("image", hint=", and no image_dataset or image_subset in the config")
         cells = table.pictures(column, sources.images)
-        return None, lambda row, record: TablePicture(table.name, row, cells)
+        return None, lambda row, record: TableImage(table.name, row, cells)
     images = open_table(sources.tables["image_dataset"], f"data.{sources.split}.image_dataset", sources.split)
-    by_id: dict[str, TablePicture] = {}
+    by_id: dict[str, TableImage] = {}
     with naming(images.name):
         cells, key = images.pictures(images.need("image"), sources.images), images.need("id")
         for row, record in images.records([key]):
-            by_id.setdefault(str(record[key]), TablePicture(images.name, row, cells))
+            by_id.setdefault(str(record[key]), TableImage(images.name, row, cells))
     image_id = table.need(*_IMAGE_IDS)
     return image_id, lambda row, record: by_id.get(str(record[image_id]))
 

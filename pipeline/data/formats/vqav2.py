@@ -3,7 +3,7 @@
 from sys import intern
 from typing import Any
 
-from pipeline.data.examples import ANNOTATED_TWICE, LeftOut, Split, VQAExample
+from pipeline.data.examples import ANNOTATED_TWICE, SkippedItem, Split, VQAExample
 from pipeline.data.records import (
     answer_of,
     check_encodable,
@@ -51,16 +51,16 @@ def read(sources: Sources) -> Split:
 
         records = enumerate(field(whole, "questions", list))
         found = collect(sources, path, "questions[{}]", records, example, lacks)
-    return found._replace(left_out=annotated_twice + found.left_out)
+    return found._replace(skipped=annotated_twice + found.skipped)
 
 
-def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None, list[LeftOut]]:
+def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None, list[SkippedItem]]:
     """Annotations by question id, None on a test split without; and the repeated ones, of which the first counts."""
     if sources.annotations is None and sources.may_lack_answers:
         return None, []
     path = sources.need("annotations")
     annotations: dict[int | str, _Annotation] = {}
-    twice: list[LeftOut] = []
+    twice: list[SkippedItem] = []
 
     def annotation(_: int, value: object) -> tuple[int | str, _Annotation]:
         record = object_of(value)
@@ -75,7 +75,7 @@ def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None,
                 annotations[key] = made
             else:
                 where = f"{path}: annotations[{position}]"
-                twice.append(LeftOut(sources.split, ANNOTATED_TWICE, where, key, questions=0))
+                twice.append(SkippedItem(sources.split, ANNOTATED_TWICE, where, key, questions=0))
     return annotations, twice
 
 

@@ -192,7 +192,7 @@ function heatMaps(watch) {
         show,
       ),
     ),
-    watch.told.map((told) => el("p", { class: "note odd" }, `Step ${count(told.step)}: ${told.words}`)),
+    watch.warnings.map((told) => el("p", { class: "note odd" }, `Step ${count(told.step)}: ${told.words}`)),
     holder,
   ];
 }
