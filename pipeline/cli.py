@@ -221,7 +221,7 @@ def train(
               pipe train runs/wide --resume
     """
     from pipeline.config import combinations_of, load_config
-    from pipeline.runs.folder import RunFolder, named_run, next_run
+    from pipeline.runs.run import Run, named_run, next_run
 
     combinations, fixed = combinations_of(overrides)
     is_grid = len(combinations) > 1
@@ -229,7 +229,7 @@ def train(
         raise click.UsageError("--dry-run foretells one training: give each key one value")
     if resume and not name and (is_grid or not config.is_dir()):
         raise click.UsageError("--resume goes on with a run: give its folder in place of CONFIG, or its --name")
-    resumed = RunFolder(config) if resume and not name else None
+    resumed = Run(config) if resume and not name else None
     loaded = load_config(resumed.config if resumed else config, fixed)
     folder = loaded.train.output_dir
     run = resumed or (named_run(folder, name) if name else next_run(folder, config.stem))
@@ -287,12 +287,12 @@ def evaluate(
     _load_bitsandbytes()
     from pipeline.commands.evaluate import evaluate
     from pipeline.config import PRESETS
-    from pipeline.runs.folder import RunFolder
+    from pipeline.runs.run import Run
 
     named = {"split": split, "num_beams": num_beams, "metric": metric}
     given = PRESETS.get(preset or "", {}) | {key: value for key, value in named.items() if value is not None}
     options = [f"evaluate.{key}={value}" for key, value in given.items()]
-    return evaluate(RunFolder(run), (*options, *overrides), adapter == "trained")
+    return evaluate(Run(run), (*options, *overrides), adapter == "trained")
 
 
 @main.command()
@@ -316,9 +316,9 @@ def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed:
               pipe report runs/* --output compared.html
     """
     from pipeline.commands.report import report
-    from pipeline.runs.folder import RunFolder
+    from pipeline.runs.run import Run
 
-    return report([RunFolder(run) for run in runs], output, max_examples, seed)
+    return report([Run(run) for run in runs], output, max_examples, seed)
 
 
 @main.command()
@@ -344,15 +344,15 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     _load_bitsandbytes()
     from pipeline.commands import ask as asking
     from pipeline.config import PRESETS
-    from pipeline.runs.folder import RunFolder
+    from pipeline.runs.run import Run
 
     options = [f"evaluate.{key}={value}" for key, value in PRESETS.get(preset or "", {}).items()]
     how = (*options, *overrides), adapter == "trained"
     if image and question is not None:
-        return asking.ask(RunFolder(run), from_home(image), question, *how)
+        return asking.ask(Run(run), from_home(image), question, *how)
     as_json = click.get_current_context().params["as_json"]
     answers = _Answers(click.get_current_context().obj, as_json)
-    conversation = asking.Conversation(RunFolder(run), *how, answers.tell)
+    conversation = asking.Conversation(Run(run), *how, answers.tell)
     if not sys.stdin.isatty():
         _hear_lines(conversation, image, answers)
         return None
@@ -383,9 +383,9 @@ def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool
     """
     _load_bitsandbytes()
     from pipeline.commands.export import export
-    from pipeline.runs.folder import RunFolder
+    from pipeline.runs.run import Run
 
-    return export(RunFolder(run), destination, overrides, merge, push)
+    return export(Run(run), destination, overrides, merge, push)
 
 
 def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None, list[str]]:

@@ -34,7 +34,7 @@ from pipeline.data.examples import VQAExample
 from pipeline.data.text import tokenize
 from pipeline.encoding.encoder_spec import load_preprocessor
 from pipeline.encoding.images import ImageError, check_header, read_image_bytes
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 SHOWN = 200  # characters of a line that is no picture
 _INVISIBLE = string.whitespace + "\ufeff\u200b\u200c\u200d\u2060\u00a0\0"
@@ -87,7 +87,7 @@ class ImageEncoder:
 class Predictor:
     """Questions on encoded pictures -> answers, by the run's adapter or without."""
 
-    def __init__(self, run: RunFolder, config: Config, with_adapter: bool):
+    def __init__(self, run: Run, config: Config, with_adapter: bool):
         self.run, self.config, self.with_adapter = run, config, with_adapter
         self.tokenizer = load_tokenizer(config)
         self.asks = "{question}" in config.data.prompt
@@ -127,7 +127,7 @@ class Predictor:
         }
 
 
-def ask(run: RunFolder, image: Path, question: str, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
+def ask(run: Run, image: Path, question: str, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
     """The answer to one question on one picture, and its probability.
 
     It is the answer that `evaluate` gives if the picture is in the cache. Raises `PipelineError`.
@@ -147,7 +147,7 @@ class Conversation:
     """Takes a user's lines, each a picture's path or a question on the last picture."""
 
     def __init__(
-        self, run: RunFolder, overrides: tuple[str, ...], with_adapter: bool, tell: Callable[[dict[str, Any]], object]
+        self, run: Run, overrides: tuple[str, ...], with_adapter: bool, tell: Callable[[dict[str, Any]], object]
     ):
         """`tell` is given the summary of each answer."""
         config = run.trained_config(overrides)

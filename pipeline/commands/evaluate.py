@@ -21,12 +21,12 @@ from pipeline.data.examples import VQAExample
 from pipeline.data.text import cut_answers
 from pipeline.data.vqa import official_form
 from pipeline.runs.card import write_card
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 MISTAKES = 100  # listed
 
 
-def evaluate(run: RunFolder, overrides: tuple[str, ...] = (), with_adapter: bool = True) -> dict[str, Any]:
+def evaluate(run: Run, overrides: tuple[str, ...] = (), with_adapter: bool = True) -> dict[str, Any]:
     """Answer the questions of `evaluate.split` with the run's adapter, or without, and return the summary.
 
     Writes into the run's folder the answers in the data set's official form and in one of its own with what each is

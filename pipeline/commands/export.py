@@ -33,7 +33,7 @@ from pipeline.config import Config, ModelConfig
 from pipeline.encoding.preflight import free_bytes as free_on_disk
 from pipeline.encoding.preflight import size
 from pipeline.runs.card import model_card
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 COMPARED = 100  # questions, at most
 SMALL_FILES_BYTES = 16 << 20
@@ -41,7 +41,7 @@ SMALL_FILES_BYTES = 16 << 20
 
 
 def export(
-    run: RunFolder,
+    run: Run,
     destination: Path,
     overrides: tuple[str, ...] = (),
     merge: bool = False,
@@ -106,7 +106,7 @@ def _copy_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def _merge(run: RunFolder, config: Config, folder: Path) -> None:
+def _merge(run: Run, config: Config, folder: Path) -> None:
     model = config.model
     checkpoint = fetch_checkpoint(model.checkpoint, model.revision, (*ENCODER_PREFIXES, *LANGUAGE_MODEL_PREFIXES))
     needed, free = merged_bytes(checkpoint) + SMALL_FILES_BYTES, free_on_disk(folder)
@@ -124,7 +124,7 @@ class _Said(NamedTuple):
     """(L, vocabulary), where the tokens of the run's own answers are expected."""
 
 
-def differences(run: RunFolder, config: Config, merged: Path) -> dict[str, float] | None:
+def differences(run: Run, config: Config, merged: Path) -> dict[str, float] | None:
     """How far the merged model is from the run, on cached questions of `evaluate.split`; None if there is no cache, or
     too little memory.
 

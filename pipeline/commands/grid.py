@@ -14,14 +14,14 @@ from pipeline.common.distributed import world_size
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 from pipeline.config import Config, load_config
-from pipeline.runs.folder import RunFolder
 from pipeline.runs.record import read_record
+from pipeline.runs.run import Run
 
 TOLD = ("steps", "train_loss", "best_accuracy", "questions_per_second", "seconds")
 
 
 def train_grid(
-    config: Path, combinations: Sequence[dict[str, str]], fixed: tuple[str, ...], base: RunFolder, resume: bool = False
+    config: Path, combinations: Sequence[dict[str, str]], fixed: tuple[str, ...], base: Run, resume: bool = False
 ) -> dict[str, Any]:
     """Trains a run for each combination of overrides, in folders named after `base`; the summary of all.
 
@@ -47,14 +47,14 @@ def train_grid(
     return {"runs": rows, "failed_runs": sum("failed" in row for row in rows)}
 
 
-def run_of(base: RunFolder, varied: dict[str, str]) -> RunFolder:
+def run_of(base: Run, varied: dict[str, str]) -> Run:
     """`base` with what is varied behind its name: mine-1-r=8-learning_rate=1e-4."""
     words = [f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()]
     name = "-".join([base.path.name, *words]).replace("/", "_").replace(" ", "")
-    return RunFolder(base.path.with_name(name))
+    return Run(base.path.with_name(name))
 
 
-def _train_one(config: Config, run: RunFolder, resume: bool, load: "_LoadOnce") -> dict[str, Any]:
+def _train_one(config: Config, run: Run, resume: bool, load: "_LoadOnce") -> dict[str, Any]:
     """What is told of the run; why it failed, if it did."""
     started = time.perf_counter()
     try:

@@ -10,7 +10,7 @@ from pipeline.commands.precompute import precompute
 from pipeline.commands.train import train
 from pipeline.common.progress import log_info
 from pipeline.config import load_config
-from pipeline.runs.folder import next_run
+from pipeline.runs.run import next_run
 
 CONFIG_NAME = "easy_vqa.yaml"
 

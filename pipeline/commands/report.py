@@ -15,9 +15,9 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_writable, write_text, writing
 from pipeline.common.progress import log_info
 from pipeline.config import SPLITS, Config, flatten, load_config
-from pipeline.runs.folder import RunFolder, adapter_damage, read_jsonl
 from pipeline.runs.gallery import gallery
 from pipeline.runs.record import read_evaluation, read_record
+from pipeline.runs.run import Run, adapter_damage, read_jsonl
 
 PAGE = ("page.html", "page.css", "parts.js", "charts.js", "page.js")
 POINTS = 1000
@@ -28,7 +28,7 @@ LOOKS = 60
 Rows = Sequence[dict[str, Any]]
 
 
-def report(runs: Sequence[RunFolder], output: Path | None = None, pictures: int = 200, seed: int = 0) -> dict[str, Any]:
+def report(runs: Sequence[Run], output: Path | None = None, pictures: int = 200, seed: int = 0) -> dict[str, Any]:
     """Writes the page, and returns the summary.
 
     Args:
@@ -74,7 +74,7 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _run(run: RunFolder) -> dict[str, Any]:
+def _run(run: Run) -> dict[str, Any]:
     """What is told of every run."""
     if not run.config.is_file():
         raise PipelineError(f"{run.path}: not a run folder, it has no {run.config.name}; see `pipe train`")
@@ -100,7 +100,7 @@ def _run(run: RunFolder) -> dict[str, Any]:
     return told | {"hints": _hints(run, told)}
 
 
-def _hints(run: RunFolder, told: dict[str, Any]) -> list[dict[str, str]]:
+def _hints(run: Run, told: dict[str, Any]) -> list[dict[str, str]]:
     """What the page lacks, and the command that makes it."""
     hints = []
     if told["state"] == "finished":
@@ -124,7 +124,7 @@ def _hint(place: str, words: str, command: str) -> dict[str, str]:
     return {"place": place, "words": words, "command": command}
 
 
-def _add_details(run: RunFolder, told: dict[str, Any], pictures: int, seed: int) -> None:
+def _add_details(run: Run, told: dict[str, Any], pictures: int, seed: int) -> None:
     """What is told of a run if the page is about it alone."""
     looks = read_jsonl(math.inf, run.watch)
     told["config"] = run.config.read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def _add_details(run: RunFolder, told: dict[str, Any], pictures: int, seed: int)
         told["hints"].append(hint)
 
 
-def _gallery(run: RunFolder, split: str, count: int, seed: int) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
+def _gallery(run: Run, split: str, count: int, seed: int) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
     """The examples, and what they lack."""
     if not count:
         return None, None
@@ -158,7 +158,7 @@ def _gallery(run: RunFolder, split: str, count: int, seed: int) -> tuple[dict[st
     return found, None
 
 
-def _evaluation(run: RunFolder, config: Config) -> tuple[str, dict[str, Any]]:
+def _evaluation(run: Run, config: Config) -> tuple[str, dict[str, Any]]:
     """The split that the run is judged by, the config's or the first that was evaluated; its summaries."""
     splits = [config.evaluate.split, *SPLITS]
     split = next((one for one in splits if run.evaluation(one, True).exists()), config.evaluate.split)

@@ -39,8 +39,8 @@ from pipeline.config import Config, TrainConfig
 from pipeline.data.text import cut_answers, log_cut_answers
 from pipeline.runs.card import write_card
 from pipeline.runs.checkpoints import remove_incomplete, sound_checkpoint
-from pipeline.runs.folder import RunFolder, read_jsonl
 from pipeline.runs.record import begin_record, end_record
+from pipeline.runs.run import Run, read_jsonl
 from pipeline.training.lora_monitor import LoraMonitorCallback
 from pipeline.training.metrics import MetricsCallback
 from pipeline.training.stopping import GracefulStopCallback, StopRequest
@@ -71,9 +71,7 @@ def load_for_training(config: Config) -> Blip2LanguageHalf:
     return load_base(config, config.train.dropout)
 
 
-def train(
-    config: Config, run: RunFolder, resume: bool = False, load: LoadBase = load_for_training
-) -> dict[str, Any] | None:
+def train(config: Config, run: Run, resume: bool = False, load: LoadBase = load_for_training) -> dict[str, Any] | None:
     """Train a LoRA adapter into the run folder `run`, and return the summary; None in a process that only helps.
 
     The folder must not exist, unless `resume`: then training goes on from its newest checkpoint without damage, or from
@@ -92,7 +90,7 @@ def train(
 
 
 @contextmanager
-def _explaining_writes(run: RunFolder) -> Iterator[None]:
+def _explaining_writes(run: Run) -> Iterator[None]:
     """Have a failed write say how to resume."""
     try:
         with writing(run.path):
@@ -103,7 +101,7 @@ def _explaining_writes(run: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
+def _train(config: Config, run: Run, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
     started = time.perf_counter()
     with DistributedContext() as team:
         check_devices(team, config.quantization.compute_dtype)
@@ -119,7 +117,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
         data = _open_data(config)
         shared = (run.path, checkpoint)
         shared = team.scatter([shared] * team.size) if team.rank == 0 else team.receive(tuple)
-        run, checkpoint = RunFolder(shared[0]), shared[1]
+        run, checkpoint = Run(shared[0]), shared[1]
         base = load(config)
         set_seed(config.train.seed)
         model = add_lora(base, **config.lora.model_dump())
@@ -177,7 +175,7 @@ def _train(config: Config, run: RunFolder, resume: bool, load: LoadBase, holding
     return summary
 
 
-def _mean_loss(run: RunFolder) -> float | None:
+def _mean_loss(run: Run) -> float | None:
     """Of all steps that were logged; None if there is none."""
     losses = [row["loss"] for row in read_jsonl(sys.maxsize, run.metrics) if row["loss"] is not None]
     return fmean(losses) if losses else None
@@ -195,7 +193,7 @@ def _open_data(config: Config) -> Data:
 
 
 @contextmanager
-def _held(run: RunFolder) -> Iterator[None]:
+def _held(run: Run) -> Iterator[None]:
     """Keep others from the run's folder; if anything fails, remove what this process has begun and not completed."""
     try:
         lock = run.hold()
@@ -213,7 +211,7 @@ def _held(run: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def _hold_to_resume(run: RunFolder, config: Config, holding: ExitStack) -> Path | None:
+def _hold_to_resume(run: Run, config: Config, holding: ExitStack) -> Path | None:
     """Hold the run's folder; the checkpoint to resume from."""
     holding.enter_context(_held(run))
     run.check_resumable(config)  # another process may have finished it meanwhile
@@ -223,7 +221,7 @@ def _hold_to_resume(run: RunFolder, config: Config, holding: ExitStack) -> Path 
     return checkpoint
 
 
-def _save(model: PeftModel, run: RunFolder, keep_best: BestAdapterCallback | None, step: int) -> None:
+def _save(model: PeftModel, run: Run, keep_best: BestAdapterCallback | None, step: int) -> None:
     """Put the best adapter in its place, where it is known which is, else the last; with its card."""
     last = run.best(step)
     save_adapter(model, last)
@@ -256,7 +254,7 @@ def _trainer(
     config: Config,
     model: PeftModel,
     data: Data,
-    run: RunFolder,
+    run: Run,
     base_dtype: torch.dtype,
     callbacks: list[TrainerCallback],
 ) -> StageTwoTrainer:

@@ -6,8 +6,8 @@ from typing import Any
 
 from pipeline.common.files import write_text
 from pipeline.config import Config, load_config
-from pipeline.runs.folder import RunFolder
 from pipeline.runs.record import evaluations, read_record
+from pipeline.runs.run import Run
 
 _MERGED = """\
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
@@ -49,12 +49,12 @@ tokens = model.generate(**inputs, max_new_tokens={max_new_tokens}, num_beams={nu
 answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()"""
 
 
-def write_card(run: RunFolder, adapter: Path | None = None) -> None:
+def write_card(run: Run, adapter: Path | None = None) -> None:
     """The README.md of the run's adapter, with what is known by now; the same run gives the same bytes."""
     write_text((adapter or run.adapter) / "README.md", model_card(run, load_config(run.config), merged=False))
 
 
-def model_card(run: RunFolder, config: Config, merged: bool) -> str:
+def model_card(run: Run, config: Config, merged: bool) -> str:
     """Markdown with the hub's front matter: loading, results, and the data and features that lead to them."""
     what = "with a LoRA adapter folded into its language model" if merged else "LoRA adapter of its language model"
     lines = [
@@ -82,7 +82,7 @@ def model_card(run: RunFolder, config: Config, merged: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _results(run: RunFolder) -> list[str]:
+def _results(run: Run) -> list[str]:
     found = [_result(one) for one in evaluations(run)]
     validation = read_record(run).get("summary", {}).get("validation", {})
     if "best_accuracy" in validation:

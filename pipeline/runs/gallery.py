@@ -12,7 +12,7 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.common.progress import log_info
 from pipeline.data.examples import VQAExample
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 RIGHT = 50.0
 """The accuracy from which on an answer counts as right here."""
@@ -50,7 +50,7 @@ def choose(verdicts: Sequence[str], count: int, seed: int) -> list[int]:
     return [place for kind in VERDICTS for place in rng.sample(groups[kind], shares[kind])]
 
 
-def gallery(run: RunFolder, features: FeatureReader, split: str, count: int, seed: int) -> dict[str, Any] | None:
+def gallery(run: Run, features: FeatureReader, split: str, count: int, seed: int) -> dict[str, Any] | None:
     """The examples with their pictures, as the page takes them; None if the answers are not those of the cache's text.
 
     Raises CacheError if the text cannot be read.

@@ -10,12 +10,12 @@ from cache.reader import FeatureReader
 from pipeline.common.files import write_text
 from pipeline.common.progress import log_info
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 LIBRARIES = ("blip2-vqa-pipeline", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "h5py", "numpy")
 
 
-def begin_record(run: RunFolder, config: Config, features: FeatureReader, device: str, dtype: str) -> None:
+def begin_record(run: Run, config: Config, features: FeatureReader, device: str, dtype: str) -> None:
     """Writes what the run is made of; of a run that is gone on with, anew."""
     manifest = features.manifest
     record = {
@@ -35,24 +35,24 @@ def begin_record(run: RunFolder, config: Config, features: FeatureReader, device
     _write_json(record, run.record)
 
 
-def end_record(run: RunFolder, summary: dict[str, Any]) -> None:
+def end_record(run: Run, summary: dict[str, Any]) -> None:
     """Adds what came out."""
     _write_json({**read_record(run), "summary": summary}, run.record)
 
 
-def read_record(run: RunFolder) -> dict[str, Any]:
+def read_record(run: Run) -> dict[str, Any]:
     """What is known of the run; nothing of one that never began."""
     return _read_json(run.record) or {}
 
 
-def evaluations(run: RunFolder) -> list[dict[str, Any]]:
+def evaluations(run: Run) -> list[dict[str, Any]]:
     """The summaries of what was evaluated, by split, without the adapter first."""
     read = [_read_json(path) for path in sorted(run.path.glob("evaluation-*.json"))]
     found = [one for one in read if one and {"split", "adapter"} <= one.keys()]
     return sorted(found, key=lambda one: (one["split"], one["adapter"]))
 
 
-def read_evaluation(run: RunFolder, split: str, with_adapter: bool) -> dict[str, Any] | None:
+def read_evaluation(run: Run, split: str, with_adapter: bool) -> dict[str, Any] | None:
     """The summary of one evaluation; None if there is none."""
     return _read_json(run.evaluation(split, with_adapter))
 

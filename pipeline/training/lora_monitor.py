@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.common.progress import log_info
-from pipeline.runs.folder import RunFolder, append_row, read_jsonl, write_rows
+from pipeline.runs.run import Run, append_row, read_jsonl, write_rows
 from pipeline.training.stopping import StopRequest
 
 AT_ONCE = 16
@@ -161,9 +161,7 @@ class LoraMonitorCallback(TrainerCallback):
     Process 0 alone looks: the weights are the same in all. `steps` None never does.
     """
 
-    def __init__(
-        self, model: PeftModel, run: RunFolder, steps: int | None, warmup_steps: int, stop: StopRequest
-    ) -> None:
+    def __init__(self, model: PeftModel, run: Run, steps: int | None, warmup_steps: int, stop: StopRequest) -> None:
         self.run, self.steps, self.warmup_steps, self.stop = run, steps, warmup_steps, stop
         self.layers = adapted_layers(model)
         self.adapter: str = model.active_adapter

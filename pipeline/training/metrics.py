@@ -10,13 +10,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline.common.distributed import world_size
 from pipeline.common.progress import progress_bar
 from pipeline.runs.checkpoints import mark_complete, remove_old
-from pipeline.runs.folder import RunFolder, append_row, read_jsonl, write_rows
+from pipeline.runs.run import Run, append_row, read_jsonl, write_rows
 
 
 class MetricsCallback(TrainerCallback):
     """Also marks a checkpoint as complete, and only then removes older ones."""
 
-    def __init__(self, run: RunFolder, keep: int) -> None:
+    def __init__(self, run: Run, keep: int) -> None:
         """`keep` is the number of checkpoints that stay."""
         self.run, self.keep = run, keep
         self.bar: tqdm[Any] | None = None

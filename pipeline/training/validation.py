@@ -22,7 +22,7 @@ from pipeline.common.progress import log_info
 from pipeline.config import EvaluateConfig, ValidationConfig
 from pipeline.data.examples import VQAExample
 from pipeline.data.text import PromptTokenizer
-from pipeline.runs.folder import RunFolder, adapter_damage, read_jsonl, write_rows
+from pipeline.runs.run import Run, adapter_damage, read_jsonl, write_rows
 
 SUMS = ("accuracy", "questions", "loss", "label_weight")
 
@@ -96,7 +96,7 @@ class BestAdapterCallback(TrainerCallback):
     All is read off `validation.jsonl`: a training that is gone on with decides as one that was never stopped.
     """
 
-    def __init__(self, run: RunFolder, settings: ValidationConfig, save: Callable[[Path], object]) -> None:
+    def __init__(self, run: Run, settings: ValidationConfig, save: Callable[[Path], object]) -> None:
         self.run, self.steps, self.patience, self.save = run, settings.steps, settings.patience, save
         self.rows: list[dict[str, Any]] = []
         self.lost: set[int] = set()

@@ -22,7 +22,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.blip2.device import pick_device
 from pipeline.blip2.memory import peak_bytes, reset_peak
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 from pipeline.training.lora_monitor import LoraMonitorCallback
 from pipeline.training.stopping import StopRequest
 
@@ -70,7 +70,7 @@ def main() -> None:
     for rank in options.ranks:
         model = adapted_model(options.layers, options.width, rank, device)
         with TemporaryDirectory() as name:
-            measured, memory = look(model, RunFolder(Path(name)), options.rounds, device)
+            measured, memory = look(model, Run(Path(name)), options.rounds, device)
         print_table(f"ms, rank {rank}", measured, {})
         share = (
             sorted(measured["a look"])[options.rounds // 2] / 1e3 / options.lora_monitor_steps / options.step_seconds
@@ -78,7 +78,7 @@ def main() -> None:
         print(f"share of the training time {share:.3%}; memory {memory / 1e6:.0f} MB")
 
 
-def look(model: PeftModel, run: RunFolder, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], int]:
+def look(model: PeftModel, run: Run, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], int]:
     watch = LoraMonitorCallback(model, run, steps=1, warmup_steps=0, stop=StopRequest())
     arguments = TrainingArguments(output_dir=str(run.checkpoints), report_to=[], use_cpu=device.type == "cpu")
     state, control = TrainerState(max_steps=rounds), TrainerControl()

@@ -282,7 +282,9 @@ def test_from_a_hub_only_the_needed_shards_are_asked_for(
     environment, asked = hub
     done = fetch_in_a_new_process("someone/blip2", half, environment)
     assert done.returncode == 0, done.stderr
-    wanted = shards_of(sharded, {"ENCODER_PREFIXES": ENCODER_PREFIXES, "LANGUAGE_MODEL_PREFIXES": LANGUAGE_MODEL_PREFIXES}[half])
+    wanted = shards_of(
+        sharded, {"ENCODER_PREFIXES": ENCODER_PREFIXES, "LANGUAGE_MODEL_PREFIXES": LANGUAGE_MODEL_PREFIXES}[half]
+    )
     assert {name for name in asked if name.endswith(".safetensors")} == wanted
     assert len(wanted) < len(list(sharded.glob("*.safetensors")))
     folder = Path(done.stdout.strip())

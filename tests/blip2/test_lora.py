@@ -23,7 +23,7 @@ from pipeline.cli import main
 from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError
 from pipeline.config import Config, load_config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 CPU = torch.device("cpu")
 LORA_ONLY = pytest.param("lora_only", marks=SAVES_LORA_ONLY)
@@ -196,7 +196,7 @@ def test_a_training_of_biases_in_half_precision_goes_on_as_if_never_stopped(cach
             "train": cached.train.model_copy(update={"batch_size": 4}),
         }
     )
-    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
+    whole, stopped = Run(tmp_path / "whole"), Run(tmp_path / "stopped")
     train(config, whole)
     shutil.copytree(whole.path, stopped.path)
     for later in (stopped.adapter, stopped.checkpoints / "checkpoint-4"):

@@ -25,14 +25,14 @@ from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 QUESTION = "what shape is it?"
 
 
 @pytest.fixture(scope="module")
-def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "first")
+def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = Run(tmp_path_factory.mktemp("runs") / "first")
     train(cached, folder)
     return folder
 
@@ -49,7 +49,7 @@ def pipe(*words: object, typed: str | None = None) -> Result:
 @pytest.mark.parametrize("with_adapter", [True, False], ids=["trained", "untrained"])
 @pytest.mark.parametrize("bits", ["4", "null"])
 def test_answers_equal_those_of_evaluate_from_the_cache(
-    run: RunFolder, cached: Config, bits: str, with_adapter: bool, monkeypatch: pytest.MonkeyPatch
+    run: Run, cached: Config, bits: str, with_adapter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With bfloat16 instructions bitsandbytes computes in them: the rounding of a batch would decide ties.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
@@ -105,7 +105,7 @@ def test_the_encoder_computes_in_the_caches_dtype_unless_the_config_names_one(ca
     assert dtype("float16", dir=Path("/no/such/cache")) == "torch.float16"
 
 
-def test_one_question_gives_a_summary(run: RunFolder, picture: Path) -> None:
+def test_one_question_gives_a_summary(run: Run, picture: Path) -> None:
     done = pipe("ask", run.path, picture, QUESTION, "--json", "evaluate.max_new_tokens=3")
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
@@ -116,7 +116,7 @@ def test_one_question_gives_a_summary(run: RunFolder, picture: Path) -> None:
 
 
 def test_a_conversation_from_a_pipe_answers_on_stdout_and_goes_on_after_errors(
-    run: RunFolder, cached: Config, tmp_path: Path
+    run: Run, cached: Config, tmp_path: Path
 ) -> None:
     text = FeatureReader(cached.cache.dir).text("val")
     first, second = (text.record(number)["image"] for number in (0, 3))
@@ -140,7 +140,7 @@ def test_a_conversation_from_a_pipe_answers_on_stdout_and_goes_on_after_errors(
     assert told[-1] == "pipe: 6 lines were not answered; what was wrong with each is told above"
 
 
-def test_a_conversation_may_begin_with_a_picture_and_speak_json(run: RunFolder, picture: Path) -> None:
+def test_a_conversation_may_begin_with_a_picture_and_speak_json(run: Run, picture: Path) -> None:
     done = pipe("ask", run.path, picture, "evaluate.num_beams=2", "--json", typed=f"{QUESTION}\nwhere is it?\n")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["question"] for row in rows] == [QUESTION, "where is it?"]
@@ -167,7 +167,7 @@ ODD = {
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_each_line_of_a_pipe_gives_a_line_whatever_its_bytes(
-    run: RunFolder, picture: Path, as_json: bool, end: bytes
+    run: Run, picture: Path, as_json: bool, end: bytes
 ) -> None:
     lines = [b"\xef\xbb\xbf" + QUESTION.encode(), *ODD.values(), QUESTION.encode()]
     words = ["ask", str(run.path), str(picture), *(["--json"] if as_json else [])]
@@ -189,19 +189,19 @@ def test_each_line_of_a_pipe_gives_a_line_whatever_its_bytes(
 
 
 @pytest.mark.parametrize("words", [("wie gro\udcdf?",), ("\ufeff" + QUESTION,), ("what\ud800?",)])
-def test_a_question_of_any_bytes_is_answered(run: RunFolder, picture: Path, words: tuple[str]) -> None:
+def test_a_question_of_any_bytes_is_answered(run: Run, picture: Path, words: tuple[str]) -> None:
     done = pipe("ask", run.path, picture, *words, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["question"] in ("wie gro\ufffd?", QUESTION, "what\ufffd?")
 
 
-def test_a_picture_that_is_named_and_cannot_be_read_ends_it(run: RunFolder, tmp_path: Path) -> None:
+def test_a_picture_that_is_named_and_cannot_be_read_ends_it(run: Run, tmp_path: Path) -> None:
     done = pipe("ask", run.path, tmp_path / "none.png", typed=f"{QUESTION}\n{QUESTION}\n")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == f"pipe: {tmp_path}/none.png: not there\n"
 
 
-def test_who_reads_no_further_is_told_nothing(run: RunFolder, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_reads_no_further_is_told_nothing(run: Run, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -212,7 +212,7 @@ def test_who_reads_no_further_is_told_nothing(run: RunFolder, picture: Path, mon
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["table", "json"])
 def test_an_answer_that_stdout_has_no_letters_for_is_escaped(
-    run: RunFolder, picture: Path, monkeypatch: pytest.MonkeyPatch, as_json: list[str]
+    run: Run, picture: Path, monkeypatch: pytest.MonkeyPatch, as_json: list[str]
 ) -> None:
     monkeypatch.setattr(
         "pipeline.data.text.PromptTokenizer.decode", lambda self, tokens: ["gr\xfcn \u2603"] * len(tokens)
@@ -226,7 +226,7 @@ def test_an_answer_that_stdout_has_no_letters_for_is_escaped(
 
 
 def test_on_a_terminal_prompts_go_to_stderr(
-    run: RunFolder, picture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Run, picture: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -240,7 +240,7 @@ def test_on_a_terminal_prompts_go_to_stderr(
     assert "question: " in err
 
 
-def test_what_cannot_be_asked_is_told_in_a_line(run: RunFolder, picture: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_path: Path) -> None:
     for words, message in (
         ((run.path, picture, " "), "the question is empty"),
         ((run.path, picture, "why " * 300), "the question is too long: "),
@@ -263,15 +263,13 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: RunFolder, picture: Path, t
 
 
 def test_a_run_without_an_adapter_is_told(cached: Config, picture: Path, tmp_path: Path) -> None:
-    unfinished = RunFolder(tmp_path / "unfinished")
+    unfinished = Run(tmp_path / "unfinished")
     unfinished.start(cached)
     with pytest.raises(PipelineError, match="no adapter yet"):
         ask(unfinished, picture, QUESTION, (), True)
 
 
-def test_a_checkpoint_without_its_encoder_is_told(
-    run: RunFolder, checkpoint: Path, picture: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_without_its_encoder_is_told(run: Run, checkpoint: Path, picture: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     Blip2ForConditionalGeneration.from_pretrained(checkpoint).save_pretrained(folder, max_shard_size="200KB")
     for path in checkpoint.glob("*.json"):
@@ -293,8 +291,8 @@ def test_features_beyond_the_storage_dtype_are_told(
         look(picture)
 
 
-def test_a_run_of_captions_needs_no_question(run: RunFolder, cached: Config, picture: Path, tmp_path: Path) -> None:
-    captions = RunFolder(tmp_path / "captions")
+def test_a_run_of_captions_needs_no_question(run: Run, cached: Config, picture: Path, tmp_path: Path) -> None:
+    captions = Run(tmp_path / "captions")
     shutil.copytree(run.path, captions.path)
     write_config(captions.path, data={"format": "coco_captions"}, cache={"dir": str(cached.cache.dir)})
     told: list[dict[str, Any]] = []

@@ -21,17 +21,17 @@ from pipeline.commands.precompute import precompute
 from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import PRESETS, Config, load_config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 
 @pytest.fixture(scope="module")
-def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = RunFolder(tmp_path_factory.mktemp("evaluated") / "run")
+def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = Run(tmp_path_factory.mktemp("evaluated") / "run")
     train(cached, folder)
     return folder
 
 
-def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: RunFolder) -> None:
+def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: Run) -> None:
     for with_adapter in True, False:
         summary = evaluate(run, with_adapter=with_adapter)
         assert json.loads(run.evaluation("val", with_adapter).read_text()) == summary
@@ -45,7 +45,7 @@ def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: RunFolder
     }  # fmt: skip
 
 
-def test_each_answer_stands_with_its_accuracy_in_the_order_of_the_split(run: RunFolder) -> None:
+def test_each_answer_stands_with_its_accuracy_in_the_order_of_the_split(run: Run) -> None:
     summary = evaluate(run)
     answers = [json.loads(line) for line in run.predictions("val", True).read_text().splitlines()]
     results = json.loads(Path(summary["results"]).read_text())
@@ -54,7 +54,7 @@ def test_each_answer_stands_with_its_accuracy_in_the_order_of_the_split(run: Run
     assert all(0 <= one["probability"] <= 1 for one in answers)
 
 
-def test_mistakes_are_wrong_and_the_surest_stands_first(run: RunFolder) -> None:
+def test_mistakes_are_wrong_and_the_surest_stands_first(run: Run) -> None:
     summary = evaluate(run)
     mistakes = [json.loads(line) for line in Path(summary["mistakes"]).read_text().splitlines()]
     answers = {row["question_id"]: row["answer"] for row in json.loads(Path(summary["results"]).read_text())}
@@ -136,21 +136,21 @@ def test_out_of_memory_halves_the_batch(
 
 
 @pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5", "train={}"])
-def test_what_only_training_looks_at_is_refused(run: RunFolder, override: str) -> None:
+def test_what_only_training_looks_at_is_refused(run: Run, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override}.*trained already"):
         evaluate(run, (override,))
 
 
-def test_an_unknown_format_is_told_before_anything_is_answered(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_format_is_told_before_anything_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.commands.evaluate.answer_questions", lambda *_: pytest.fail("answered"))
     with pytest.raises(ConfigError, match=r"no data\.format 'vqa2'; nearest: vqav2"):
         evaluate(run, ("data.format=vqa2",))
 
 
-def test_options_are_the_configs_keys_and_overrides_win(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_are_the_configs_keys_and_overrides_win(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def remember(run: RunFolder, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
+    def remember(run: Run, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
         from pipeline.config import load_config
 
         seen.append(load_config(run.config, overrides).evaluate)
@@ -172,7 +172,7 @@ def test_options_are_the_configs_keys_and_overrides_win(run: RunFolder, monkeypa
     assert {"greedy", "official"} == set(PRESETS)
 
 
-def test_a_wrong_option_names_what_is_allowed(run: RunFolder) -> None:
+def test_a_wrong_option_names_what_is_allowed(run: Run) -> None:
     done = CliRunner().invoke(main, ["evaluate", str(run.path), "--metric", "bleu"])
     assert done.exit_code == 2
     assert "evaluate.metric" in done.stderr
@@ -188,7 +188,7 @@ def test_captions_are_trained_all_and_handed_in_as_captions(data_set: Path) -> N
     config = load_config(write_config(data_set, data={"format": "coco_captions", **files}))
     precompute(config)
     assert config.answers_trained == "all"
-    run = RunFolder(data_set / "run")
+    run = Run(data_set / "run")
     train(config, run)
     summary = evaluate(run, ("evaluate.max_new_tokens=6",))
     rows = json.loads(Path(summary["results"]).read_text())
@@ -201,7 +201,7 @@ def test_a_split_without_answers_is_answered_and_not_scored(data_set: Path) -> N
     files = {"test": {"annotations": f"{data_set}/test.jsonl", "images": f"{data_set}/images"}}
     config = load_config(write_config(data_set, data=files))
     precompute(config)
-    run = RunFolder(data_set / "run")
+    run = Run(data_set / "run")
     train(config, run)
     summary = evaluate(run, ("evaluate.split=test", "evaluate.metric=official"))
     assert (summary["questions"], summary["scored"], summary["accuracy"]) == (1, 0, None)
@@ -209,7 +209,7 @@ def test_a_split_without_answers_is_answered_and_not_scored(data_set: Path) -> N
     assert Path(summary["mistakes"]).read_text() == ""
 
 
-def test_several_processes_are_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PipelineError, match="start it without torchrun"):
         evaluate(run)

@@ -37,15 +37,15 @@ from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.examples import VQAExample
-from pipeline.runs.folder import RunFolder
 from pipeline.runs.record import read_record
+from pipeline.runs.run import Run
 
 QUESTIONS = 102
 BITS = pytest.mark.parametrize("bits", [4, None], ids=["nf4", "float32"])
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trained long enough to answer one thing and another."""
     folder = tmp_path_factory.mktemp("trained")
     write_data_set(folder, pictures=QUESTIONS // 3 * 4)
@@ -53,14 +53,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         write_config(folder, train={"max_steps": 40, "batch_size": 32, "learning_rate": 3e-3, "save_steps": 100})
     )
     precompute(config)
-    run = RunFolder(folder / "runs" / "first")
+    run = Run(folder / "runs" / "first")
     train(config, run)
     return run
 
 
-def untrained(run: RunFolder, bits: int | None, targets: tuple[str, ...], bias: str, folder: Path) -> RunFolder:
+def untrained(run: Run, bits: int | None, targets: tuple[str, ...], bias: str, folder: Path) -> Run:
     """A run with a random adapter of another kind, biases as well."""
-    other = RunFolder(folder)
+    other = Run(folder)
     other.start(load_config(run.config, (f"quantization.bits={bits or 'null'}",)))
     model = add_lora(load_base(load_config(other.config)), 4, 8, 0.0, targets, bias)
     wake_lora(model)
@@ -77,12 +77,12 @@ def dequantised(config: Config) -> Blip2LanguageHalf:
     return plain
 
 
-def answers_of(run: RunFolder, *overrides: str, with_adapter: bool = True) -> list[str]:
+def answers_of(run: Run, *overrides: str, with_adapter: bool = True) -> list[str]:
     summary = evaluate(run, overrides, with_adapter)
     return [row["answer"] for row in json.loads(Path(summary["results"]).read_text())]
 
 
-def asked(run: RunFolder) -> list[VQAExample]:
+def asked(run: Run) -> list[VQAExample]:
     return examples_of(FeatureReader(load_config(run.config).cache.dir).text("val"))
 
 
@@ -92,7 +92,7 @@ def pipe(*words: object) -> Result:
 
 @BITS
 def test_plain_transformers_answers_with_the_merged_model_as_evaluate_does(
-    run: RunFolder, bits: int | None, tmp_path: Path
+    run: Run, bits: int | None, tmp_path: Path
 ) -> None:
     quantization = f"quantization.bits={bits or 'null'}"
     summary = export(run, tmp_path / "merged", (quantization,), merge=True)
@@ -130,7 +130,7 @@ def test_plain_transformers_answers_with_the_merged_model_as_evaluate_does(
 )
 @BITS
 def test_weights_are_those_of_pefts_own_merge_into_the_dequantised_model(
-    run: RunFolder, checkpoint: Path, bits: int | None, targets: tuple[str, ...], bias: str, tmp_path: Path
+    run: Run, checkpoint: Path, bits: int | None, targets: tuple[str, ...], bias: str, tmp_path: Path
 ) -> None:
     other = untrained(run, bits, targets, bias, tmp_path / "run")
     config = load_config(other.config)
@@ -151,7 +151,7 @@ def test_weights_are_those_of_pefts_own_merge_into_the_dequantised_model(
         assert torch.equal(tensor, original[name].half()), name
 
 
-def test_an_adapter_on_one_of_two_tied_weights_unties_them(run: RunFolder, tmp_path: Path) -> None:
+def test_an_adapter_on_one_of_two_tied_weights_unties_them(run: Run, tmp_path: Path) -> None:
     other = untrained(run, 4, ("lm_head",), "none", tmp_path / "run")
     export(other, tmp_path / "merged", merge=True)
     model, loading = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
@@ -163,7 +163,7 @@ def test_an_adapter_on_one_of_two_tied_weights_unties_them(run: RunFolder, tmp_p
     assert_equal_but_for_ties(answers_of(other), plain, load_tokenizer(load_config(other.config)), apart)
 
 
-def test_a_large_model_is_written_in_shards(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_written_in_shards(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_one = export(run, tmp_path / "one", merge=True)
     monkeypatch.setattr("pipeline.blip2.merge.SHARD_BYTES", 500_000)
     assert export(run, tmp_path / "merged", merge=True)["differences"] == in_one["differences"]
@@ -181,7 +181,7 @@ def test_a_large_model_is_written_in_shards(run: RunFolder, tmp_path: Path, monk
     assert Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged").num_parameters() > 2e6
 
 
-def test_a_merged_model_is_a_checkpoint_of_this_pipeline(run: RunFolder, tmp_path: Path) -> None:
+def test_a_merged_model_is_a_checkpoint_of_this_pipeline(run: Run, tmp_path: Path) -> None:
     export(run, tmp_path / "merged", merge=True)
     ours = answers_of(run, f"model.checkpoint={tmp_path}/merged", "quantization.bits=null", with_adapter=False)
     full = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -189,7 +189,7 @@ def test_a_merged_model_is_a_checkpoint_of_this_pipeline(run: RunFolder, tmp_pat
     assert_equal_but_for_ties(ours, plain, load_tokenizer(load_config(run.config)), rounding.LOGITS[torch.float32])
 
 
-def test_the_exported_adapter_loads_into_plain_peft(run: RunFolder, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_exported_adapter_loads_into_plain_peft(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     summary = export(run, tmp_path / "adapters" / "first")
     folder = Path(summary["destination"])
     assert {file.name for file in folder.iterdir()} == {
@@ -203,7 +203,7 @@ def test_the_exported_adapter_loads_into_plain_peft(run: RunFolder, checkpoint: 
     assert_equal_but_for_ties(answers_of(run), plain, tokenizer, rounding.LOGITS[rounding.DTYPE_OF_4_BIT_ANSWERS])
 
 
-def test_the_card_loads_what_it_describes(run: RunFolder, tmp_path: Path) -> None:
+def test_the_card_loads_what_it_describes(run: Run, tmp_path: Path) -> None:
     evaluate(run)
     answers = [json.loads(line) for line in run.predictions("val", True).read_text().splitlines()]
     surest = max(range(len(answers)), key=lambda place: answers[place]["probability"])  # far from any tie
@@ -221,7 +221,7 @@ def test_the_card_loads_what_it_describes(run: RunFolder, tmp_path: Path) -> Non
         assert names["answer"] == answers[surest]["answer"]
         modes = {path.stat().st_mode for path in (tmp_path / str(merge)).iterdir()}
         assert len(modes) == 1, "no file is its owner's alone"
-    other = RunFolder(tmp_path / "hub")
+    other = Run(tmp_path / "hub")
     shutil.copytree(run.path, other.path)
     named = load_config(run.config, ("model.checkpoint=Salesforce/blip2-opt-2.7b",))
     (other.config).write_text(named.to_yaml())
@@ -229,7 +229,7 @@ def test_the_card_loads_what_it_describes(run: RunFolder, tmp_path: Path) -> Non
     assert "\nbase_model: Salesforce/blip2-opt-2.7b\n" in (tmp_path / "named" / "README.md").read_text()
 
 
-def test_what_is_there_is_never_replaced(run: RunFolder, tmp_path: Path) -> None:
+def test_what_is_there_is_never_replaced(run: Run, tmp_path: Path) -> None:
     (tmp_path / "dest").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "new.partial").mkdir()
@@ -244,7 +244,7 @@ def test_what_is_there_is_never_replaced(run: RunFolder, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
 def test_half_an_export_leaves_nothing(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     written: list[Path] = []
 
@@ -262,15 +262,15 @@ def test_half_an_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_no_destination(run: RunFolder, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_destination(run: Run, tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; import pipeline.blip2.merge;"
         "from pipeline.commands.export import export;"
-        "from pipeline.runs.folder import RunFolder; pipeline.blip2.merge.SHARD_BYTES = 500_000;"
+        "from pipeline.runs.run import Run; pipeline.blip2.merge.SHARD_BYTES = 500_000;"
         "save = pipeline.blip2.merge.save_file;"
         "pipeline.blip2.merge.save_file = lambda t, path, **how: save(t, path, **how) "
         "if '00001' in path.name else os.kill(os.getpid(), 9);"
-        "export(RunFolder(Path(sys.argv[1])), Path(sys.argv[2]), merge=True)"
+        "export(Run(Path(sys.argv[1])), Path(sys.argv[2]), merge=True)"
     )
     done = subprocess.run([sys.executable, "-c", code, run.path, tmp_path / "merged"], env=dict(os.environ))
     assert done.returncode == -9
@@ -279,14 +279,14 @@ def test_a_killed_export_leaves_no_destination(run: RunFolder, tmp_path: Path) -
     export(run, tmp_path / "merged", merge=True)
 
 
-def test_a_disk_without_room_is_told_before(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_told_before(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.commands.export, "free_on_disk", lambda folder: 4_000_000)
     with pytest.raises(PipelineError, match=r"the merged model takes 21\.\d\d MB, and 4\.00 MB are free"):
         export(run, tmp_path / "merged", merge=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_value_beyond_float16_is_told(run: RunFolder, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_value_beyond_float16_is_told(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / WEIGHTS).items()}
     tensors["qformer.layernorm.bias"][3] = 70_000
@@ -296,7 +296,7 @@ def test_a_value_beyond_float16_is_told(run: RunFolder, checkpoint: Path, tmp_pa
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_told(run: RunFolder, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lacks_a_tensor_is_told(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     tensors = load_file(checkpoint / WEIGHTS)
     del tensors["qformer.layernorm.bias"]
@@ -308,7 +308,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_told(run: RunFolder, checkpoint: Pa
 
 
 def test_without_a_cache_or_memory_the_models_are_not_compared(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = pipe("export", run.path, tmp_path / "one", "--merge", "cache.dir=/no/such/cache", "--json")
     assert (done.exit_code, json.loads(done.stdout)["differences"]) == (0, None)
@@ -320,7 +320,7 @@ def test_without_a_cache_or_memory_the_models_are_not_compared(
 
 
 def test_without_memory_to_compare_the_merged_model_is_there(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def short(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -332,8 +332,8 @@ def test_without_memory_to_compare_the_merged_model_is_there(
     assert (tmp_path / "merged" / "config.json").exists()
 
 
-def test_an_unfinished_run_is_refused(run: RunFolder, tmp_path: Path) -> None:
-    unfinished = RunFolder(tmp_path / "unfinished")
+def test_an_unfinished_run_is_refused(run: Run, tmp_path: Path) -> None:
+    unfinished = Run(tmp_path / "unfinished")
     unfinished.start(load_config(run.config))
     with pytest.raises(PipelineError, match="no adapter yet"):
         export(unfinished, tmp_path / "dest")
@@ -341,7 +341,7 @@ def test_an_unfinished_run_is_refused(run: RunFolder, tmp_path: Path) -> None:
 
 
 def test_a_push_makes_a_private_repository_of_what_lies_in_the_folder(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
 
@@ -379,7 +379,7 @@ def _failures() -> dict[str, tuple[Exception, str]]:
 @pytest.mark.parametrize("reason", _failures())
 @pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
 def test_a_push_that_fails_is_told_in_a_line_and_loses_nothing(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, call: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, call: str
 ) -> None:
     error, message = _failures()[reason]
 
@@ -396,7 +396,7 @@ def test_a_push_that_fails_is_told_in_a_line_and_loses_nothing(
     assert (tmp_path / "dest" / "adapter_model.safetensors").is_file()
 
 
-def test_without_a_network_a_push_is_told(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_a_push_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own client, against a port on which nobody listens."""
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
@@ -405,7 +405,7 @@ def test_without_a_network_a_push_is_told(run: RunFolder, tmp_path: Path, monkey
     assert (tmp_path / "dest").is_dir()
 
 
-def test_a_repository_that_none_can_be_called_is_refused_first(run: RunFolder, tmp_path: Path) -> None:
+def test_a_repository_that_none_can_be_called_is_refused_first(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--push 'a/b/c' is not the name of a repository"):
         export(run, tmp_path / "dest", repo="a/b/c")
     assert list(tmp_path.iterdir()) == []

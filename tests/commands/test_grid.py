@@ -13,7 +13,7 @@ from pipeline.commands.grid import train_grid
 from pipeline.commands.train import StoppedError, load_for_training, train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, combinations_of
-from pipeline.runs.folder import RunFolder, next_run
+from pipeline.runs.run import Run, next_run
 
 NAME = "adapter_model.safetensors"
 
@@ -122,7 +122,7 @@ def test_a_wrong_value_is_told_before_anything_is_trained(config_path: Path, tmp
 def test_several_processes_are_refused(config_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PipelineError, match="run in one process"):
-        train_grid(config_path, [{"lora.r": "4"}, {"lora.r": "8"}], (), RunFolder(tmp_path / "grid"))
+        train_grid(config_path, [{"lora.r": "4"}, {"lora.r": "8"}], (), Run(tmp_path / "grid"))
 
 
 def test_the_next_number_is_free_of_grids_too(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from pipeline.commands.precompute import precompute
 from pipeline.commands.report import LOOKS, heat_maps, page, report
 from pipeline.commands.train import train
 from pipeline.config import Config, load_config
-from pipeline.runs.folder import RunFolder, write_rows
 from pipeline.runs.gallery import VERDICTS, choose, verdict
+from pipeline.runs.run import Run, write_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAME = "a </script><b> run & \u2028 more"
@@ -48,9 +48,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trained, watched, and evaluated with and without the adapter."""
-    found = RunFolder(tmp_path_factory.mktemp("run") / NAME.replace("/", "_"))
+    found = Run(tmp_path_factory.mktemp("run") / NAME.replace("/", "_"))
     train(config, found)
     write_rows([look(step) for step in range(0, 5)], found.watch)
     for with_adapter in True, False:
@@ -58,8 +58,8 @@ def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return found
 
 
-def copied(run: RunFolder, folder: Path, *without: str) -> RunFolder:
-    return RunFolder(shutil.copytree(run.path, folder / "copy", ignore=shutil.ignore_patterns(*without)))
+def copied(run: Run, folder: Path, *without: str) -> Run:
+    return Run(shutil.copytree(run.path, folder / "copy", ignore=shutil.ignore_patterns(*without)))
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_no_text_ends_the_scripts_element() -> None:
     assert "alert(1)</script>" not in text
 
 
-def test_the_page_tells_of_the_run(run: RunFolder) -> None:
+def test_the_page_tells_of_the_run(run: Run) -> None:
     summary = report([run])
     assert (summary["report"], summary["runs"], summary["examples"]) == (str(run.report), 1, 18)
     assert summary["pictures"] == 6
@@ -130,7 +130,7 @@ def test_the_page_tells_of_the_run(run: RunFolder) -> None:
         assert found["pictures"][str(one["row"])].startswith("data:image/png;base64,")
 
 
-def test_fewer_pictures_are_chosen_and_none_are_no_lack(run: RunFolder, tmp_path: Path) -> None:
+def test_fewer_pictures_are_chosen_and_none_are_no_lack(run: Run, tmp_path: Path) -> None:
     assert report([run], tmp_path / "new" / "some.html", pictures=5)["examples"] == 5
     summary = report([run], tmp_path / "none.html", pictures=0)
     assert (summary["examples"], summary["missing"]) == (0, [])
@@ -148,22 +148,22 @@ def test_fewer_pictures_are_chosen_and_none_are_no_lack(run: RunFolder, tmp_path
     ],
 )
 def test_what_is_missing_is_said_with_the_command_that_makes_it(
-    run: RunFolder, tmp_path: Path, without: str, command: str
+    run: Run, tmp_path: Path, without: str, command: str
 ) -> None:
     other = copied(run, tmp_path, without)
     assert any(line.endswith(": " + command.replace("RUN", str(other.path))) for line in report([other])["missing"])
 
 
-def test_nothing_but_a_config_is_a_page_too(run: RunFolder, tmp_path: Path) -> None:
+def test_nothing_but_a_config_is_a_page_too(run: Run, tmp_path: Path) -> None:
     (tmp_path / "begun").mkdir()
     shutil.copy(run.config, tmp_path / "begun")
-    report([RunFolder(tmp_path / "begun")])
+    report([Run(tmp_path / "begun")])
     told = only_run(tmp_path / "begun" / "report.html")
     assert (told["state"], told["last_step"], told["gallery"], told["watch"]) == ("unfinished", 0, None, None)
 
 
 def test_without_thumbnails_or_the_cache_or_with_other_questions_the_rest_is_there(
-    run: RunFolder, config: Config, tmp_path: Path
+    run: Run, config: Config, tmp_path: Path
 ) -> None:
     other = copied(run, tmp_path)
     moved = config.model_copy(update={"cache": config.cache.model_copy(update={"dir": tmp_path / "cache"})})
@@ -180,7 +180,7 @@ def test_without_thumbnails_or_the_cache_or_with_other_questions_the_rest_is_the
     assert re.search(f"questions are not those.*: pipe evaluate {other.path}", missing)
 
 
-def test_several_runs_stand_side_by_side(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_runs_stand_side_by_side(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = copied(run, tmp_path, "adapter", "lora_updates.jsonl")
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["report", str(run.path), str(other.path), "--json"])
@@ -254,7 +254,7 @@ def check_sound(found: dict[int, dict[str, Any]]) -> None:
         assert one["charts"] > 0
 
 
-def test_a_browser_shows_a_run_and_filters_its_examples(run: RunFolder, tmp_path: Path) -> None:
+def test_a_browser_shows_a_run_and_filters_its_examples(run: Run, tmp_path: Path) -> None:
     report([run])
     actions = """
       const visible = () => [...document.querySelectorAll(".example")].filter((card) => !card.hidden);
@@ -293,7 +293,7 @@ def test_a_browser_shows_a_run_and_filters_its_examples(run: RunFolder, tmp_path
         assert one["told"] == f"Step 2: {TOLD}"
 
 
-def test_a_browser_sorts_runs(run: RunFolder, tmp_path: Path) -> None:
+def test_a_browser_sorts_runs(run: Run, tmp_path: Path) -> None:
     other = copied(run, tmp_path, "adapter", "evaluation-*")
     other.config.write_text(other.config.read_text().replace("r: 16", "r: 8", 1))
     report([other, run], tmp_path / "both.html")
@@ -315,7 +315,7 @@ def test_a_browser_sorts_runs(run: RunFolder, tmp_path: Path) -> None:
         assert one["lines"] == 2 * 5
 
 
-def test_a_browser_shows_a_run_that_has_nothing_yet(run: RunFolder, tmp_path: Path) -> None:
+def test_a_browser_shows_a_run_that_has_nothing_yet(run: Run, tmp_path: Path) -> None:
     other = copied(run, tmp_path, "adapter", "*.jsonl", "*.json")
     report([other])
     found = shown(other.report, tmp_path, 'found.text = document.querySelector("main").textContent;')

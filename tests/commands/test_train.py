@@ -17,11 +17,11 @@ from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
-from pipeline.runs.folder import RunFolder, next_run
+from pipeline.runs.run import Run, next_run
 
 
 def test_a_run_folder_holds_config_metrics_and_adapter(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     summary = train(cached, run)
     assert (summary["steps"], summary["questions"], summary["without_answer"]) == (4, 54, 0)
     assert summary["run"] == str(run.path)
@@ -44,13 +44,13 @@ def test_training_needs_no_picture_and_no_annotation_file(data_set: Path) -> Non
     shutil.rmtree(data_set / "images")
     for split in ("train", "val"):
         (data_set / f"{split}.jsonl").unlink()
-    run = RunFolder(data_set / "run")
+    run = Run(data_set / "run")
     train(config, run)
     assert evaluate(run)["questions"] == 18
 
 
 def test_the_loss_falls(cached: Config, tmp_path: Path) -> None:
-    summary_path = RunFolder(tmp_path / "run")
+    summary_path = Run(tmp_path / "run")
     train(with_train(cached, max_steps=30, batch_size=18, learning_rate=5e-3), summary_path)
     losses = [json.loads(line)["loss"] for line in summary_path.metrics.read_text().splitlines()]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -61,8 +61,8 @@ def test_same_config_cache_and_seed_give_the_same_adapter_in_another_process(cac
     (tmp_path / "config.yaml").write_text(cached.to_yaml())
     code = (
         "import sys; from pathlib import Path; from pipeline.config import load_config;"
-        "from pipeline.runs.folder import RunFolder; from pipeline.commands.train import train;"
-        "train(load_config(Path(sys.argv[1])), RunFolder(Path(sys.argv[2])))"
+        "from pipeline.runs.run import Run; from pipeline.commands.train import train;"
+        "train(load_config(Path(sys.argv[1])), Run(Path(sys.argv[2])))"
     )
     for name, hash_seed in (("a", "1"), ("b", "2")):
         subprocess.run(
@@ -79,14 +79,14 @@ def test_same_config_cache_and_seed_give_the_same_adapter_in_another_process(cac
 def test_another_seed_gives_another_adapter(cached: Config, tmp_path: Path) -> None:
     adapters = []
     for seed in (0, 1):
-        run = RunFolder(tmp_path / str(seed))
+        run = Run(tmp_path / str(seed))
         train(with_train(cached, seed=seed), run)
         adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
     assert adapters[0] != adapters[1]
 
 
 def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path) -> None:
-    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
     config = with_train(cached, max_steps=8)
     train(config, whole)
     build_sequences, batches = SequenceBuilder.for_training, []
@@ -118,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(cached: Config, tmp_path: Path
 
 
 def test_a_checkpoint_half_written_is_never_resumed_from(cached: Config, tmp_path: Path) -> None:
-    config, run, whole = with_train(cached, max_steps=8), RunFolder(tmp_path / "run"), RunFolder(tmp_path / "whole")
+    config, run, whole = with_train(cached, max_steps=8), Run(tmp_path / "run"), Run(tmp_path / "whole")
     train(config, whole)
     train(config, run)
     shutil.rmtree(run.adapter)
@@ -136,7 +136,7 @@ def test_a_checkpoint_half_written_is_never_resumed_from(cached: Config, tmp_pat
 
 
 def test_resume_takes_settings_that_train_nothing_else(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached, run)
     shutil.rmtree(run.adapter)
     other = with_train(cached, logging_steps=3, save_steps=7)
@@ -146,7 +146,7 @@ def test_resume_takes_settings_that_train_nothing_else(cached: Config, tmp_path:
 
 def test_a_bfloat16_model_trains_and_answers(cached: Config, tmp_path: Path) -> None:
     quantization = cached.quantization.model_copy(update={"compute_dtype": "bfloat16"})
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     config = with_train(cached, max_steps=2, batch_size=2)
     assert train(config.model_copy(update={"quantization": quantization}), run)["train_loss"] < 10
     weights = load_file(run.adapter / "adapter_model.safetensors")
@@ -166,12 +166,12 @@ def test_a_question_that_another_prompt_makes_too_long_is_named(cached: Config, 
     prompt = "what " * 250 + "{question}"
     config = cached.model_copy(update={"data": cached.data.model_copy(update={"prompt": prompt})})
     with pytest.raises(PipelineError, match=r"question \d+ of train is \d+ tokens long .* takes 256"):
-        train(config, RunFolder(tmp_path / "run"))
+        train(config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_adapter_is_told(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached, run)
     (run.adapter / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(PipelineError, match=r"adapter_model.safetensors: damaged, .* To make it again"):
@@ -179,14 +179,14 @@ def test_a_damaged_adapter_is_told(cached: Config, tmp_path: Path) -> None:
 
 
 def test_the_official_accuracy_of_single_answers_is_refused(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached, run)
     with pytest.raises(PipelineError, match=r"set evaluate\.metric=exact"):
         evaluate(run, ("evaluate.metric=official",))
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SequenceBuilder, "for_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -196,14 +196,14 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew(cached: Config,
 
 def test_a_run_is_evaluated_from_any_folder(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(cached.cache.dir.parent)
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": Path("cache")})}), run)
     monkeypatch.chdir(tmp_path)
-    assert evaluate(RunFolder(Path("run")))["questions"] == 18
+    assert evaluate(Run(Path("run")))["questions"] == 18
 
 
 def test_a_run_folder_that_exists_is_left_alone(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     run.path.mkdir()
     (run.path / "notes.txt").write_text("mine")
     with pytest.raises(PipelineError, match="this run exists already; give another --name"):
@@ -221,43 +221,43 @@ def test_runs_are_numbered(tmp_path: Path) -> None:
 def test_a_cache_that_is_not_there_leaves_no_run_behind(cached: Config, tmp_path: Path) -> None:
     config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": tmp_path / "none"})})
     with pytest.raises(CacheError, match=r"no cache at .*: run `pipe precompute` first"):
-        train(config, RunFolder(tmp_path / "run"))
+        train(config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_target_modules_that_opt_lacks_are_told(cached: Config, tmp_path: Path) -> None:
     config = cached.model_copy(update={"lora": cached.lora.model_copy(update={"target_modules": ("query",)})})
     with pytest.raises(PipelineError, match=r"lora.target_modules: 'query' matches nothing in the language model"):
-        train(config, RunFolder(tmp_path / "run"))
+        train(config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_warm_up_longer_than_the_training_is_told(
     cached: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(with_train(cached, warmup_steps=4), RunFolder(tmp_path / "long"))
+    train(with_train(cached, warmup_steps=4), Run(tmp_path / "long"))
     assert "train.warmup_steps is 4 and the training has 4: the learning rate does not get to 0.001" in (
         capsys.readouterr().err
     )
-    train(with_train(cached, warmup_steps=2), RunFolder(tmp_path / "short"))
+    train(with_train(cached, warmup_steps=2), Run(tmp_path / "short"))
     assert "warmup" not in capsys.readouterr().err
 
 
 def test_sharded_weights_are_refused(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(PipelineError, match="training shards no weights"):
-        train(cached, RunFolder(tmp_path / "run"))
+        train(cached, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_diverging_training_stops_and_says_what_to_try(cached: Config, tmp_path: Path) -> None:
     config = with_train(cached, learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0, max_steps=20)
     with pytest.raises(PipelineError, match=r"training diverged at step \d+: loss .* Try a lower train.learning_rate"):
-        train(config, RunFolder(tmp_path / "run"))
+        train(config, Run(tmp_path / "run"))
 
 
 def test_evaluation_writes_the_official_results_form(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached, run)
     with_adapter, without = evaluate(run), evaluate(run, with_adapter=False)
     assert with_adapter["results"] != without["results"]
@@ -271,7 +271,7 @@ def test_evaluation_writes_the_official_results_form(cached: Config, tmp_path: P
 
 
 def test_beams_and_batch_size_are_overridden_at_evaluation(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached, run)
     one = evaluate(run, ("evaluate.batch_size=1",))
     answers = Path(one["results"]).read_text()

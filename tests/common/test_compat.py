@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.commands.train import train
 from pipeline.common import compat
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 
 class _Layers(nn.Module):
@@ -79,9 +79,9 @@ def test_no_old_name_is_called_in_a_training(cached: Config, tmp_path: Any, monk
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(config, RunFolder(tmp_path / "run"))
+        train(config, Run(tmp_path / "run"))
         explicit = settings.model_copy(update={"gradient_checkpointing": True})
-        train(config.model_copy(update={"train": explicit}), RunFolder(tmp_path / "other"))
+        train(config.model_copy(update={"train": explicit}), Run(tmp_path / "other"))
     renamed = [str(one.message) for one in caught if "checkpointing" in str(one.message) or "cache" in str(one.message)]
     of_peft = "`is_gradient_checkpointing`"  # which asks every model for it
     assert [line for line in renamed if not line.startswith(of_peft)] == []

@@ -29,7 +29,7 @@ from pipeline.commands.train import load_for_training, train
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import WriteError, append_line, put_in_place, replacing_folder, require_writable, write_text
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO]
 SOME, MANY = 5, 20
@@ -152,9 +152,9 @@ def config(cached: Config) -> Config:
 
 @MOMENTS
 def test_training(config: Config, tmp_path: Path, samples: int) -> None:
-    load, wanted = _LoadOnce(), RunFolder(tmp_path / "whole")
+    load, wanted = _LoadOnce(), Run(tmp_path / "whole")
     for refused in refused_writes(tmp_path, lambda: train(config, wanted, load=load), samples):
-        run = RunFolder(tmp_path / "runs" / str(refused))
+        run = Run(tmp_path / "runs" / str(refused))
         with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as told:
             train(config, run, load=load)
         load.forget()
@@ -166,8 +166,8 @@ def test_training(config: Config, tmp_path: Path, samples: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder(tmp_path_factory.mktemp("trained") / "run")
+def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("trained") / "run")
     train(with_train(cached, max_steps=1, lora_monitor_steps=None), run)
     evaluate(run)
     return run
@@ -175,8 +175,8 @@ def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFold
 
 @MOMENTS
 @pytest.mark.parametrize("stage", ["evaluate", "export", "report"])
-def test_a_stage_on_a_run(trained: RunFolder, tmp_path: Path, stage: str, samples: int) -> None:
-    run = RunFolder(tmp_path / "run")
+def test_a_stage_on_a_run(trained: Run, tmp_path: Path, stage: str, samples: int) -> None:
+    run = Run(tmp_path / "run")
     shutil.copytree(trained.path, run.path)
 
     def work(to: str) -> object:
@@ -265,7 +265,7 @@ def test_what_takes_no_file_is_known_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["evaluate", "report", "export", "train"])
 def test_a_stage_asks_before_it_loads_a_model(
-    trained: RunFolder, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    trained: Run, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
@@ -276,7 +276,7 @@ def test_a_stage_asks_before_it_loads_a_model(
         "evaluate": lambda: evaluate(trained),
         "report": lambda: report([trained], tmp_path / "page.html"),
         "export": lambda: export(trained, tmp_path / "out", merge=True),
-        "train": lambda: train(config, RunFolder(tmp_path / "run"), load=load_for_training),
+        "train": lambda: train(config, Run(tmp_path / "run"), load=load_for_training),
     }
     folder = trained.path if command == "evaluate" else tmp_path
     with refusing(folder, 1), pytest.raises(WriteError):
@@ -284,7 +284,7 @@ def test_a_stage_asks_before_it_loads_a_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_a_disk_that_is_full(trained: RunFolder, config: Config, tmp_path: Path) -> None:
+def test_on_a_disk_that_is_full(trained: Run, config: Config, tmp_path: Path) -> None:
     """The real errors of the system, torch and safetensors, with less and less room."""
     try:
         mounts = Mounts(tmp_path)
@@ -312,8 +312,8 @@ def test_on_a_disk_that_is_full(trained: RunFolder, config: Config, tmp_path: Pa
     mounts.close()
 
 
-def test_a_folder_whose_name_is_no_utf_8(trained: RunFolder, cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / os.fsdecode(b"gr\xfcn"))
+def test_a_folder_whose_name_is_no_utf_8(trained: Run, cached: Config, tmp_path: Path) -> None:
+    run = Run(tmp_path / os.fsdecode(b"gr\xfcn"))
     work: list[Callable[[], object]] = [
         lambda: train(cached, run),
         lambda: evaluate(run),

@@ -36,7 +36,7 @@ from pipeline.data.tables import TableImage, identity
 from pipeline.data.vqa import read_examples
 from pipeline.encoding.images import ImageError, read_image_bytes
 from pipeline.encoding.preflight import scan_dataset
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 PART = "features-00000.h5"
 ANSWERS = [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]
@@ -578,9 +578,9 @@ def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -
     assert (in_files.pictures, in_table.pictures) == (24, 72)  # rows: each picture is there for each of its questions
     assert list(in_files.paths) == list(in_table.paths)
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
-    trained = [train(config, RunFolder(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
+    trained = [train(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
     assert trained[0]["train_loss"] == trained[1]["train_loss"]
-    scores = [evaluate(RunFolder(tmp_path / f"run-{n}")) for n in range(2)]
+    scores = [evaluate(Run(tmp_path / f"run-{n}")) for n in range(2)]
     assert scores[1]["questions"] == 18
     assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by pictures, not by rows
 

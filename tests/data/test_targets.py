@@ -17,7 +17,7 @@ from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.targets import Targets
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 ANSWERS = [["red"] * 6 + ["blue"] * 3 + ["a big circle"], ["circle"] * 10, ["left", "right"] * 5]
 
@@ -93,7 +93,7 @@ def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
 ) -> None:
     adapters = []
     for name, choice in (("first", answers), ("again", answers), ("common", "most_common")):
-        run = RunFolder(tmp_path / name)
+        run = Run(tmp_path / name)
         train(with_answers(ten_answers, choice), run)
         adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
@@ -127,4 +127,4 @@ def test_an_answer_beyond_the_models_positions_is_told(ten_answers: Config, tmp_
     config = load_config(write_config(folder, data={"val": None}))
     precompute(config)
     with pytest.raises(PipelineError, match="tokens long with its image and answer"):
-        train(with_answers(config, "all"), RunFolder(folder / "run"))
+        train(with_answers(config, "all"), Run(folder / "run"))

@@ -19,7 +19,7 @@ from pipeline.config import Config, load_config
 from pipeline.data.examples import VQAExample, is_blank
 from pipeline.data.targets import Targets
 from pipeline.data.text import PromptTokenizer, cut_answers, retokenize, select, tokenize
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 PROMPT = "Question: {question} Answer:"
 ORDINARY = ["what is it?", " two  spaces ", "naïve 北京 🚀", "a < b > c", "line\nline", "", "what is it?"]
@@ -236,7 +236,7 @@ def test_all_stages_say_how_many_answers_have_several_lines(tmp_path: Path, caps
     config = data_of(tmp_path, rows)
     assert precompute(config)["multiline_answers"] == {"train": 1, "val": 1}
     assert "train: 1 questions have answers of several lines" in capsys.readouterr().err
-    run = RunFolder(tmp_path / "runs" / "a")
+    run = Run(tmp_path / "runs" / "a")
     summary = train(config, run)
     assert summary
     assert summary["multiline_answers"] == 1

@@ -30,7 +30,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
 from pipeline.encoding.decoding import RULES
 from pipeline.encoding.images import ImageError, Preprocessor, check_header, image_digest, read_image_bytes
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 MODES = {  # of the forms that can hold many
     "TIFF": "1 L LA P RGB RGBA CMYK YCbCr LAB",
@@ -287,7 +287,7 @@ def test_a_cache_of_images_that_were_decoded_otherwise_is_refused_and_told_why(
         )
         precompute(config)
     before = {path: path.read_bytes() for path in (data_set / "cache").iterdir()}
-    for stage in precompute, lambda config: train(config, RunFolder(data_set / "run")):
+    for stage in precompute, lambda config: train(config, Run(data_set / "run")):
         with pytest.raises((CacheError, PipelineError)) as caught:
             stage(config)
         for words in 'exif_orientation: cache has nothing, wanted "upright"', "transparency: ", "more_than_8_bits: ":

@@ -20,8 +20,8 @@ from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
 from pipeline.runs.checkpoints import COMPLETE_MARKER, mark_complete, sound_checkpoint
-from pipeline.runs.folder import RunFolder, read_jsonl
 from pipeline.runs.record import evaluations, read_record
+from pipeline.runs.run import Run, read_jsonl
 
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
          "trainer_state.json", "training_args.bin", "watched.safetensors"]  # fmt: skip
@@ -55,26 +55,26 @@ def load() -> _LoadOnce:
 
 
 @pytest.fixture(scope="module")
-def finished(config: Config, load: _LoadOnce, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder(tmp_path_factory.mktemp("finished") / "run")
+def finished(config: Config, load: _LoadOnce, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("finished") / "run")
     train(config, run, load=load)
     return run
 
 
 @pytest.fixture
-def stopped(finished: RunFolder, tmp_path: Path) -> RunFolder:
+def stopped(finished: Run, tmp_path: Path) -> Run:
     """The same before its adapter was put in place, with two checkpoints."""
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     shutil.copytree(finished.path, run.path)
     shutil.rmtree(run.adapter)
     return run
 
 
-def checkpoint(run: RunFolder, step: int) -> Path:
+def checkpoint(run: Run, step: int) -> Path:
     return run.checkpoints / f"checkpoint-{step}"
 
 
-def test_every_file_of_a_checkpoint_counts(stopped: RunFolder) -> None:
+def test_every_file_of_a_checkpoint_counts(stopped: Run) -> None:
     assert {*FILES, COMPLETE_MARKER} <= files_of(checkpoint(stopped, 2)).keys()
     assert json.loads((checkpoint(stopped, 2) / COMPLETE_MARKER).read_text()).keys() == {
         name for name in files_of(checkpoint(stopped, 2)) if name != COMPLETE_MARKER
@@ -84,7 +84,7 @@ def test_every_file_of_a_checkpoint_counts(stopped: RunFolder) -> None:
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", [*FILES, COMPLETE_MARKER])
 def test_the_newest_checkpoint_without_damage_is_taken(
-    stopped: RunFolder, name: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    stopped: Run, name: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = checkpoint(stopped, 4)
     shutil.copy(checkpoint(stopped, 2) / "watched.safetensors", newest)  # only some steps have one
@@ -103,7 +103,7 @@ def test_the_newest_checkpoint_without_damage_is_taken(
 
 
 def test_training_resumes_from_the_one_before_to_the_same_end(
-    stopped: RunFolder, finished: RunFolder, config: Config, load: _LoadOnce
+    stopped: Run, finished: Run, config: Config, load: _LoadOnce
 ) -> None:
     change(checkpoint(stopped, 4) / "optimizer.pt")
     train(config, stopped, True, load)
@@ -112,7 +112,7 @@ def test_training_resumes_from_the_one_before_to_the_same_end(
 
 
 def test_where_all_are_damaged_it_says_what_can_be_done(
-    stopped: RunFolder, finished: RunFolder, config: Config, load: _LoadOnce
+    stopped: Run, finished: Run, config: Config, load: _LoadOnce
 ) -> None:
     cut(checkpoint(stopped, 4) / "optimizer.pt")
     cut(checkpoint(stopped, 2) / "trainer_state.json")
@@ -128,7 +128,7 @@ def test_where_all_are_damaged_it_says_what_can_be_done(
 
 
 def test_a_damaged_record_or_log_costs_no_training(
-    stopped: RunFolder, finished: RunFolder, config: Config, load: _LoadOnce, capsys: pytest.CaptureFixture[str]
+    stopped: Run, finished: Run, config: Config, load: _LoadOnce, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(checkpoint(stopped, 4))
     stopped.record.write_bytes(b'{"seed"\xff')
@@ -142,7 +142,7 @@ def test_a_damaged_record_or_log_costs_no_training(
     assert f"{stopped.metrics}: 3 damaged lines are skipped" in capsys.readouterr().err
 
 
-def test_a_damaged_summary_is_skipped_and_named(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_summary_is_skipped_and_named(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for content in (b"", b"{", b"\xff", b"[]", b"{}"):
         finished.evaluation("val", True).write_bytes(content)
         assert evaluations(finished) == []
@@ -150,7 +150,7 @@ def test_a_damaged_summary_is_skipped_and_named(finished: RunFolder, capsys: pyt
     assert capsys.readouterr().err.count("evaluation-val.json: damaged, skipped") == 4
 
 
-def test_a_damaged_config_says_where_to_take_another_from(stopped: RunFolder) -> None:
+def test_a_damaged_config_says_where_to_take_another_from(stopped: Run) -> None:
     stopped.config.write_bytes(b"model: {check\xff")
     done = CliRunner().invoke(main, ["train", str(stopped.path), "--resume"])
     assert done.exit_code == 2
@@ -163,7 +163,7 @@ def test_the_best_adapter_that_is_damaged_is_not_put_in_place(
     validated = config.model_copy(
         update={"validation": config.validation.model_copy(update={"steps": 1, "questions": 3})}
     )
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.commands.train._save", lambda *_: exit())
         with pytest.raises(SystemExit):
@@ -180,9 +180,9 @@ def test_the_best_adapter_that_is_damaged_is_not_put_in_place(
 @pytest.mark.parametrize("damage", [cut, empty, Path.unlink], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_an_adapter_that_is_damaged_is_named_and_made_again(
-    finished: RunFolder, tmp_path: Path, name: str, damage: Callable[[Path], None]
+    finished: Run, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     shutil.copytree(finished.path, run.path)
     damage(run.adapter / name)
     for words in (("evaluate",), ("ask", "picture.png", "what?"), ("export", str(tmp_path / "out"))):
@@ -197,8 +197,8 @@ def test_an_adapter_that_is_damaged_is_named_and_made_again(
     assert f"{run.adapter / name}: " in reported.stderr
 
 
-def damaged_adapter(finished: RunFolder, folder: Path, damage: Callable[[dict[str, Tensor]], object]) -> RunFolder:
-    run = RunFolder(folder / "run")
+def damaged_adapter(finished: Run, folder: Path, damage: Callable[[dict[str, Tensor]], object]) -> Run:
+    run = Run(folder / "run")
     shutil.copytree(finished.path, run.path)
     path = run.adapter / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -208,14 +208,14 @@ def damaged_adapter(finished: RunFolder, folder: Path, damage: Callable[[dict[st
 
 
 @pytest.fixture(scope="module")
-def with_biases(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder(tmp_path_factory.mktemp("biases") / "run")
+def with_biases(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("biases") / "run")
     train(config.model_copy(update={"lora": config.lora.model_copy(update={"bias": "all"})}), run)
     return run
 
 
 @pytest.mark.parametrize("kind", [".lora_A.weight", ".lora_B.weight", ".bias"])
-def test_an_adapter_that_lacks_a_tensor_is_refused_by_name(with_biases: RunFolder, tmp_path: Path, kind: str) -> None:
+def test_an_adapter_that_lacks_a_tensor_is_refused_by_name(with_biases: Run, tmp_path: Path, kind: str) -> None:
     """PEFT takes a fresh one in its place, which does nothing, or the checkpoint's bias."""
     gone: list[str] = []
 
@@ -228,7 +228,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused_by_name(with_biases: RunFolde
         evaluate(run)
 
 
-def test_an_adapter_that_is_not_finite_is_refused_by_name(finished: RunFolder, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_finite_is_refused_by_name(finished: Run, tmp_path: Path) -> None:
     run = damaged_adapter(finished, tmp_path, lambda tensors: nn.init.constant_(tensors[max(tensors)], torch.nan))
     with pytest.raises(PipelineError, match=r"lora_B\.weight is not finite"):
         evaluate(run)
@@ -237,7 +237,7 @@ def test_an_adapter_that_is_not_finite_is_refused_by_name(finished: RunFolder, t
 @pytest.mark.parametrize(("key", "value"), [("r", "wide"), ("target_modules", 7), ("lora_alpha", None), ("bias", "x"),
                                             ("peft_type", "NONE"), ("target_modules", ["other"])])  # fmt: skip
 def test_an_adapter_whose_config_is_wrong_is_refused_in_a_line(
-    finished: RunFolder, tmp_path: Path, key: str, value: object
+    finished: Run, tmp_path: Path, key: str, value: object
 ) -> None:
     run = damaged_adapter(finished, tmp_path, lambda tensors: None)
     path = run.adapter / "adapter_config.json"

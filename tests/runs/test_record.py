@@ -8,11 +8,11 @@ import pytest
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 
 def test_the_record_and_the_card_tell_what_came_out(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     summary = train(cached, run)
     record = json.loads(run.record.read_text())
     assert record["summary"] == summary
@@ -27,7 +27,7 @@ def test_the_record_and_the_card_tell_what_came_out(cached: Config, tmp_path: Pa
 def test_a_training_killed_before_its_card_is_resumed_and_has_one(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.commands.train.write_card", lambda *_: exit())
         with pytest.raises(SystemExit):

@@ -30,7 +30,7 @@ from pipeline.common.compat import enable_activation_checkpointing
 from pipeline.config import PRESETS, Config, load_config
 from pipeline.data.examples import VQAExample
 from pipeline.data.vqa import read_examples
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 
 IGNORED = -100  # a label that the plain recipe does not train
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
 
     monkeypatch.setattr(pipeline.commands.train, "add_lora", remember_weights)
     monkeypatch.setattr(pipeline.commands.train, "open_batcher", remember_order)
-    train(config, RunFolder(tmp_path / "run"))
+    train(config, Run(tmp_path / "run"))
     trained = PeftModel.from_pretrained(load_full(checkpoint, bits), tmp_path / "run" / "adapter", is_trainable=True)
 
     plain = get_peft_model(
@@ -156,7 +156,7 @@ def _train_plainly(
 
 
 @pytest.fixture(scope="module")
-def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A short training on easy-VQA's own pictures, 500 test questions beside it."""
     folder = tmp_path_factory.mktemp("easy_vqa")
     for split, count in (("train", 800), ("test", 500)):
@@ -176,7 +176,7 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         )
     )
     precompute(config)
-    run = RunFolder(folder / "run")
+    run = Run(folder / "run")
     train(config, run)
     return run
 
@@ -189,7 +189,7 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     ],
 )
 def test_plain_transformers_and_peft_answer_500_test_questions_the_same(
-    easy_vqa_run: RunFolder, checkpoint: Path, preset: str, settings: dict[str, float]
+    easy_vqa_run: Run, checkpoint: Path, preset: str, settings: dict[str, float]
 ) -> None:
     summary = evaluate(easy_vqa_run, tuple(f"evaluate.{key}={value}" for key, value in PRESETS[preset].items()))
     ours = [row["answer"] for row in json.loads(Path(summary["results"]).read_text())]

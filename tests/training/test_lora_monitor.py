@@ -21,7 +21,7 @@ from pipeline.batches.sequences import ImageSequence, SequenceBuilder
 from pipeline.blip2.language_model import add_lora
 from pipeline.commands.train import train
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 from pipeline.training.lora_monitor import (
     Factors,
     LoraMonitorCallback,
@@ -41,7 +41,7 @@ def with_train(config: Config, **settings: object) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"lora_monitor_steps": 2, **settings})})
 
 
-def rows(run: RunFolder) -> list[dict[str, Any]]:
+def rows(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.watch.read_text().splitlines()]
 
 
@@ -106,7 +106,7 @@ def test_scaling_and_frozen_weight_are_those_of_peft(
     base = load_base(cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})}))
     settings = LoraConfig(r=8, lora_alpha=24, target_modules=["q_proj", "fc1"], use_rslora=rank_stabilised)
     model = get_peft_model(base, settings)
-    watch = LoraMonitorCallback(model, RunFolder(tmp_path), steps=1, warmup_steps=0, stop=StopRequest())
+    watch = LoraMonitorCallback(model, Run(tmp_path), steps=1, warmup_steps=0, stop=StopRequest())
     state, control = TrainerState(max_steps=9, is_world_process_zero=True), TrainerControl()
     arguments = TrainingArguments(output_dir=str(tmp_path / "x"), use_cpu=True, report_to=[])
     watch.on_train_begin(arguments, state, control)
@@ -116,7 +116,7 @@ def test_scaling_and_frozen_weight_are_those_of_peft(
             layer.lora_B["default"].weight.data += 0.01 * torch.randn_like(layer.lora_B["default"].weight)
         watch.on_step_end(arguments, state, control)
     now = full_updates(model)
-    for name, figures in rows(RunFolder(tmp_path))[-1]["matrices"].items():
+    for name, figures in rows(Run(tmp_path))[-1]["matrices"].items():
         norm = torch.linalg.matrix_norm(now[name]).item()
         weight = adapted_layers(model)[name].get_base_layer().weight
         frozen = (dequantize_4bit(weight.data, weight.quant_state) if bits else weight).double().norm().item()
@@ -139,7 +139,7 @@ def test_half_precision_weights_have_a_norm_in_float32(cached: Config) -> None:
 
 
 def test_watching_changes_no_training_and_ends_with_the_last_step(cached: Config, tmp_path: Path) -> None:
-    watched, plain = RunFolder(tmp_path / "watched"), RunFolder(tmp_path / "plain")
+    watched, plain = Run(tmp_path / "watched"), Run(tmp_path / "plain")
     summary = train(with_train(cached, max_steps=5), watched)
     assert train(with_train(cached, max_steps=5, lora_monitor_steps=None), plain)["lora"] == {}
     name = "adapter_model.safetensors"
@@ -167,7 +167,7 @@ def test_a_killed_training_is_watched_as_if_never_stopped(
 ) -> None:
     """Killed after step 6, gone on with from step 4."""
     config = with_train(cached, max_steps=8, lora_monitor_steps=lora_monitor_steps)
-    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
     train(config, whole)
     build_sequences, batches = SequenceBuilder.for_training, []
 
@@ -190,7 +190,7 @@ def test_a_killed_training_is_watched_as_if_never_stopped(
 
 
 def test_a_training_can_be_watched_from_where_it_is_gone_on_with(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(with_train(cached, lora_monitor_steps=None), run)
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
@@ -216,7 +216,7 @@ def test_a_healthy_training_is_told_nothing_of(
     cached: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any]
 ) -> None:
     """Four layers; the last looks are at a learning rate of nearly 0."""
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     summary = train(with_train(cached, max_steps=24, **settings), run)
     assert summary["lora"]["warnings"] == []
     assert [row["warnings"] for row in rows(run)] == [[]] * len(rows(run))
@@ -239,7 +239,7 @@ def test_a_layer_without_gradient_is_told_once(
         adapted_layers(model)[FROZEN].lora_B["default"].weight.register_hook(torch.zeros_like)
 
     monkeypatch.setattr("pipeline.commands.train.add_lora", adapted_with(freeze))
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     summary = train(with_train(cached, max_steps=12), run)
     told = [(row["step"], sentence) for row in rows(run) for sentence in row["warnings"]]
     assert [step for step, _ in told] == [2]
@@ -266,7 +266,7 @@ def test_a_layer_whose_learning_rate_is_a_hundredfold_is_told_once(
         return optimizer
 
     monkeypatch.setattr(StageTwoTrainer, "create_optimizer", hundredfold)
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(with_train(cached, max_steps=12), run)
     told = [sentence for row in rows(run) for sentence in row["warnings"]]
     assert len(told) == 1, told

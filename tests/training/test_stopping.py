@@ -19,7 +19,7 @@ from pipeline.cli import main
 from pipeline.commands.train import StoppedError, train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 from pipeline.training.stopping import GracefulStopCallback, StopRequest
 
 
@@ -52,7 +52,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, batch: in
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_and_says_how_to_go_on(cached: Config, tmp_path: Path, number: signal.Signals) -> None:
     config = with_train(cached, max_steps=8, save_steps=100)
-    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
+    whole, stopped = Run(tmp_path / "whole"), Run(tmp_path / "stopped")
     train(config, whole)
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +75,7 @@ def test_a_run_that_is_being_trained_is_left_alone(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cache.lock.PATIENCE", 0)
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(with_train(cached, max_steps=4), run)
     logged = run.metrics.read_bytes()
     shutil.rmtree(run.adapter)
@@ -94,7 +94,7 @@ def test_the_folder_is_held_until_the_adapter_is_in_place(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cache.lock.PATIENCE", 0)
-    run, held = RunFolder(tmp_path / "run"), []
+    run, held = Run(tmp_path / "run"), []
     monkeypatch.setattr("pipeline.commands.train.write_card", lambda run, _: held.append(run.is_held))
     train(cached, run)
     assert held == [True]
@@ -103,8 +103,8 @@ def test_the_folder_is_held_until_the_adapter_is_in_place(
 
 def test_the_loss_of_a_resumed_training_is_that_of_all_its_steps(cached: Config, tmp_path: Path) -> None:
     config = with_train(cached, max_steps=8, save_steps=100)
-    whole = train(config, RunFolder(tmp_path / "whole"))
-    stopped = RunFolder(tmp_path / "stopped")
+    whole = train(config, Run(tmp_path / "whole"))
+    stopped = Run(tmp_path / "stopped")
     with pytest.MonkeyPatch.context() as patch:
         signalled(patch, signal.SIGTERM, batch=5)
         with pytest.raises(StoppedError):
@@ -123,22 +123,22 @@ def test_the_second_signal_stops_at_once() -> None:
 def test_a_signal_in_the_last_step_ends_as_any_training(cached: Config, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         signalled(patch, signal.SIGTERM, batch=1)
-        summary = train(with_train(cached, max_steps=1), RunFolder(tmp_path / "run"))
+        summary = train(with_train(cached, max_steps=1), Run(tmp_path / "run"))
     assert summary["steps"] == 1
 
 
 def test_checkpoints_by_the_clock_and_only_the_newest(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(with_train(cached, max_steps=6, save_steps=100, save_minutes=1e-9, save_total_limit=3), run)
     assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
-    by_steps = RunFolder(tmp_path / "by_steps")
+    by_steps = Run(tmp_path / "by_steps")
     train(with_train(cached, max_steps=6, save_steps=4, save_minutes=None), by_steps)
     assert {path.name for path in by_steps.checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-6"}
     assert GracefulStopCallback(StopRequest(), None).seconds == float("inf")
 
 
 def test_resume_takes_the_runs_folder(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached, run)
     shutil.rmtree(run.adapter)
     done = CliRunner().invoke(main, ["train", str(run.path), "--resume", "--json"])
@@ -150,11 +150,11 @@ def test_resume_takes_the_runs_folder(cached: Config, tmp_path: Path) -> None:
 
 
 def test_trackers_are_named_and_a_wrong_one_is_told(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(with_train(cached, report_to=("tensorboard",)), run)
     assert list((run.path / "tensorboard").glob("events*"))
     with pytest.raises(PipelineError, match=r"train.report_to \['tensorbord'\]: .*not supported"):
-        train(with_train(cached, report_to=("tensorbord",)), RunFolder(tmp_path / "wrong"))
+        train(with_train(cached, report_to=("tensorbord",)), Run(tmp_path / "wrong"))
     assert not (tmp_path / "wrong").exists()
 
 
@@ -163,7 +163,7 @@ def test_a_kill_while_the_adapters_are_put_in_place_is_made_good(
 ) -> None:
     validation = cached.validation.model_copy(update={"steps": 1})
     config = with_train(cached, max_steps=4, save_steps=1).model_copy(update={"validation": validation})
-    run, whole = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "whole")
+    run, whole = Run(tmp_path / "run"), Run(tmp_path / "whole")
     monkeypatch.setattr("pipeline.training.validation.Validator.__call__", lambda *_: np.array([50.0, 1, 0.5, 1]))
     train(config, whole)
     rename = Path.rename
@@ -188,7 +188,7 @@ def test_killed_at_20_moments_and_resumed_each_time_it_ends_in_the_same_adapter(
     """kill -9 of the real command, at random moments of a training with validation; then what was left is resumed."""
     config = with_train(cached, max_steps=40, save_steps=3, output_dir=tmp_path)
     config = config.model_copy(update={"validation": config.validation.model_copy(update={"steps": 5})})
-    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
     train(config, whole)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     pipe = [sys.executable, "-c", "from pipeline.cli import main; main()", "train"]
@@ -213,7 +213,7 @@ def test_killed_at_20_moments_and_resumed_each_time_it_ends_in_the_same_adapter(
     assert killed.watch.read_bytes() == whole.watch.read_bytes()
 
 
-def _wait_for_a_checkpoint_or_row(run: RunFolder, running: "subprocess.Popen[bytes]") -> None:
+def _wait_for_a_checkpoint_or_row(run: Run, running: "subprocess.Popen[bytes]") -> None:
     """Until the process at work has begun to train: something in its folder is new."""
 
     def state() -> tuple[int, int]:

@@ -25,7 +25,7 @@ from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora
 from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 from pipeline.training.trainer import MAX_CONSECUTIVE_SKIPS, StageTwoTrainer
 
 IMAGE_ROW = np.repeat(np.arange(40), 5)
@@ -36,7 +36,7 @@ def with_train(config: Config, **settings: object) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
-def adapter_of(run: RunFolder) -> dict[str, Tensor]:
+def adapter_of(run: Run) -> dict[str, Tensor]:
     return load_file(run.adapter / "adapter_model.safetensors")
 
 
@@ -95,7 +95,7 @@ def test_an_image_with_many_questions_becomes_several_sequences(cached: Config) 
 def test_the_step_is_the_same_however_it_is_split(cached: Config, tmp_path: Path) -> None:
     runs = {}
     for name, settings in {"auto": {}, "2": {"micro_batch": 2}, "apart": {"share_prefix": False}}.items():
-        runs[name] = RunFolder(tmp_path / name)
+        runs[name] = Run(tmp_path / name)
         whole = with_train(cached, batch_size=54, max_steps=6, **settings)  # all questions in each step
         train(whole, runs[name])
     assert difference(adapter_of(runs["2"]), adapter_of(runs["auto"])) < rounding.FLOAT32
@@ -118,7 +118,7 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_no_step(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = with_train(cached, batch_size=54, max_steps=5)
-    whole, halved = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "halved")
+    whole, halved = Run(tmp_path / "whole"), Run(tmp_path / "halved")
     train(config, whole)
     computed: list[int] = []
     monkeypatch.setattr(Blip2LanguageHalf, "forward", out_of_memory_beyond(5, computed))
@@ -137,18 +137,18 @@ def test_where_not_one_sequence_fits_it_says_what_to_try(
 ) -> None:
     monkeypatch.setattr(Blip2LanguageHalf, "forward", out_of_memory_beyond(0, []))
     with pytest.raises(PipelineError, match=r"out of memory at step 1 with 3 questions .*gradient_checkpointing=true"):
-        train(with_train(cached, micro_batch=3), RunFolder(tmp_path / "run"))
+        train(with_train(cached, micro_batch=3), Run(tmp_path / "run"))
 
 
 def test_gradient_checkpointing_is_chosen_only_if_one_image_does_not_fit(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     monkeypatch.setattr(pipeline.training.trainer, "free_bytes", lambda device: 10_000)
     assert train(cached, run)["steps"] == 4
     assert "gradient checkpointing is switched on" in capsys.readouterr().err
     monkeypatch.undo()
-    usual = RunFolder(tmp_path / "usual")
+    usual = Run(tmp_path / "usual")
     train(cached, usual)
     assert "gradient checkpointing" not in capsys.readouterr().err
     assert difference(adapter_of(run), adapter_of(usual)) < rounding.FLOAT32
@@ -167,7 +167,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(
         return sequences
 
     monkeypatch.setattr(SequenceBuilder, "for_training", second_is_broken)
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     summary = train(with_train(cached, on_nonfinite="skip"), run)
     assert (summary["steps"], summary["skipped_steps"]) == (4, 1)
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -175,7 +175,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(
     assert all(torch.isfinite(weight).all() for weight in adapter_of(run).values())
     batches.clear()
     with pytest.raises(PipelineError, match=r"training diverged at step 2: loss nan.*on_nonfinite=skip"):
-        train(cached, RunFolder(tmp_path / "stopped"))
+        train(cached, Run(tmp_path / "stopped"))
 
 
 def test_a_run_of_steps_that_are_not_finite_stops_the_training(
@@ -190,7 +190,7 @@ def test_a_run_of_steps_that_are_not_finite_stops_the_training(
         return sequences
 
     monkeypatch.setattr(SequenceBuilder, "for_training", broken)
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     told = f"training diverged at step {MAX_CONSECUTIVE_SKIPS}: {MAX_CONSECUTIVE_SKIPS} steps in a row were skipped"
     with pytest.raises(PipelineError, match=told):
         train(with_train(cached, batch_size=4, max_steps=100, on_nonfinite="skip"), run)
@@ -215,7 +215,7 @@ def test_steps_that_a_float16_scaler_skips_are_counted_and_the_schedule_waits(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, trainers = in_float16(cached, monkeypatch, init_scale=2.0**50, backoff_factor=2.0**-10)
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     summary = train(with_train(config, max_steps=8), run)
     skipped = summary["skipped_steps"]
     assert 0 < skipped < 8
@@ -231,7 +231,7 @@ def test_a_float16_scaler_that_finds_no_scale_stops_the_training(
 ) -> None:
     config, _ = in_float16(cached, monkeypatch, init_scale=2.0**120, backoff_factor=0.99)
     with pytest.raises(PipelineError, match=r"training diverged at step 20: 20 steps in a row .* float16, scale now"):
-        train(with_train(config, max_steps=100), RunFolder(tmp_path / "run"))
+        train(with_train(config, max_steps=100), Run(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
@@ -246,7 +246,7 @@ def test_logits_are_computed_at_the_labels_alone(cached: Config, share_prefix: b
 
 
 def test_time_spent_waiting_for_batches_is_logged(cached: Config, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     train(cached, run)
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert all(0 <= row["loader_wait"] < 1 for row in rows)
@@ -256,7 +256,7 @@ def test_two_processes_give_the_adapter_of_one(cached: Config, tmp_path: Path) -
     """54 questions in batches of 53: of the second there is nothing for one of the two."""
     config = tmp_path / "config.yaml"
     config.write_text(with_train(cached, batch_size=53, max_steps=4, logging_steps=3, output_dir=tmp_path).to_yaml())
-    alone, both = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "both")
+    alone, both = Run(tmp_path / "alone"), Run(tmp_path / "both")
     losses = []
     for run, size in ((alone, 1), (both, 2)):
         words = ("train", config, "--name", run.path.name, "--json")
@@ -277,7 +277,7 @@ def test_a_process_that_dies_ends_the_training_of_the_others_and_it_can_be_resum
 ) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(with_train(cached, max_steps=100_000, output_dir=tmp_path).to_yaml())
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     with team(tmp_path, 2, "train", config, "--name", "run") as processes:
         wait_for(run.last_checkpoint, processes[0])
         processes[1].process.kill()

@@ -20,7 +20,7 @@ from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
 from pipeline.data.examples import DIFFICULT, VQAExample
-from pipeline.runs.folder import RunFolder
+from pipeline.runs.run import Run
 from pipeline.training.validation import Validator, choose_questions
 
 NAME = "adapter_model.safetensors"
@@ -36,7 +36,7 @@ def with_validation(config: Config, steps: int = 2, max_steps: int = 6, **settin
     )
 
 
-def rows(run: RunFolder) -> list[dict[str, float]]:
+def rows(run: Run) -> list[dict[str, float]]:
     return [json.loads(line) for line in run.validation.read_text().splitlines()]
 
 
@@ -55,7 +55,7 @@ def test_a_look_sees_what_evaluation_sees_and_changes_no_training(
     # With bfloat16 instructions bitsandbytes rounds the scales of 4-bit weights in `evaluate`, which trains no more.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     cached = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": bits})})
-    looked, plain = RunFolder(tmp_path / "looked"), RunFolder(tmp_path / "plain")
+    looked, plain = Run(tmp_path / "looked"), Run(tmp_path / "plain")
     summary = train(with_validation(cached, max_steps=5), looked)
     train(with_validation(cached, max_steps=5).model_copy(update={"validation": cached.validation}), plain)
     assert [row["step"] for row in rows(looked)] == [2, 4, 5]
@@ -91,7 +91,7 @@ def test_where_memory_is_short_the_loss_is_summed_in_parts(cached: Config, monke
 def test_the_best_adapter_is_kept_and_the_last_beside_it(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, short = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "short")
+    whole, short = Run(tmp_path / "whole"), Run(tmp_path / "short")
     accuracies(monkeypatch, [30, 80, 80, 60])
     summary = train(with_validation(cached, max_steps=8), whole)
     assert (summary["validation"]["best_step"], summary["validation"]["best_accuracy"]) == (4, 80)
@@ -112,13 +112,13 @@ def test_of_equal_accuracies_the_lower_loss_is_the_better(
     monkeypatch.setattr(
         "pipeline.training.validation.Validator.__call__", lambda *_: np.array([(one := next(left))[0], 1, one[1], 1])
     )
-    summary = train(with_validation(cached, max_steps=6), RunFolder(tmp_path / "run"))
+    summary = train(with_validation(cached, max_steps=6), Run(tmp_path / "run"))
     assert (summary["validation"]["best_step"], summary["validation"]["best_loss"]) == (4, pytest.approx(0.4))
 
 
 def test_training_ends_when_it_gets_no_better(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies(monkeypatch, [10, 50, 50, 40, 90])
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     summary = train(with_validation(cached, max_steps=20, patience=2), run)
     assert (summary["steps"], summary["validation"]["best_step"]) == (8, 4)
     assert [json.loads(line)["step"] for line in run.watch.read_text().splitlines()] == [0, 8]
@@ -126,7 +126,7 @@ def test_training_ends_when_it_gets_no_better(cached: Config, tmp_path: Path, mo
 
 def test_a_killed_training_looks_and_keeps_as_if_never_stopped(cached: Config, tmp_path: Path) -> None:
     config = with_validation(cached, steps=1, max_steps=8)
-    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
+    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
     train(config, whole)
     build_sequences, batches = SequenceBuilder.for_training, []
 
@@ -170,18 +170,18 @@ def test_what_cannot_be_scored_is_told_before_training(
     config = with_validation(cached)
     official = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": "official"})})
     with pytest.raises(PipelineError, match=r"set evaluate\.metric=exact"):
-        train(official, RunFolder(tmp_path / "run"))
+        train(official, Run(tmp_path / "run"))
     difficult = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metric": "a-okvqa"})})
     monkeypatch.setattr("pipeline.training.validation.VQAExample.from_record", lambda _: DIFFICULT_EXAMPLE)
     with pytest.raises(PipelineError, match=r"none has an answer .*=a-okvqa counts"):
-        train(difficult, RunFolder(tmp_path / "run"))
+        train(difficult, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_training_is_not_gone_on_with_by_another_count_of_its_looks(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, config = RunFolder(tmp_path / "run"), with_validation(cached)
+    run, config = Run(tmp_path / "run"), with_validation(cached)
     accuracies(monkeypatch, [10])
     with pytest.raises(StopIteration):
         train(config, run)
@@ -196,7 +196,7 @@ def test_an_adapter_kept_behind_the_last_checkpoint_is_kept_again(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill between a look and the checkpoint behind it, or while the last adapter is being put in its place."""
-    config, run = with_validation(cached, steps=1, max_steps=3), RunFolder(tmp_path / "run")
+    config, run = with_validation(cached, steps=1, max_steps=3), Run(tmp_path / "run")
     config = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 100})})
     accuracies(monkeypatch, [10])
     with pytest.raises(StopIteration):
@@ -219,7 +219,7 @@ def test_a_training_killed_when_all_its_steps_were_done_takes_no_more(
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"lr_scheduler": "constant_with_warmup"})}
     )
-    run = RunFolder(tmp_path / "run")
+    run = Run(tmp_path / "run")
     accuracies(monkeypatch, [50, 40, 30])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.commands.train._save", lambda *_: exit())

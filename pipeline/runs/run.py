@@ -25,7 +25,7 @@ NOT_TRAINED_ANEW = ("lora", "train", "validation")
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class Run:
     """One training run on disk."""
 
     path: Path
@@ -255,17 +255,17 @@ def _evaluated(split: str, with_adapter: bool) -> str:
     return split if with_adapter else f"{split}-no-adapter"
 
 
-def named_run(output_dir: Path, name: str) -> RunFolder:
+def named_run(output_dir: Path, name: str) -> Run:
     """`output_dir`/NAME. Raises `ConfigError` for a name that leads elsewhere."""
     if name in (".", "..") or Path(name).name != name:
         raise ConfigError(f"--name {name!r} is not one plain name; the folder that runs lie in is train.output_dir")
-    return RunFolder(output_dir / name)
+    return Run(output_dir / name)
 
 
-def next_run(output_dir: Path, stem: str) -> RunFolder:
+def next_run(output_dir: Path, stem: str) -> Run:
     """`output_dir`/STEM-N, N the first number from 1 that is free, also as the beginning of a grid's names."""
     taken = [path.name for path in output_dir.glob(f"{glob.escape(stem)}-*")]
     number = 1
     while any(f"{name}-".startswith(f"{stem}-{number}-") for name in taken):
         number += 1
-    return RunFolder(output_dir / f"{stem}-{number}")
+    return Run(output_dir / f"{stem}-{number}")
