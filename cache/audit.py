@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cache.files import as_bytes, opened, pread_into, pwrite_all, rename, temporary
-from cache.format import DIGEST_BYTES, FAILED, PART_NAME, PartLayout, check_head, inspect_part, lay_out_part, unreadable
-from cache.lock import FolderLock, not_read
+from cache.files import as_bytes, open_descriptor, pread_into, pwrite_all, rename, temporary_path
+from cache.format import DIGEST_BYTES, FAILED, PART_NAME, PartLayout, check_head, create_part, inspect_part, read_error
+from cache.lock import FolderLock, exclude_readers
 from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, PartEntry, TextEntry, attachment_file, unlisted_parts
 from cache.spec import CacheError, CacheSpec, FileError, UnreadableError
 from cache.text import TextTable
@@ -22,7 +22,7 @@ from cache.writer import free_names, inspect_unlisted, part_entry
 
 _BLOCK_BYTES = 8 << 20
 NOT_STORED = "is not stored, and there are questions on its picture"
-NO_PART = "is no part of this cache: delete it"
+NOT_A_PART = "is no part of this cache: delete it"
 
 Array = np.ndarray[Any, Any]
 
@@ -44,7 +44,7 @@ class Damage:
 class Verification:
     """What `verify` found, and how much it read."""
 
-    damages: list[Damage]
+    damage: list[Damage]
     files: int
     rows: int
     bytes: int
@@ -79,7 +79,7 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> int:
     """
     by_part: dict[str, set[int | None]] = {}
     for damage in damages:
-        lost = not damage.unreadable and damage.problem not in (NOT_STORED, NO_PART)
+        lost = not damage.unreadable and damage.problem not in (NOT_STORED, NOT_A_PART)
         if lost and PART_NAME.fullmatch(damage.file):
             by_part.setdefault(damage.file, set()).add(damage.row)
     if not by_part:
@@ -87,7 +87,7 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> int:
     try:
         lock = FolderLock(folder)
         try:
-            with not_read(folder, "repair"):
+            with exclude_readers(folder, "repair"):
                 return _replace_parts(folder, by_part)
         finally:
             lock.release()
@@ -118,13 +118,13 @@ def _replace_parts(folder: Path, by_part: Mapping[str, set[int | None]]) -> int:
 
 def _rebuild(path: Path, spec: CacheSpec, part: PartEntry, old: PartLayout | None, keep: Array) -> PartEntry:
     """Writes a part to `path` with only those rows of `old` that are to be kept; -> its entry."""
-    building = temporary(path)
+    building = temporary_path(path)
     digests = np.zeros((part.rows, DIGEST_BYTES), np.uint8) if old is None else old.digests
-    lay_out_part(building, spec, digests)
+    create_part(building, spec, digests)
     new = inspect_part(building)
-    with opened(building, os.O_RDWR) as target:
+    with open_descriptor(building, os.O_RDWR) as target:
         if old is not None:
-            with opened(old.path, os.O_RDONLY) as source:
+            with open_descriptor(old.path, os.O_RDONLY) as source:
                 for row in np.flatnonzero(keep).tolist():
                     data = memoryview(bytearray(spec.row_bytes))
                     pread_into(source, data, old.features_offset + row * spec.row_bytes)
@@ -165,7 +165,7 @@ def _bad_rows(layout: PartLayout, on_bytes: Callable[[int], object]) -> Iterator
     size = layout.spec.row_bytes
     at_once = max(1, _BLOCK_BYTES // size)
     buffer = memoryview(bytearray(at_once * size))
-    with opened(layout.path, os.O_RDONLY) as descriptor:
+    with open_descriptor(layout.path, os.O_RDONLY) as descriptor:
         for start in range(0, layout.rows, at_once):
             rows = range(start, min(start + at_once, layout.rows))
             lost = _read_rows(descriptor, layout, rows, buffer)
@@ -184,7 +184,7 @@ def _read_rows(descriptor: int, layout: PartLayout, rows: range, buffer: memoryv
         return set()
     except OSError as error:
         if error.errno != errno.EIO:
-            raise unreadable(layout.path, error) from error
+            raise read_error(layout.path, error) from error
     lost = set()
     for place, row in enumerate(rows):
         try:
@@ -192,7 +192,7 @@ def _read_rows(descriptor: int, layout: PartLayout, rows: range, buffer: memoryv
         except OSError as error:
             lost.add(row)
             if error.errno != errno.EIO or len(lost) == len(rows):
-                raise unreadable(layout.path, error) from error
+                raise read_error(layout.path, error) from error
     return lost
 
 
@@ -243,13 +243,13 @@ def _verify_unlisted(folder: Path, manifest: Manifest) -> list[Damage]:
         except UnreadableError as error:
             damages.append(_damage(path, error))
         except CacheError:
-            damages.append(Damage(path.name, NO_PART))
+            damages.append(Damage(path.name, NOT_A_PART))
     return damages
 
 
 def _damage(path: Path, error: CacheError | OSError) -> Damage:
     """Of a file as a whole, by what was raised over it: without the file's name and the advice."""
     if isinstance(error, OSError):
-        error = unreadable(path, error)
+        error = read_error(path, error)
     problem = error.problem if isinstance(error, FileError) else str(error)
     return Damage(path.name, problem, unreadable=isinstance(error, UnreadableError))

@@ -17,7 +17,7 @@ _BLOCK = 1 << 20
 
 
 @contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
+def open_descriptor(path: Path, flags: int) -> Iterator[int]:
     """A file descriptor of `path`, closed at the end. Raises OSError."""
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
@@ -28,7 +28,7 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 def fsync_folder(folder: Path) -> None:
     """Makes the names in `folder` durable: those just created, renamed or removed."""
-    with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+    with open_descriptor(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
 
 
@@ -38,7 +38,7 @@ def rename(source: Path, target: Path) -> None:
     fsync_folder(target.parent)
 
 
-def temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where `path` is built before it gets its name."""
     return path.with_name(path.name + TEMPORARY)
 
@@ -48,9 +48,9 @@ def write_atomically(path: Path, data: bytes, building: Path | None = None) -> N
 
     Raises OSError; then `building` is gone, and what was at `path` is still there.
     """
-    building = building or temporary(path)
+    building = building or temporary_path(path)
     try:
-        with opened(building, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+        with open_descriptor(building, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
             pwrite_all(descriptor, data, 0)
             os.fsync(descriptor)
         rename(building, path)
@@ -91,7 +91,7 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> None:
 def sha256_of(path: Path, length: int | None = None) -> str:
     """SHA-256 (hex) of the first `length` bytes of a file, of all by default. Raises OSError."""
     digest = hashlib.sha256()
-    with opened(path, os.O_RDONLY) as descriptor:
+    with open_descriptor(path, os.O_RDONLY) as descriptor:
         left = os.fstat(descriptor).st_size if length is None else length
         while left and (block := os.read(descriptor, min(left, _BLOCK))):
             digest.update(block)
@@ -108,7 +108,7 @@ def map_file(path: Path, offset: int, size: int) -> np.ndarray[Any, Any]:
     """
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     length = offset - start + size
-    with opened(path, os.O_RDONLY) as descriptor:
+    with open_descriptor(path, os.O_RDONLY) as descriptor:
         if os.fstat(descriptor).st_size < offset + size:
             raise OSError(f"file ends before byte {offset + size}")
         address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, start)

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cache.files import as_bytes, opened, pread_into, pwrite_all, sha256_of
+from cache.files import as_bytes, open_descriptor, pread_into, pwrite_all, sha256_of
 from cache.spec import CacheError, CacheSpec, DamagedFileError, FileError, UnreadableError
 
 PAGE = 4096
@@ -50,7 +50,7 @@ def part_name(index: int, sealed: bool = True) -> str:
     return f"features-{index:05d}.h5" + ("" if sealed else ".partial")
 
 
-def lay_out_part(path: Path, spec: CacheSpec, digests: Array) -> None:
+def create_part(path: Path, spec: CacheSpec, digests: Array) -> None:
     """Creates a part for the images `digests` (rows, 32) uint8, without any row written, and brings it to disk.
 
     Raises CacheError, OSError.
@@ -93,7 +93,7 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
     To be called before HDF5 opens the file: it may crash on a broken one. Raises CacheError.
     """
     try:
-        require_regular(path)
+        check_regular_file(path)
         found = path.stat().st_size
         if size is not None and found != size:
             problem = f"has {found} bytes, must have {size}: it was cut short or changed"
@@ -102,17 +102,17 @@ def check_head(path: Path, length: int | None, sha256: str, size: int | None = N
             problem = ("" if length is None else f"its head of {length} bytes ") + "is not what was written"
             raise DamagedFileError(path, problem, _ADVICE)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
 
 
-def require_regular(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Raises CacheError for a link, a pipe or a device in a file's place, OSError."""
     if not stat.S_ISREG(path.lstat().st_mode):
         problem = "is a link or no regular file: refused, a cache must not point elsewhere"
         raise DamagedFileError(path, problem, _ADVICE)
 
 
-def unreadable(path: Path, error: OSError) -> FileError:
+def read_error(path: Path, error: OSError) -> FileError:
     """What to raise from `error`; one without a number is not the system's: the file ends too early."""
     if isinstance(error, FileNotFoundError):
         return DamagedFileError(path, "is missing", "Run `pipe precompute` again: what was in it is made anew.")
@@ -126,7 +126,7 @@ def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
 
     Raises OSError.
     """
-    with opened(path, os.O_RDONLY) as descriptor:
+    with open_descriptor(path, os.O_RDONLY) as descriptor:
         head = bytearray(min(head_bytes, os.fstat(descriptor).st_size))
         pread_into(descriptor, memoryview(head), 0)
     del head[crc_offset : crc_offset + rows * 8]
@@ -168,7 +168,7 @@ def _check_order(datasets: Mapping[str, Any], file_size: int) -> None:
 
 def _create(path: Path, shapes: Shapes, arrays: Mapping[str, Array], attributes: Attributes) -> None:
     offsets = _lay_out(path, shapes, attributes)
-    with opened(path, os.O_RDWR) as descriptor:
+    with open_descriptor(path, os.O_RDWR) as descriptor:
         for name, array in arrays.items():
             if array.size:
                 pwrite_all(descriptor, as_bytes(array), offsets[name])
@@ -216,7 +216,7 @@ _ADVICE = "Run `pipe cache repair`, or delete it and run `pipe precompute` again
 def _reading(path: Path) -> Iterator[Any]:
     """An h5py.File to look into; whatever is wrong with it comes out as a FileError."""
     try:
-        require_regular(path)
+        check_regular_file(path)
         with h5py.File(path, "r", locking=False) as file:  # the locks are `lock`'s: HDF5's would bar a part in work
             yield file
     except FileError:
@@ -227,7 +227,7 @@ def _reading(path: Path) -> Iterator[Any]:
         number = _errno_in(error)
         if number in _NOT_THE_FILES_FAULT:
             cause = OSError(number, os.strerror(number))
-            raise unreadable(path, cause) from cause
+            raise read_error(path, cause) from cause
         problem = f"cannot be read: {os.strerror(number)}" if number else "is not a sound HDF5 file"
         raise DamagedFileError(path, problem, _ADVICE) from error
 

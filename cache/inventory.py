@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.format import PART_NAME
-from cache.lock import LOCK_NAME, FolderLock, not_read
+from cache.lock import LOCK_NAME, FolderLock, exclude_readers
 from cache.manifest import MANIFEST_NAME, Manifest, unlisted_parts
-from cache.own import holds_cache, own_files
+from cache.ownership import holds_cache, own_files
 from cache.spec import CacheError
 
 
@@ -20,11 +20,11 @@ class CacheFolder:
     manifest: Manifest | None
     """None if it is unfinished."""
     sealed: int
-    """Parts that are full, and with `in_work` all that are planned."""
-    in_work: int
+    """Parts that are full, and with `in_progress` all that are planned."""
+    in_progress: int
     bytes: int
     """On disk; a part in work takes less than its length."""
-    foreign: list[str]
+    other_files: list[str]
     """Names in the folder that are not a cache's."""
     unlisted: list[str]
     """Names of parts that a finished cache does not know."""
@@ -36,7 +36,7 @@ def describe(folder: Path) -> CacheFolder:
         raise CacheError(f"{folder}: no cache is there; `pipe cache ls` looks for those below a folder")
     own = own_files(folder)
     parts = [match for path in own if (match := PART_NAME.fullmatch(path.name))]
-    in_work = sum(match[2] is not None for match in parts)
+    in_progress = sum(match[2] is not None for match in parts)
     manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
     unlisted: list[Path] = []
     with suppress(CacheError):  # the plan is damaged: who goes on with it will say so
@@ -44,10 +44,10 @@ def describe(folder: Path) -> CacheFolder:
     return CacheFolder(
         folder=folder,
         manifest=manifest,
-        sealed=len(parts) - in_work,
-        in_work=in_work,
+        sealed=len(parts) - in_progress,
+        in_progress=in_progress,
         bytes=_bytes_on_disk(own),
-        foreign=sorted(path.name for path in folder.iterdir() if path not in own),
+        other_files=sorted(path.name for path in folder.iterdir() if path not in own),
         unlisted=[path.name for path in unlisted],
     )
 
@@ -79,7 +79,7 @@ def remove(folder: Path) -> int:
     freed = _bytes_on_disk(own_files(folder))
     lock = FolderLock(folder)
     try:
-        with not_read(folder, "remove"):
+        with exclude_readers(folder, "remove"):
             for path in sorted(own_files(folder), key=_removal):
                 path.unlink(missing_ok=True)
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from cache.spec import CacheError
 
 LOCK_NAME = ".lock"
-PATIENCE = 10  # seconds
+LOCK_TIMEOUT_SECONDS = 10  # seconds
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 _NONE = -1  # no descriptor
 
@@ -22,7 +22,7 @@ _NONE = -1  # no descriptor
 class FolderLock:
     """Holds `folder` for writing until `release`, at the latest when the process ends, however it ends.
 
-    Waits for `PATIENCE` seconds first. The lock is the kernel's, on the file `.lock`, which names its holder while
+    Waits for `LOCK_TIMEOUT_SECONDS` first. The lock is the kernel's, on the file `.lock`, which names its holder while
     it is held and is empty otherwise; a file system without locks is used without. Raises CacheError that says who
     holds the folder, OSError.
     """
@@ -64,7 +64,7 @@ class ReadLock:
         self._descriptor = _NONE
         with suppress(OSError):  # who reads a folder that cannot be read says so
             self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        if self._descriptor != _NONE and not lock(self._descriptor, PATIENCE, fcntl.LOCK_SH):
+        if self._descriptor != _NONE and not lock(self._descriptor, LOCK_TIMEOUT_SECONDS, fcntl.LOCK_SH):
             self.release()
             raise CacheError(f"{folder}: another process is removing or repairing this cache. Run the command again.")
 
@@ -78,7 +78,7 @@ class ReadLock:
 
 
 @contextmanager
-def not_read(folder: Path, doing: str) -> Iterator[None]:
+def exclude_readers(folder: Path, doing: str) -> Iterator[None]:
     """Keeps readers away. Raises CacheError that says who is reading the cache, and that `doing` must wait; OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -109,7 +109,7 @@ def _open_locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if not lock(descriptor, PATIENCE):
+            if not lock(descriptor, LOCK_TIMEOUT_SECONDS):
                 raise CacheError(_held(path.parent))
             if _is_at(path, descriptor):
                 return descriptor
@@ -126,14 +126,14 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def require_free(folder: Path) -> None:
+def check_not_locked(folder: Path) -> None:
     """Raises CacheError if another process is writing the cache in `folder`: to be said before long preparations."""
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return  # nobody has begun there; or it cannot be written, which its writer will say
     try:
-        if not lock(descriptor, PATIENCE):
+        if not lock(descriptor, LOCK_TIMEOUT_SECONDS):
             raise CacheError(_held(folder))
     finally:
         os.close(descriptor)
@@ -157,10 +157,10 @@ def lock(descriptor: int, patience: float = 0, kind: int = fcntl.LOCK_EX) -> boo
 
 
 def _held(folder: Path) -> str:
-    return f"{folder}: {holder(folder)} is writing this cache. Run the command again when it is done."
+    return f"{folder}: {describe_holder(folder)} is writing this cache. Run the command again when it is done."
 
 
-def holder(folder: Path) -> str:
+def describe_holder(folder: Path) -> str:
     """Who holds the folder, in words."""
     try:
         owner = json.loads((folder / LOCK_NAME).read_bytes())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import write_atomically
-from cache.format import PART_NAME, check_head, head_sha256, require_regular, unreadable
+from cache.format import PART_NAME, check_head, check_regular_file, head_sha256, read_error
 from cache.spec import FORMAT_VERSION, CacheError, CacheSpec, DamagedFileError
 
 MANIFEST_NAME = "manifest.json"
@@ -141,13 +141,13 @@ class Manifest:
             "attachments": self.attachments,
             "provenance": self.provenance,
         }
-        _save_signed(folder / MANIFEST_NAME, content)
+        _save_checksummed(folder / MANIFEST_NAME, content)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """The inverse of `save`. Raises CacheError if it cannot be read, is changed or of another version."""
         path = folder / MANIFEST_NAME
-        content = _load_signed(path)
+        content = _load_checksummed(path)
         with _explained(path):
             return cls(
                 spec=CacheSpec.from_attributes(content["spec"]),
@@ -179,10 +179,10 @@ class PlannedPart:
     def check(self, path: Path) -> None:
         """Raises CacheError if the head is not what was written."""
         try:
-            require_regular(path)
+            check_regular_file(path)
             sound = head_sha256(path, self.head_bytes, self.crc_offset, self.rows) == self.sha256
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise read_error(path, error) from error
         if not sound:
             advice = "Delete it and run `pipe precompute` again: only what was in it is made anew."
             raise DamagedFileError(path, f"its head of {self.head_bytes} bytes is not what was written", advice)
@@ -197,7 +197,7 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         """Raises OSError."""
-        _save_signed(folder / PLAN_NAME, {"parts": [asdict(part) for part in self.parts.values()]})
+        _save_checksummed(folder / PLAN_NAME, {"parts": [asdict(part) for part in self.parts.values()]})
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
@@ -205,12 +205,12 @@ class Plan:
         path = folder / PLAN_NAME
         if not path.exists():
             return cls({})
-        content = _load_signed(path)
+        content = _load_checksummed(path)
         with _explained(path):
             return cls({part["file"]: PlannedPart(**part) for part in content["parts"]})
 
 
-def is_ours(path: Path) -> bool:
+def is_cache_json(path: Path) -> bool:
     """Whether a file that has a manifest's or a plan's name is one: other programs have such names too."""
     try:
         content = json.loads(path.read_bytes())
@@ -226,18 +226,18 @@ def unlisted_parts(folder: Path, manifest: Manifest) -> list[Path]:
     return sorted(path for path in named if path.name.removesuffix(".partial") not in known)
 
 
-def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
+def _save_checksummed(path: Path, content: Mapping[str, Any]) -> None:
     """JSON that ends in the SHA-256 of all that stands before it, so that a changed bit is noticed."""
     whole = {"format": _FORMAT, "format_version": FORMAT_VERSION, **content}
     body = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}").encode("utf-8", "backslashreplace")
     write_atomically(path, body + f',\n  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode())
 
 
-def _load_signed(path: Path) -> dict[str, Any]:
+def _load_checksummed(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
     with _explained(path):
         content: dict[str, Any] = json.loads(data)
         name, version = content["format"], content["format_version"]

@@ -56,11 +56,11 @@ class PartWriter:
         self.close()
 
     @property
-    def open_rows(self) -> Array:
+    def unwritten_rows(self) -> Array:
         """Rows that are neither written nor given up."""
         return np.flatnonzero(self.crc32 == NOT_WRITTEN)
 
-    def open_batches(self, size: int) -> list[range]:
+    def unwritten_batches(self, size: int) -> list[range]:
         """The batches, of `size` rows counted from the part's first row, in which a row is open.
 
         Batches lie on this fixed grid because the rounding of a row depends on the batch that it is in.
@@ -84,7 +84,7 @@ class PartWriter:
                 begin_flush(self._descriptor, offset, len(block))
                 self._promise(first, checksums.result(), len(block))
 
-    def give_up(self, rows: Array) -> None:
+    def mark_failed(self, rows: Array) -> None:
         """Marks open `rows` whose images have no features; they will not be waited for."""
         with _disk(self.path):
             for row in rows.tolist():

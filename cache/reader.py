@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from cache.files import as_bytes, map_file, pread_into, sha256_of
-from cache.format import PartLayout, check_head, inspect_part, unreadable
+from cache.format import PartLayout, check_head, inspect_part, read_error
 from cache.lock import ReadLock
 from cache.manifest import MANIFEST_NAME, Manifest, PartEntry, attachment_file
 from cache.spec import CacheError
 from cache.text import TextTable
 from cache.thumbnails import Thumbnails, thumbnails_name
 
-FILES_AT_ONCE = 256
+MAX_OPEN_FILES = 256
 """Parts that `pread` keeps open; a process may usually have 1024 files."""
 
 Array = np.ndarray[Any, Any]
@@ -30,7 +30,7 @@ class FeatureReader:
     """The features and texts of the finished cache in `folder`.
 
     `io` is "memmap", or "pread": slower, but a mount that vanishes raises CacheError and does not kill the process.
-    A part is checked, opened and mapped when its first row is read, and not carried into other processes by
+    A part is checked, open_descriptor and mapped when its first row is read, and not carried into other processes by
     pickling: opening costs the same for any number of rows.
 
     Until `close` the cache is kept from being removed or repaired.
@@ -80,7 +80,7 @@ class FeatureReader:
     def _forget(self) -> None:
         self._parts: dict[int, _OpenPart] = {}
         self._maps: _Maps | None = None
-        self._files = lru_cache(FILES_AT_ONCE)(_File)
+        self._files = lru_cache(MAX_OPEN_FILES)(_File)
         self._opening = Lock()
         self._checked = np.zeros(self._total, bool)  # rows that were read and found good
 
@@ -134,7 +134,7 @@ class FeatureReader:
         try:
             sound = sha256_of(path) == entry.sha256
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise read_error(path, error) from error
         if not sound:
             raise CacheError(f"{path}: is not what was written. {_RENEW}")
         table = TextTable.load(path)
@@ -152,7 +152,7 @@ class FeatureReader:
         for index, some in groupby(inside, lambda row: int(np.searchsorted(self._ends, row, side="right"))):
             part = self.manifest.parts[index]
             if (name := thumbnails_name(part.file)) in self.manifest.attachments:
-                pictures = Thumbnails.load(self.attachment(name)).pictures
+                pictures = Thumbnails.load(self.attachment(name)).images
                 start = int(self._ends[index]) - part.rows
                 found |= {row: data for row in some if (data := pictures[row - start].tobytes())}
         return found
@@ -203,7 +203,7 @@ class FeatureReader:
         try:
             return _OpenPart(layout, int(self._ends[index]) - layout.rows, self.io)
         except OSError as error:
-            raise unreadable(layout.path, error) from error
+            raise read_error(layout.path, error) from error
 
 
 class _Maps:
@@ -266,7 +266,7 @@ class _OpenPart:
             file = files(layout.path)
             pread_into(file.descriptor, as_bytes(out), layout.features_offset + row * layout.spec.row_bytes)
         except OSError as error:
-            raise unreadable(layout.path, error) from error
+            raise read_error(layout.path, error) from error
 
     def check(self, row: int, features: Array) -> None:
         """Raises CacheError if the row of the part was never written, or `features` are not what was."""
@@ -289,7 +289,7 @@ def _check_size(folder: Path, part: PartEntry, row_bytes: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
     if found != wanted:
         raise CacheError(
             f"{path}: has {found} bytes, must have {wanted}: it was cut short or changed. Run `pipe cache repair`, "

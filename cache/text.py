@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from cache.files import rename, sha256_of, temporary
+from cache.files import rename, sha256_of, temporary_path
 from cache.format import read_arrays, write_arrays
 from cache.manifest import TextEntry
 from cache.spec import FORMAT_VERSION, CacheError, DamagedFileError
@@ -139,7 +139,7 @@ class TextTable:
             "prompt": self.prompt,
             "tokenizer": self.tokenizer,
         }
-        building = temporary(folder / f"text-{split}.h5")
+        building = temporary_path(folder / f"text-{split}.h5")
         write_arrays(building, arrays, attributes)
         sha256 = sha256_of(building)
         entry = TextEntry(f"text-{split}-{sha256[:12]}.h5", len(self), sha256)

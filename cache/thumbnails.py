@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.files import rename, sha256_of, temporary
+from cache.files import rename, sha256_of, temporary_path
 from cache.format import DIGEST_BYTES, read_arrays, write_arrays
 from cache.manifest import ATTACHMENT_FILE, Manifest, attachment_file
 from cache.spec import FORMAT_VERSION, CacheError, DamagedFileError
@@ -21,13 +21,13 @@ class Thumbnails:
 
     digests: np.ndarray[Any, Any]
     """(rows, 32) uint8: SHA-256 of the image files, those of the part."""
-    pictures: Ragged
+    images: Ragged
     """uint8: a JPEG, PNG, WebP or GIF file each, empty where there is none."""
     longer_side: int
     """Pixels, at most, of those that were made smaller."""
 
     def __post_init__(self) -> None:
-        if self.digests.shape != (len(self.pictures), DIGEST_BYTES) or self.digests.dtype != np.uint8:
+        if self.digests.shape != (len(self.images), DIGEST_BYTES) or self.digests.dtype != np.uint8:
             raise CacheError(f"image_digest is {self.digests.shape} {self.digests.dtype}, not that of the pictures")
 
     def save(self, folder: Path, part: str) -> str:
@@ -36,8 +36,8 @@ class Thumbnails:
         An interrupted run finds the file again: the manifest need not name it yet.
         """
         name = thumbnails_name(part)
-        arrays = {"image_digest": self.digests, "pictures": self.pictures.values, "offsets": self.pictures.offsets}
-        building = temporary(folder / name)
+        arrays = {"image_digest": self.digests, "pictures": self.images.values, "offsets": self.images.offsets}
+        building = temporary_path(folder / name)
         write_arrays(building, arrays, {"format_version": FORMAT_VERSION, "longer_side": self.longer_side})
         sha256 = sha256_of(building)
         rename(building, folder / attachment_file(name, sha256))

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cache.files import TEMPORARY, fsync_folder, rename, sha256_of, temporary, write_atomically
+from cache.files import TEMPORARY, fsync_folder, rename, sha256_of, temporary_path, write_atomically
 from cache.format import (
     DIGEST_BYTES,
     NOT_WRITTEN,
     PART_NAME,
     PartLayout,
+    create_part,
     head_sha256,
     inspect_part,
-    lay_out_part,
     part_name,
 )
 from cache.lock import LOCK_NAME, FolderLock
@@ -35,7 +35,7 @@ from cache.manifest import (
     TextEntry,
     attachment_file,
 )
-from cache.own import holds_cache, listed_files, own_files
+from cache.ownership import holds_cache, listed_files, own_files
 from cache.part import PartWriter
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec, DamagedFileError
@@ -91,7 +91,7 @@ class FeatureWriter:
                 self._plan(missing, origins)
                 self.copied = self._copy(origins, io)
                 """How many were copied from another cache."""
-                self.parts: list[Path] = [part.path for part in self._in_work()]
+                self.parts: list[Path] = [part.path for part in self._in_progress()]
                 """The parts in work, all with rows to be written."""
         except BaseException:
             self.close()
@@ -183,7 +183,7 @@ class FeatureWriter:
         self._sealed = {part.path: part for part in layouts if not _is_partial(part)}
         return layouts
 
-    def _in_work(self) -> list[PartLayout]:
+    def _in_progress(self) -> list[PartLayout]:
         return [part for part in self._layouts() if _is_partial(part)]
 
     def _remove_leftovers(self) -> None:
@@ -204,7 +204,7 @@ class FeatureWriter:
     def _plan(self, missing: dict[bytes, None], origins: Mapping[bytes, Any]) -> None:
         """Has a part in work for every missing image, those to be copied apart from those to be encoded."""
         unplanned = dict(missing)
-        for part in self._in_work():
+        for part in self._in_progress():
             planned = {part.digests[row].tobytes() for row in np.flatnonzero(part.crc32 == NOT_WRITTEN)}
             if planned and all(digest in unplanned for digest in planned):
                 for digest in planned:
@@ -218,10 +218,10 @@ class FeatureWriter:
         for chunk in [*_chunks(to_copy, self.part_rows), *_chunks(to_encode, self.part_rows)]:
             digests = np.frombuffer(b"".join(chunk), np.uint8).reshape(-1, DIGEST_BYTES)
             new.append(self.folder / f"{next(names)}.partial")
-            lay_out_part(temporary(new[-1]), self.spec, digests)
+            create_part(temporary_path(new[-1]), self.spec, digests)
         self._guard(new)
         for path in new:
-            rename(temporary(path), path)
+            rename(temporary_path(path), path)
 
     def _guard(self, new: Sequence[Path]) -> None:
         """Notes what the begun parts are, and the `new` ones before they get their names.
@@ -230,7 +230,7 @@ class FeatureWriter:
         """
         listed = _listed(self.folder, self.spec)
         begun = {_sealed_name(part.path): part for part in self._layouts()}
-        begun |= {_sealed_name(path): inspect_part(temporary(path)) for path in new}
+        begun |= {_sealed_name(path): inspect_part(temporary_path(path)) for path in new}
         plan = Plan({name: _planned(name, part) for name, part in begun.items() if name not in listed})
         if plan != Plan.load(self.folder):
             plan.save(self.folder)
@@ -239,22 +239,22 @@ class FeatureWriter:
         """Fills open rows of the parts in work from other caches; -> how many."""
         copied = 0
         reader = cache(lambda folder: FeatureReader(folder, io))
-        for layout in self._in_work():
+        for layout in self._in_progress():
             with PartWriter(layout.path) as part:
                 copied += _copy_rows(part, origins, reader)
-                if not part.open_rows.size:
+                if not part.unwritten_rows.size:
                     part.seal()
         return copied
 
 
 @dataclass(frozen=True)
-class Survey:
+class WriteEstimate:
     """What there is before any work: numbers of distinct images."""
 
     wanted: int
     stored: int
     """In the cache already."""
-    nearby: int
+    copyable: int
     """In another cache of equal spec, to be copied."""
     bytes_needed: int
     """On disk, for those not stored."""
@@ -266,9 +266,9 @@ class Survey:
         return len(self.missing)
 
 
-def survey(
+def estimate_write(
     folder: Path, spec: CacheSpec, digests: Sequence[bytes], sources: Sequence[Path] = (), part_rows: int = PART_ROWS
-) -> Survey:
+) -> WriteEstimate:
     """What a `FeatureWriter` would find; changes nothing. Raises CacheError as it does."""
     wanted = _distinct(digests)
     layouts = _layouts_meanwhile(folder, spec) if folder.is_dir() else []
@@ -278,10 +278,10 @@ def survey(
     to_encode = [digest for digest in missing if digest not in nearby]
     parts = -(-len(nearby) // part_rows) + -(-len(to_encode) // part_rows)
     bytes_needed = len(missing) * (spec.row_bytes + _DIGEST_AND_CRC) + parts * _HEAD_BYTES
-    return Survey(len(wanted), len(stored), len(nearby), bytes_needed, to_encode)
+    return WriteEstimate(len(wanted), len(stored), len(nearby), bytes_needed, to_encode)
 
 
-def caches_beside(folder: Path, spec: CacheSpec) -> list[Path]:
+def sibling_caches(folder: Path, spec: CacheSpec) -> list[Path]:
     """The other finished caches of equal spec in the parent folder of `folder`."""
     beside = sorted(path.parent for path in folder.absolute().parent.glob(f"*/{MANIFEST_NAME}"))
     return [path for path in beside if path != folder.absolute() and _spec_of(path) == spec]
@@ -304,7 +304,7 @@ def part_layouts(
 ) -> list[PartLayout]:
     """The parts in `folder`, found sound, in the order that numbers rows: the manifest's, then by name.
 
-    Those `seen` before, sealed and by the only writer, are not opened again.
+    Those `seen` before, sealed and by the only writer, are not open_descriptor again.
     Raises CacheError for a part that is not what was written, or is of another spec than `spec`.
     """
     listed = _listed(folder, spec)
@@ -359,7 +359,7 @@ def _copy_rows(
 ) -> int:
     """Copies the open rows that are somewhere else and undamaged there; -> how many."""
     copied = 0
-    for row in part.open_rows.tolist():
+    for row in part.unwritten_rows.tolist():
         origin = origins.get(part.digests[row].tobytes())
         if origin is None:
             continue
@@ -442,7 +442,7 @@ def _spec_of(folder: Path) -> CacheSpec | None:
         return None
 
 
-def require_usable(folder: Path) -> None:
+def check_usable(folder: Path) -> None:
     """Raises CacheError if there is something at `folder` that is neither an empty folder nor a cache."""
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
@@ -455,7 +455,7 @@ def require_usable(folder: Path) -> None:
 
 def _open_folder(folder: Path) -> None:
     """Creates the folder, or finds it empty or a cache's."""
-    require_usable(folder)
+    check_usable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fsync_folder(folder.parent)
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from cache.format import inspect_part
-from cache.lock import require_free
+from cache.lock import check_not_locked
 from cache.manifest import Manifest
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
 from cache.text import TEXT_HEAD_BYTES, TextTable
 from cache.thumbnails import thumbnails_bytes
-from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
+from cache.writer import FeatureWriter, WriteEstimate, check_usable, estimate_write, sibling_caches
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, fetch_small_files
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import check_devices, dtype_name, pick_device, pick_dtype
@@ -62,7 +62,7 @@ class Prepared:
     spec: CacheSpec
     beside: list[Path]
     """Caches to copy rows from."""
-    found: Survey
+    found: WriteEstimate
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
         "cache": str(config.cache.dir),
         "pictures": prepared.inputs.pictures,
         "images": found.wanted,
-        "reused": found.stored + found.nearby,
+        "reused": found.stored + found.copyable,
         "to_encode": found.to_encode,
         "bytes_needed": found.bytes_needed,
         "left_out": _reasons(prepared.inputs),
@@ -121,7 +121,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
 def _lead(config: Config, team: Team, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
-    require_free(config.cache.dir)
+    check_not_locked(config.cache.dir)
     prepared = _prepare(config, _report(config), mend)
     inputs, spec = prepared.inputs, prepared.spec
     cache, beside = config.cache, prepared.beside
@@ -190,7 +190,7 @@ def _help(config: Config, team: Team) -> None:
 
 def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:
     """Everything that can go wrong before the long work, in order of its cost."""
-    require_usable(config.cache.dir)
+    check_usable(config.cache.dir)
     model = config.model
     small_files = fetch_small_files(model.checkpoint, model.revision, ENCODER_HALF)
     tokenizer = PromptTokenizer(small_files, config.data.prompt)
@@ -209,8 +209,8 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
     if mend:
         mend(inputs, spec)
-    beside = caches_beside(config.cache.dir, spec)
-    found = survey(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
+    beside = sibling_caches(config.cache.dir, spec)
+    found = estimate_write(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
     text_bytes = sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
     shown_bytes = (found.wanted - found.stored) * most_bytes(config.precompute.thumbnails)
     found = replace(found, bytes_needed=found.bytes_needed + text_bytes + shown_bytes)

@@ -10,7 +10,7 @@ import torch
 
 from cache import audit
 from cache.format import inspect_part
-from cache.lock import not_read
+from cache.lock import exclude_readers
 from cache.manifest import Manifest
 from cache.reader import FeatureReader
 from cache.spec import CacheError, CacheSpec
@@ -41,15 +41,15 @@ def repair(cache: Path) -> dict[str, Any]:
     as they were.
     """
     folder = cache_folder(cache)
-    damages = audit.verify(folder).damages
+    damages = audit.verify(folder).damage
     if not damages:
         return {"cache": str(folder), "damaged": [], "encoded": 0}
     if unreadable := [in_words(damage) for damage in damages if damage.unreadable]:
         raise PipelineError(f"{folder}: cannot be read, so nothing was changed: {'; '.join(unreadable)}")
-    with not_read(folder, "repair"):  # known before the pictures are looked for
+    with exclude_readers(folder, "repair"):  # known before the pictures are looked for
         pass
     for damage in damages:
-        if damage.problem == audit.NO_PART:
+        if damage.problem == audit.NOT_A_PART:
             raise CacheError(f"{folder / damage.file}: {damage.problem}, and run `pipe cache repair` again")
 
     def mend(inputs: Inputs, spec: CacheSpec) -> None:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cache.lock
-from cache.lock import ReadLock, not_read
+from cache.lock import ReadLock, exclude_readers
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.cli import main
@@ -26,7 +26,7 @@ _FORK = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def test_nor_is_it_repaired(folder: Path, reading: int) -> None:
 
 def test_reading_ends_with_the_reader_and_begins_again_with_the_next_row(folder: Path) -> None:
     reader = FeatureReader(folder)
-    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), not_read(folder, "remove"):
+    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), exclude_readers(folder, "remove"):
         pass
     reader.close()
-    with not_read(folder, "remove"):
+    with exclude_readers(folder, "remove"):
         with pytest.raises(CacheError, match="is removing or repairing this cache"):
             FeatureReader(folder)
         with pytest.raises(CacheError, match="is removing or repairing this cache"):

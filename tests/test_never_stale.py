@@ -11,7 +11,7 @@ import torch
 from conftest import write_config, write_data_set
 from safetensors.torch import load_file, save_file
 
-from cache.manifest import _load_signed, _save_signed
+from cache.manifest import _load_checksummed, _save_checksummed
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.assemble import open_batcher
@@ -148,8 +148,8 @@ def test_another_dtype_is_refused(made: Path, override: str, difference: str) ->
 
 def test_another_format_version_is_refused(made: Path) -> None:
     path = made / "cache" / "manifest.json"
-    content = {key: value for key, value in _load_signed(path).items() if key != "sha256"}
-    _save_signed(path, {**content, "format_version": 2})
+    content = {key: value for key, value in _load_checksummed(path).items() if key != "sha256"}
+    _save_checksummed(path, {**content, "format_version": 2})
     refused(config_of(made), "version 2, this program knows .* 1")
 
 

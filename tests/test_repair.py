@@ -77,7 +77,7 @@ def test_nothing_is_thrown_away_before_its_picture_is_found(
     assert files(cache) == before
     away.rename(picture)
     assert repair(data_set / "config.yaml")["encoded"] == (24 if whole_part else 1)
-    assert audit.verify(cache).damages == []
+    assert audit.verify(cache).damage == []
 
 
 def test_a_damaged_row_that_no_question_needs_bars_no_repair(data_set: Path, config: Config) -> None:
@@ -89,13 +89,13 @@ def test_a_damaged_row_that_no_question_needs_bars_no_repair(data_set: Path, con
     picture.unlink()
     precompute(config)
     assert repair(config.cache.dir)["encoded"] == 0
-    assert audit.verify(config.cache.dir).damages == []
+    assert audit.verify(config.cache.dir).damage == []
 
 
 def test_a_row_that_is_not_stored_is_found_told_at_training_and_encoded_again(config: Config) -> None:
     cache = config.cache.dir
     damage_row(cache, 5)
-    audit.drop_damaged(cache, audit.verify(cache).damages)
+    audit.drop_damaged(cache, audit.verify(cache).damage)
     summary = upkeep.verify(cache)
     assert [re.sub(r"features-\d+", "features", line) for line in summary["damaged"]] == [
         f"features.h5: row 5 {audit.NOT_STORED}"
@@ -131,7 +131,7 @@ def test_a_file_that_is_no_part_is_named_with_what_to_do(config: Config) -> None
     cache = config.cache.dir
     stray = cache / "features-00007.h5"
     stray.write_bytes(bytes(50_000))
-    assert upkeep.verify(cache)["damaged"] == [f"{stray.name}: {audit.NO_PART}"]
+    assert upkeep.verify(cache)["damaged"] == [f"{stray.name}: {audit.NOT_A_PART}"]
     assert upkeep.cache_info(cache)["not_in_manifest"] == [stray.name]
     for run in (lambda: precompute(config), lambda: repair(cache)):
         with pytest.raises(CacheError, match=r"features-00007\.h5: is no part of this cache.*(D|d)elete") as told:

@@ -27,7 +27,7 @@ import cache.part
 import pipeline.encoding
 from cache.audit import verify
 from cache.reader import FeatureReader
-from cache.writer import survey
+from cache.writer import estimate_write
 from pipeline.images import read_picture
 from pipeline.team import ENCODING_TIMEOUT, GROUP_TIMEOUT, Team
 
@@ -104,7 +104,7 @@ def test_the_cache_is_the_same_and_one_process_speaks(
     ended = together(tmp_path, size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
     assert [one.status for one in ended] == [0] * size, "\n".join(one.err for one in ended)
     assert contents(tmp_path / "cache") == alone
-    assert not verify(tmp_path / "cache").damages
+    assert not verify(tmp_path / "cache").damage
     summary = json.loads(ended[0].out)
     assert (summary["images"], summary["encoded"], summary["failed"]) == (PICTURES - 1, PICTURES - 1, 1)
     assert summary["left_out"] == {REASON: 3}
@@ -261,7 +261,7 @@ def has_open(running: Running, path: Path) -> bool:
 
 
 def be_patient(seconds: float) -> None:
-    cache.lock.PATIENCE = seconds  # type: ignore[assignment]
+    cache.lock.LOCK_TIMEOUT_SECONDS = seconds  # type: ignore[assignment]
 
 
 def test_of_two_starts_at_the_same_time_the_second_says_who_holds_the_cache(
@@ -302,7 +302,7 @@ def test_the_cache_can_be_looked_at_while_it_is_written(config: Path, alone: dic
     with started(tmp_path, "precompute", config, f"cache.dir={folder}", "cache.part_rows=1") as running:
         began = time.monotonic()
         while running.process.is_alive() and time.monotonic() - began < HUNG:
-            stored.append(survey(folder, reader.spec, digests).stored)
+            stored.append(estimate_write(folder, reader.spec, digests).stored)
             time.sleep(0.002)
         assert running.ended().status == 0
     assert stored == sorted(stored)

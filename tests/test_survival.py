@@ -41,7 +41,7 @@ class Undisturbed:
 
     def holds(self, folder: Path) -> bool:
         """Whether a cache is byte for byte the same, and sound."""
-        return contents(folder) == self.files and not verify(folder).damages
+        return contents(folder) == self.files and not verify(folder).damage
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.format import inspect_part
-from cache.manifest import _save_signed
+from cache.manifest import _save_checksummed
 from cache.part import PartWriter
 from cache.reader import FeatureReader
 from cache.spec import CacheSpec
@@ -55,8 +55,8 @@ def write_some(writer, limit=None, batch=2):
     written = []
     for path in writer.parts:
         with PartWriter(path) as part:
-            for places in part.open_batches(batch):
-                rows = np.intersect1d(places, part.open_rows)[: None if limit is None else limit - len(written)]
+            for places in part.unwritten_batches(batch):
+                rows = np.intersect1d(places, part.unwritten_rows)[: None if limit is None else limit - len(written)]
                 wanted = [part.digests[row].tobytes() for row in rows]
                 part.write(rows, features(wanted, writer.spec))
                 written += wanted
@@ -85,7 +85,7 @@ def edit_manifest(folder, change, name="manifest.json"):
     content = json.loads((folder / name).read_bytes())
     del content["sha256"]
     change(content)
-    _save_signed(folder / name, content)
+    _save_checksummed(folder / name, content)
 
 
 def flip(path, byte, bit=0):

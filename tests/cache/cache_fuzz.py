@@ -38,7 +38,7 @@ def make_unfinished(folder):
         write_some(writer, limit=4)
         with PartWriter(writer.parts[2]) as part:
             put(part, 1)
-            part.give_up(np.array([0]))
+            part.mark_failed(np.array([0]))
 
 
 def make_extended(folder):
@@ -155,18 +155,18 @@ def read(folder, wanted, strict=True):
 
 def check_finished(folder, strict):
     try:
-        found = bool(verify(folder).damages)
+        found = bool(verify(folder).damage)
     except CacheError:
         found = True
     errors = read(folder, WANTED, strict)
     assert not strict or found, "not found by verify"
     assert not strict or errors, "nobody noticed"  # every byte of this cache means something
     try:
-        drop_damaged(folder, verify(folder).damages)
+        drop_damaged(folder, verify(folder).damage)
     except CacheError:
         return "refused"
     read(folder, WANTED, strict)
-    left = [damage for damage in verify(folder).damages if damage.file.startswith("features")]
+    left = [damage for damage in verify(folder).damage if damage.file.startswith("features")]
     assert not [damage for damage in left if damage.problem != NOT_STORED], "not repaired"
     return "repaired"
 

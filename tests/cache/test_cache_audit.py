@@ -20,7 +20,7 @@ from cache_fakes import (
 from cache_kill import killed, undisturbed
 
 import cache.audit
-from cache.audit import NO_PART, NOT_STORED, Damage, drop_damaged, verify
+from cache.audit import NOT_A_PART, NOT_STORED, Damage, drop_damaged, verify
 from cache.format import inspect_part
 from cache.inventory import describe
 from cache.part import PartWriter
@@ -44,7 +44,7 @@ def damage_row(folder, part, row):
 
 
 def problems(folder):
-    return [(damage.file, damage.row) for damage in verify(folder).damages]
+    return [(damage.file, damage.row) for damage in verify(folder).damage]
 
 
 # Verification
@@ -54,7 +54,7 @@ def test_sound_cache(folder):
     told = []
     found = verify(folder, told.append)
     files = [path for path in folder.iterdir() if path.stat().st_size]  # not .lock, which is empty
-    assert found.damages == []
+    assert found.damage == []
     assert (found.files, found.rows) == (len(files), 8) == (6, 8)
     parts = sum(path.stat().st_size for path in files if path.name.startswith("features"))
     assert sum(told) == parts < found.bytes <= sum(path.stat().st_size for path in files)
@@ -97,7 +97,7 @@ def test_a_file_that_only_has_the_name_of_a_part_is_found_and_bars_the_writer_in
     build(tmp_path / "other", digests(2), spec(width=8))
     for data in (bytes(50_000), (tmp_path / "other" / "features-00000.h5").read_bytes()):
         stray.write_bytes(data)
-        assert verify(folder).damages == [Damage(stray.name, NO_PART)]
+        assert verify(folder).damage == [Damage(stray.name, NOT_A_PART)]
         assert describe(folder).unlisted == [stray.name]
         with pytest.raises(
             CacheError, match=r"features-00042\.h5: is no part of this cache: .*Delete this one file"
@@ -105,7 +105,7 @@ def test_a_file_that_only_has_the_name_of_a_part_is_found_and_bars_the_writer_in
             build(folder, WANTED)
         assert "synchronously" not in str(told.value)
     stray.unlink()
-    assert (build(folder, WANTED), verify(folder).damages, describe(folder).unlisted) == ([], [], [])
+    assert (build(folder, WANTED), verify(folder).damage, describe(folder).unlisted) == ([], [], [])
 
 
 def test_damages_are_short_facts(folder):
@@ -113,7 +113,7 @@ def test_damages_are_short_facts(folder):
     (folder / "features-00001.h5").write_bytes(b"")
     (folder / "features-00002.h5").unlink()
     flip(next(folder.glob("text-*")), 900)
-    for damage in verify(folder).damages:
+    for damage in verify(folder).damage:
         assert damage.file not in damage.problem
         assert "pipe" not in damage.problem
 
@@ -153,13 +153,13 @@ def test_any_flipped_bit_is_found_and_never_becomes_a_number(tmp_path, flips):
         byte, bit = rng.randrange(first, path.stat().st_size), rng.randrange(8)
         flip(path, byte, bit)
         try:
-            found = verify(tmp_path).damages
+            found = verify(tmp_path).damage
         except CacheError:
             found = [path.name]
         assert found, f"{path.name}: byte {byte}, bit {bit}"
         assert not read_all(tmp_path)
         flip(path, byte, bit)
-    assert verify(tmp_path).damages == []
+    assert verify(tmp_path).damage == []
     assert read_all(tmp_path)
 
 
@@ -177,8 +177,8 @@ def test_damaged_rows_are_written_again_and_the_others_keep_their_numbers(folder
     damage_row(folder, 2, 0)
     damage_row(folder, 2, 1)
     bad = [WANTED[1], WANTED[6], WANTED[7]]
-    assert drop_damaged(folder, verify(folder).damages) == 3
-    lost = verify(folder).damages
+    assert drop_damaged(folder, verify(folder).damage) == 3
+    lost = verify(folder).damage
     assert [(damage.problem, damage.row) for damage in lost] == [(NOT_STORED, row) for row in (1, 0, 1)]
     dropped = contents(folder)
     assert drop_damaged(folder, lost) == 0
@@ -210,20 +210,20 @@ def test_damaged_rows_are_written_again_and_the_others_keep_their_numbers(folder
 def test_a_part_that_cannot_be_trusted_leaves_the_numbers_of_the_others_and_is_written_again(folder, hurt):
     before = rows_of(folder)
     hurt(folder / "features-00001.h5")
-    assert drop_damaged(folder, verify(folder).damages) == 3
+    assert drop_damaged(folder, verify(folder).damage) == 3
     kept = {digest: row for digest, row in before.items() if row not in (3, 4, 5)}
     assert rows_of(folder) == kept
     assert build(folder, WANTED) == WANTED[3:6]
     assert len(rows_of(folder)) == len(WANTED)
     assert stored_rows(folder, spec()) == set(WANTED)
-    assert verify(folder).damages == []
+    assert verify(folder).damage == []
 
 
 def test_damaged_text_is_made_anew_by_the_next_run(folder):
     before = contents(folder)
     flip(next(folder.glob("text-*")), 1000)
     flip(next(folder.glob("left-out-*")), 3)
-    assert drop_damaged(folder, verify(folder).damages) == 0
+    assert drop_damaged(folder, verify(folder).damage) == 0
     assert build(folder, WANTED) == []
     assert contents(folder) == before
 
@@ -231,11 +231,11 @@ def test_damaged_text_is_made_anew_by_the_next_run(folder):
 def test_holes_survive_a_repair(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED[:5]) as writer, PartWriter(writer.parts[0]) as part:
         put(part, 0, 2, 4)
-        part.give_up(np.array([1]))
+        part.mark_failed(np.array([1]))
         part.seal()
         writer.finish({"train": table([0, 2])})
     damage_row(tmp_path, 0, 2)
-    assert drop_damaged(tmp_path, verify(tmp_path).damages) == 1
+    assert drop_damaged(tmp_path, verify(tmp_path).damage) == 1
     assert rows_of(tmp_path) == {WANTED[0]: 0, WANTED[4]: 4}
     assert verify(tmp_path).rows == 2
     with FeatureWriter(tmp_path, spec(), WANTED[:5]) as writer:
@@ -247,11 +247,11 @@ def test_the_rows_of_a_part_with_holes_that_is_lost_are_counted_right(tmp_path):
         for path, rows in zip(writer.parts, ([0, 2], [1]), strict=True):
             with PartWriter(path) as part:
                 put(part, *rows)
-                part.give_up(part.open_rows)
+                part.mark_failed(part.unwritten_rows)
                 part.seal()
         writer.finish({})
     flip(tmp_path / "features-00000.h5", 8)
-    assert drop_damaged(tmp_path, verify(tmp_path).damages) == 2
+    assert drop_damaged(tmp_path, verify(tmp_path).damage) == 2
     assert verify(tmp_path).rows == 1
     assert rows_of(tmp_path) == {WANTED[4]: 4}
 
@@ -264,9 +264,9 @@ def test_nothing_damaged_nothing_done(folder):
 
 
 def test_repair_respects_the_writer(folder, monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     damage_row(folder, 0, 1)
-    damages = verify(folder).damages
+    damages = verify(folder).damage
     before = contents(folder)
     with FeatureWriter(folder, spec(), WANTED), pytest.raises(CacheError, match="is writing this cache"):
         drop_damaged(folder, damages)
@@ -275,7 +275,7 @@ def test_repair_respects_the_writer(folder, monkeypatch):
 
 def test_full_disk_leaves_the_cache_as_it_was(folder, monkeypatch):
     damage_row(folder, 0, 1)
-    damages, before = verify(folder).damages, rows_of(folder)
+    damages, before = verify(folder).damage, rows_of(folder)
     with monkeypatch.context() as patch:
         patch.setattr("os.pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(CacheError, match=r"No space left.*run the same command again"):
@@ -293,7 +293,7 @@ def test_full_disk_leaves_the_cache_as_it_was(folder, monkeypatch):
 
 
 def repair(folder):
-    drop_damaged(folder, verify(folder).damages)
+    drop_damaged(folder, verify(folder).damage)
 
 
 def damage_rows(folder):
@@ -344,7 +344,7 @@ def test_text_of_a_repaired_cache_can_be_remade_without_the_lost_images(folder):
     with FeatureWriter(folder, spec(), WANTED, 3) as writer:
         for path in writer.parts:
             with PartWriter(path) as part:
-                part.give_up(part.open_rows)
+                part.mark_failed(part.unwritten_rows)
                 part.seal()
         writer.finish(texts_of(writer, WANTED))
     assert stored_rows(folder, spec()) == {*WANTED} - {WANTED[4]}
@@ -371,7 +371,7 @@ def unreadable_rows(monkeypatch, part, rows, number=5):
 def test_a_defect_of_the_disk_costs_the_rows_over_it(folder, monkeypatch):
     part = folder / "features-00001.h5"
     unreadable_rows(monkeypatch, part, [1])
-    damages = verify(folder).damages
+    damages = verify(folder).damage
     assert [(d.file, d.row, d.unreadable) for d in damages] == [(part.name, 1, False)]
     assert drop_damaged(folder, damages) == 1
     monkeypatch.undo()
@@ -382,21 +382,21 @@ def test_a_defect_of_the_disk_costs_the_rows_over_it(folder, monkeypatch):
 def test_a_part_that_cannot_be_read_is_left_as_it_is(folder, monkeypatch, rows, number):
     before = contents(folder)
     unreadable_rows(monkeypatch, folder / "features-00001.h5", rows, number)
-    damages = verify(folder).damages
+    damages = verify(folder).damage
     assert [(d.file, d.row, d.unreadable) for d in damages] == [("features-00001.h5", None, True)]
     assert os.strerror(number) in damages[0].problem
     assert drop_damaged(folder, damages) == 0
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("where", ["cache.audit.opened", "cache.writer.inspect_part"])
+@pytest.mark.parametrize("where", ["cache.audit.open_descriptor", "cache.writer.inspect_part"])
 def test_what_could_not_be_opened_is_neither_damaged_nor_a_strangers(folder, monkeypatch, where):
     stray = folder / "features-00042.h5"
     stray.write_bytes(bytes(50_000))
     error = UnreadableError(stray, "cannot be read: Too many open files", "") if "inspect" in where else OSError(24, "")
     monkeypatch.setattr(where, lambda *_: (_ for _ in ()).throw(error))
     before = contents(folder)
-    damages = verify(folder).damages
+    damages = verify(folder).damage
     found = {damage.file for damage in damages if damage.unreadable}
     assert found == ({stray.name} if "inspect" in where else {f"features-0000{index}.h5" for index in range(3)})
     assert drop_damaged(folder, damages) == 0
@@ -407,7 +407,7 @@ def test_what_could_not_be_opened_is_neither_damaged_nor_a_strangers(folder, mon
 def test_a_head_that_cannot_be_read_is_not_damaged(folder, monkeypatch, where):
     error = OSError(24, "Unable to open file (errno = 24, error message = 'Too many open files')")
     monkeypatch.setattr(where, lambda *_, **__: (_ for _ in ()).throw(error))
-    damages = verify(folder).damages
+    damages = verify(folder).damage
     assert damages
     assert all(damage.unreadable for damage in damages)
     assert drop_damaged(folder, damages) == 0

@@ -31,7 +31,7 @@ def test_its_code_reads_every_row_without_this_project(tmp_path, monkeypatch, dt
     with FeatureWriter(tmp_path / "caches" / "mine", spec(dtype), WANTED, 3) as writer:
         with PartWriter(writer.parts[1]) as part:
             put(part, 0)
-            part.give_up(np.array([1]))
+            part.mark_failed(np.array([1]))
         write_some(writer)
         writer.finish(texts_of(writer, WANTED))
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)

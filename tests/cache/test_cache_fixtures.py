@@ -36,7 +36,7 @@ def test_finished_cache_of_version_1(io):
             assert [row.tolist() for row in getattr(found, name)] == [row.tolist() for row in getattr(made, name)]
         assert reader.attachment("left-out.jsonl").read_bytes() == b'{"reason": "not a picture", "row": 1}\n'
         assert reader.manifest.provenance == {"model": "fake"}
-    assert verify(V1 / "finished").damages == []
+    assert verify(V1 / "finished").damage == []
 
 
 def test_unfinished_cache_of_version_1_is_gone_on_with(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from cache_fakes import D, Q, digests, flip, spec
 
 from cache.files import sha256_of
-from cache.format import head_sha256, inspect_part, lay_out_part, read_arrays, write_arrays
+from cache.format import create_part, head_sha256, inspect_part, read_arrays, write_arrays
 from cache.part import PartWriter
 from cache.spec import CacheError
 
@@ -14,7 +14,7 @@ ROWS = 4
 
 
 def make(path, kind=None, rows=ROWS):
-    lay_out_part(path, kind or spec(), np.frombuffer(b"".join(digests(rows)), np.uint8).reshape(-1, 32))
+    create_part(path, kind or spec(), np.frombuffer(b"".join(digests(rows)), np.uint8).reshape(-1, 32))
     return path
 
 

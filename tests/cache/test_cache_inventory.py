@@ -6,7 +6,7 @@ from cache_kill import killed, undisturbed
 
 from cache.audit import verify
 from cache.inventory import describe, find_caches, remove
-from cache.own import own_files
+from cache.ownership import own_files
 from cache.reader import FeatureReader
 from cache.spec import CacheError, UnreadableError
 from cache.writer import FeatureWriter
@@ -20,7 +20,7 @@ def test_finished_cache(tmp_path):
     found = describe(tmp_path)
     with FeatureReader(tmp_path) as reader:
         assert found.manifest == reader.manifest
-    assert (found.sealed, found.in_work, found.foreign) == (3, 0, ["thesis.txt"])
+    assert (found.sealed, found.in_progress, found.other_files) == (3, 0, ["thesis.txt"])
     assert found.bytes >= 8 * spec().row_bytes
 
 
@@ -28,7 +28,7 @@ def test_unfinished_cache(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
         write_some(writer, limit=4)
         found = describe(tmp_path)
-    assert (found.manifest, found.sealed, found.in_work, found.foreign) == (None, 1, 2, [])
+    assert (found.manifest, found.sealed, found.in_progress, found.other_files) == (None, 1, 2, [])
 
 
 def test_a_part_in_work_counts_with_what_it_takes_on_disk(tmp_path):
@@ -76,7 +76,7 @@ def test_other_files_are_kept(tmp_path):
     mine = dict.fromkeys(("thesis.txt", "train.jsonl", "annotations.h5", "text-mine.h5", ".hidden"), b"mine")
     for name, data in mine.items():
         (tmp_path / "cache" / name).write_bytes(data)
-    assert sorted(describe(tmp_path / "cache").foreign) == sorted(mine)
+    assert sorted(describe(tmp_path / "cache").other_files) == sorted(mine)
     remove(tmp_path / "cache")
     assert contents(tmp_path / "cache") == mine
     with pytest.raises(CacheError, match="nothing was deleted"):
@@ -93,7 +93,7 @@ def test_damaged_cache_can_be_removed(tmp_path):
 
 
 def test_a_cache_that_is_being_written_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     build(tmp_path, WANTED[:1])
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3):
         before = contents(tmp_path)
@@ -139,7 +139,7 @@ def test_files_with_names_like_a_caches_are_not_its_own(tmp_path):
     for name, data in FOREIGN.items():
         (tmp_path / "cache" / name).write_bytes(data)
     build(tmp_path / "cache", WANTED[:4])
-    assert sorted(describe(tmp_path / "cache").foreign) == sorted(FOREIGN)
+    assert sorted(describe(tmp_path / "cache").other_files) == sorted(FOREIGN)
     remove(tmp_path / "cache")
     assert contents(tmp_path / "cache") == FOREIGN
 

@@ -12,7 +12,7 @@ import pytest
 from cache_fakes import build, contents, digests, put, spec, to_write, write_some
 
 import cache.lock
-from cache.lock import FolderLock, holder
+from cache.lock import FolderLock, describe_holder
 from cache.part import PartWriter
 from cache.spec import CacheError
 from cache.writer import FeatureWriter
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def test_a_writer_that_fails_at_its_start_lets_go(tmp_path):
 
 
 def test_the_second_writer_waits_a_while_for_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 30)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 30)
     first = FolderLock(tmp_path)
     monkeypatch.setattr("time.sleep", lambda _: first.release())
     FolderLock(tmp_path).release()
@@ -76,7 +76,7 @@ def test_the_second_writer_waits_a_while_for_the_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"process": 3}', b"\xff"])
 def test_a_holder_without_a_name_is_another_process(tmp_path, content):
     (tmp_path / ".lock").write_bytes(content)
-    assert holder(tmp_path) == "another process"
+    assert describe_holder(tmp_path) == "another process"
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_part_that_another_process_writes_is_refused(tmp_path):
                 put(part, 0)
             assert to_write(writer) == [*WANTED[:3], *WANTED[4:]]  # looking into it is no writing
         with PartWriter(first) as part:  # the other was killed with -9
-            assert part.open_rows.tolist() == [0, 1, 2]
+            assert part.unwritten_rows.tolist() == [0, 1, 2]
 
 
 def test_kill_minus_nine_loses_only_what_was_not_committed(tmp_path):
@@ -114,7 +114,7 @@ def test_kill_minus_nine_loses_only_what_was_not_committed(tmp_path):
 
 
 def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 30)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 30)
     (tmp_path / ".lock").touch()
     taken = cache.lock.lock
     raced = []
@@ -126,7 +126,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, mo
 
     monkeypatch.setattr("cache.lock.lock", remove_first)
     first = FolderLock(tmp_path)
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     with pytest.raises(CacheError, match="is writing this cache"):
         FolderLock(tmp_path)
     first.release()

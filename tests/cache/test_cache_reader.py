@@ -266,7 +266,7 @@ def test_more_parts_than_a_process_may_have_files(tmp_path, io):
     script = (
         MANY
         if io == "memmap"
-        else MANY.replace("with Feat", "import cache.reader; cache.reader.FILES_AT_ONCE = 9\nwith Feat")
+        else MANY.replace("with Feat", "import cache.reader; cache.reader.MAX_OPEN_FILES = 9\nwith Feat")
     )
     subprocess.run([sys.executable, "-c", script, tmp_path, io], env=env, check=True)
 

@@ -26,7 +26,7 @@ from cache.format import inspect_part
 from cache.part import PartWriter
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from cache.writer import FeatureWriter, caches_beside, survey
+from cache.writer import FeatureWriter, estimate_write, sibling_caches
 
 WANTED = digests(8)  # with 3 rows a part: two full parts and one of 2
 
@@ -77,7 +77,7 @@ def test_kill_of_a_second_finish_leaves_wholly_the_old_or_wholly_the_new_text(tm
         folder = tmp_path / str(step)
         shutil.copytree(tmp_path / "old", folder)
         killed(step, lambda folder=folder: finish_again(folder))
-        assert verify(folder).damages == []
+        assert verify(folder).damage == []
         found.append(seen(folder))
         finish_again(folder)
         assert contents(folder) == contents(tmp_path / "new"), f"killed at step {step}"
@@ -135,12 +135,12 @@ def test_a_part_sealed_while_others_are_in_work_is_not_touched_again(tmp_path, w
 
 def test_batches_lie_on_a_fixed_grid(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED) as writer, PartWriter(writer.parts[0]) as part:
-        assert part.open_batches(3) == [range(0, 3), range(3, 6), range(6, 8)]
+        assert part.unwritten_batches(3) == [range(0, 3), range(3, 6), range(6, 8)]
         put(part, 1, 3, 4, 5)
-        assert part.open_batches(3) == [range(0, 3), range(6, 8)]
-        assert part.open_rows.tolist() == [0, 2, 6, 7]
+        assert part.unwritten_batches(3) == [range(0, 3), range(6, 8)]
+        assert part.unwritten_rows.tolist() == [0, 2, 6, 7]
         put(part, 0, 2, 6, 7)
-        assert part.open_batches(3) == []
+        assert part.unwritten_batches(3) == []
 
 
 # What is wanted
@@ -183,7 +183,7 @@ def test_nothing_wanted_is_a_cache_too(tmp_path):
     with FeatureReader(tmp_path) as reader:
         assert (reader.rows, list(reader.stored()), len(reader.text("train"))) == (0, [], 0)
         assert reader.gather([]).shape == (0, 2, 5)
-    assert verify(tmp_path).damages == []
+    assert verify(tmp_path).damage == []
 
 
 def test_parts_in_work_keep_their_own_order(tmp_path):
@@ -226,7 +226,7 @@ def test_images_without_features_are_holes_and_are_asked_for_again(tmp_path):
                 with PartWriter(path) as part:
                     good = [row for row, digest in enumerate(part.digests) if digest.tobytes() not in bad]
                     put(part, *good)
-                    part.give_up(part.open_rows)
+                    part.mark_failed(part.unwritten_rows)
                     part.seal()
             writer.finish(texts_of(writer, WANTED))
         return asked
@@ -248,10 +248,10 @@ def test_images_without_features_are_holes_and_are_asked_for_again(tmp_path):
 
 def test_rows_given_up_stay_so_when_the_run_is_resumed(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED[:3]) as writer, PartWriter(writer.parts[0]) as part:
-        part.give_up(np.array([1]))
+        part.mark_failed(np.array([1]))
         put(part, 0)
     with PartWriter(tmp_path / "features-00000.h5.partial") as part:
-        assert part.open_rows.tolist() == [2]
+        assert part.unwritten_rows.tolist() == [2]
         assert part.crc32.tolist()[1] == -2
 
 
@@ -265,7 +265,7 @@ def test_rows_that_another_cache_has_are_copied(tmp_path):
         digests(20, start=80)
     )
     assert stored_rows(tmp_path / "second", spec()) == set(wanted)
-    assert verify(tmp_path / "second").damages == []
+    assert verify(tmp_path / "second").damage == []
 
 
 def test_a_damaged_row_of_another_cache_is_written_anew(tmp_path):
@@ -308,10 +308,10 @@ def test_caches_beside_are_the_finished_ones_of_equal_spec(tmp_path, monkeypatch
     flip(tmp_path / "damaged" / "manifest.json", 50)
     FeatureWriter(tmp_path / "unfinished", spec(), WANTED).close()
     (tmp_path / "pictures").mkdir()
-    assert caches_beside(tmp_path / "new", spec()) == [tmp_path / "also", tmp_path / "equal"]
-    assert caches_beside(tmp_path / "equal", spec()) == [tmp_path / "also"]
+    assert sibling_caches(tmp_path / "new", spec()) == [tmp_path / "also", tmp_path / "equal"]
+    assert sibling_caches(tmp_path / "equal", spec()) == [tmp_path / "also"]
     monkeypatch.chdir(tmp_path / "pictures")
-    assert caches_beside((tmp_path / "equal").relative_to(tmp_path), spec()) == []
+    assert sibling_caches((tmp_path / "equal").relative_to(tmp_path), spec()) == []
 
 
 def snapshot(folder):
@@ -324,12 +324,12 @@ def test_survey_tells_what_a_writer_would_find_and_changes_nothing(tmp_path):
         write_some(writer, limit=4)
     wanted = [*digests(12), *WANTED]
     before = snapshot(tmp_path)
-    found = survey(tmp_path / "cache", spec(), wanted, [tmp_path / "near"])
-    assert (found.wanted, found.stored, found.nearby, found.to_encode) == (12, 4, 3, 5)
-    fresh = survey(tmp_path / "new", spec(), wanted, [tmp_path / "near"])
-    assert (fresh.wanted, fresh.stored, fresh.nearby, fresh.to_encode) == (12, 0, 3, 9)
+    found = estimate_write(tmp_path / "cache", spec(), wanted, [tmp_path / "near"])
+    assert (found.wanted, found.stored, found.copyable, found.to_encode) == (12, 4, 3, 5)
+    fresh = estimate_write(tmp_path / "new", spec(), wanted, [tmp_path / "near"])
+    assert (fresh.wanted, fresh.stored, fresh.copyable, fresh.to_encode) == (12, 0, 3, 9)
     with pytest.raises(CacheError, match="another kind"):
-        survey(tmp_path / "cache", spec("float32"), wanted)
+        estimate_write(tmp_path / "cache", spec("float32"), wanted)
     assert snapshot(tmp_path) == before
 
 
@@ -337,7 +337,7 @@ def test_survey_knows_how_much_disk_the_features_take(tmp_path):
     kind, wanted = spec(query_tokens=32, width=16), digests(2048)
     for part_rows in (1, 100, 1024):
         folder = tmp_path / str(part_rows)
-        told = survey(folder, kind, wanted[: 8 * part_rows], part_rows=part_rows).bytes_needed
+        told = estimate_write(folder, kind, wanted[: 8 * part_rows], part_rows=part_rows).bytes_needed
         FeatureWriter(folder, kind, wanted[: 8 * part_rows], part_rows).close()
         taken = sum(path.stat().st_size for path in folder.glob("features-*"))
         assert taken <= told <= 1.05 * taken
@@ -401,7 +401,7 @@ def test_finish_wants_everything_and_sound_text(tmp_path):
             writer.finish({})
         with PartWriter(writer.parts[0]) as part:
             put(part, *range(7))
-            part.give_up(part.open_rows)
+            part.mark_failed(part.unwritten_rows)
             part.seal()
         for row in (7, 8):
             with pytest.raises(CacheError, match="image_row"):
@@ -652,7 +652,7 @@ def test_a_link_in_a_parts_place_is_refused(tmp_path):
         FeatureWriter(tmp_path / "cache", spec(), WANTED)
     with pytest.raises(CacheError, match=r"features-00001\.h5: is a link"):
         FeatureReader(tmp_path / "cache").gather([4])
-    assert [damage.file for damage in verify(tmp_path / "cache").damages] == ["features-00001.h5"]
+    assert [damage.file for damage in verify(tmp_path / "cache").damage] == ["features-00001.h5"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cache.manifest import (
     TEXT_NAME,
     Manifest,
     attachment_file,
-    is_ours,
+    is_cache_json,
 )
 from cache.spec import CacheError
 
@@ -29,7 +29,7 @@ _NAMED_LIKE_NO_OTHER = re.compile(
 def holds_cache(folder: Path) -> bool:
     """Whether there is a cache, finished or not: a part, or a manifest or plan of this format. Raises OSError."""
     try:
-        return _has_parts(folder) or any(is_ours(folder / name) for name in (MANIFEST_NAME, PLAN_NAME))
+        return _has_parts(folder) or any(is_cache_json(folder / name) for name in (MANIFEST_NAME, PLAN_NAME))
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -60,7 +60,7 @@ def _has_parts(folder: Path) -> bool:
 
 def _is_own(path: Path, beside_parts: bool) -> bool:
     if path.name in (MANIFEST_NAME, PLAN_NAME):
-        return beside_parts or is_ours(path)  # a damaged one is known by the parts
+        return beside_parts or is_cache_json(path)  # a damaged one is known by the parts
     if TEXT_NAME.fullmatch(path.name) or ATTACHMENT_FILE.fullmatch(path.name):
         with suppress(OSError):
             return path.is_file() and sha256_of(path).startswith(path.stem[-12:])
