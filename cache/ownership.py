@@ -1,4 +1,4 @@
-"""Which files in a folder are a cache's own: they alone are ever deleted, and all others are somebody's work."""
+"""Which files in a folder belong to a cache. Only these are ever deleted."""
 
 import re
 from contextlib import suppress
@@ -20,35 +20,46 @@ from cache.manifest import (
 from cache.spec import CacheError
 
 _PART = re.compile(rf"{PART_NAME.pattern}({re.escape(TEMPORARY)})?")
-_NAMED_LIKE_NO_OTHER = re.compile(
+_UNMISTAKABLE_NAME = re.compile(
     rf"{_PART.pattern}|(text-.+|thumbnails-\d+)\.h5{re.escape(TEMPORARY)}|"
     + "|".join(map(re.escape, (LOCK_NAME, ATTACHMENT_TEMPORARY, MANIFEST_NAME + TEMPORARY, PLAN_NAME + TEMPORARY)))
 )
 
 
 def holds_cache(folder: Path) -> bool:
-    """Whether there is a cache, finished or not: a part, or a manifest or plan of this format. Raises OSError."""
+    """Return whether there is a cache, finished or not: a part, or a manifest or plan. Raises OSError."""
     try:
         return _has_parts(folder) or any(is_cache_json(folder / name) for name in (MANIFEST_NAME, PLAN_NAME))
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def own_files(folder: Path) -> list[Path]:
-    """The files in `folder` that a cache has written, by name. Raises OSError.
+def check_usable(folder: Path) -> None:
+    """Raise CacheError if `folder` is neither absent, nor an empty folder, nor a cache."""
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{folder}: not a folder. Choose another `cache.dir`.")
+    if not folder.exists() or holds_cache(folder):
+        return
+    own = own_files(folder)  # e.g. the lock file of a run that was killed at its start
+    if other := sorted(path.name for path in folder.iterdir() if path not in own):
+        raise CacheError(f"{folder}: contains other files ({other[0]}, ...), no cache. Choose another `cache.dir`.")
 
-    Texts and attachments may have a user's file's name: the manifest lists them, or, if a kill left them, their name
-    holds the first digits of the SHA-256 of what is in them.
+
+def own_files(folder: Path) -> list[Path]:
+    """Return the files in `folder` that belong to a cache, sorted by name. Raises OSError.
+
+    A user's file may be named like a text or an attachment. These belong to the cache only if the manifest lists them,
+    or, after a kill, if their name contains the first digits of their own SHA-256.
     """
     listed: set[str] = set()
     with suppress(CacheError):
         listed = listed_files(Manifest.load(folder))
-    whole = _has_parts(folder)
-    return [path for path in sorted(folder.iterdir()) if path.name in listed or _is_own(path, whole)]
+    has_parts = _has_parts(folder)
+    return [path for path in sorted(folder.iterdir()) if path.name in listed or _is_own(path, has_parts)]
 
 
 def listed_files(manifest: Manifest) -> set[str]:
-    """The names of all files that a finished cache consists of, but the manifest's own."""
+    """Return the names of all files of a finished cache except the manifest."""
     texts = {text.file for text in manifest.splits.values()}
     attachments = {attachment_file(name, sha256) for name, sha256 in manifest.attachments.items()}
     return {part.file for part in manifest.parts} | texts | attachments
@@ -58,11 +69,11 @@ def _has_parts(folder: Path) -> bool:
     return any(_PART.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _is_own(path: Path, beside_parts: bool) -> bool:
+def _is_own(path: Path, has_parts: bool) -> bool:
     if path.name in (MANIFEST_NAME, PLAN_NAME):
-        return beside_parts or is_cache_json(path)  # a damaged one is known by the parts
+        return has_parts or is_cache_json(path)  # beside parts even a damaged one
     if TEXT_NAME.fullmatch(path.name) or ATTACHMENT_FILE.fullmatch(path.name):
         with suppress(OSError):
             return path.is_file() and sha256_of(path).startswith(path.stem[-12:])
         return False
-    return _NAMED_LIKE_NO_OTHER.fullmatch(path.name) is not None
+    return _UNMISTAKABLE_NAME.fullmatch(path.name) is not None

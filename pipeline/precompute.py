@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache.estimate import WriteEstimate, estimate_write
 from cache.format import inspect_part
 from cache.lock import check_not_locked
 from cache.manifest import Manifest
+from cache.ownership import check_usable
 from cache.reader import FeatureReader
+from cache.reuse import sibling_caches
 from cache.spec import CacheError, CacheSpec
 from cache.text import TEXT_HEAD_BYTES, TextTable
 from cache.thumbnails import thumbnails_bytes
-from cache.writer import FeatureWriter, WriteEstimate, check_usable, estimate_write, sibling_caches
+from cache.writer import FeatureWriter
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint, fetch_small_files
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.device import check_devices, dtype_name, pick_device, pick_dtype

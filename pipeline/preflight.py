@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
+from cache.estimate import WriteEstimate
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from cache.writer import WriteEstimate
 from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.errors import PipelineError
 from pipeline.examples import ANNOTATED_TWICE, TWICE, LeftOut, Split, VQAExample

@@ -13,6 +13,7 @@ from cache.format import inspect_part
 from cache.lock import exclude_readers
 from cache.manifest import Manifest
 from cache.reader import FeatureReader
+from cache.repair import drop_damaged
 from cache.spec import CacheError, CacheSpec
 from cache.text import TextTable
 from pipeline.checkpoint import ENCODER_HALF, fetch_checkpoint
@@ -55,7 +56,7 @@ def repair(cache: Path) -> dict[str, Any]:
     def mend(inputs: Inputs, spec: CacheSpec) -> None:
         _require_same_encoder(folder, spec)
         _require_pictures(folder, damages, inputs)
-        say(f"{folder}: {audit.drop_damaged(folder, damages)} damaged rows taken out")
+        say(f"{folder}: {drop_damaged(folder, damages)} damaged rows taken out")
 
     made = precompute(load_config(cache) if cache.is_file() else _config_of(folder), mend) or {}
     return {

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cache.lock
+import cache.portability
 from cache.lock import ReadLock, exclude_readers
 from cache.reader import FeatureReader
 from cache.spec import CacheError
@@ -64,7 +65,7 @@ def test_a_cache_that_another_process_reads_is_not_removed(folder: Path, reading
     done = remove(folder)
     assert done.exit_code == 1
     assert f"process {reading} on {socket.gethostname()} is reading this cache" in done.stderr
-    assert "remove it when that has ended. Nothing was changed" in done.stderr
+    assert "Nothing was changed; remove the cache when that process has finished" in done.stderr
     assert sorted(folder.iterdir()) == before
 
 
@@ -108,7 +109,7 @@ def test_a_cache_that_is_read_can_be_extended_and_read_by_others(folder: Path) -
         lock.release()
 
 
-@pytest.mark.parametrize("number", cache.lock._UNSUPPORTED)
+@pytest.mark.parametrize("number", cache.portability._NO_LOCKS)
 def test_where_the_disk_has_no_locks_it_is_read_and_removed_without(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

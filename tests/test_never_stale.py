@@ -150,7 +150,7 @@ def test_another_format_version_is_refused(made: Path) -> None:
     path = made / "cache" / "manifest.json"
     content = {key: value for key, value in _load_checksummed(path).items() if key != "sha256"}
     _save_checksummed(path, {**content, "format_version": 2})
-    refused(config_of(made), "version 2, this program knows .* 1")
+    refused(config_of(made), "version 2, only .* 1 is supported")
 
 
 def test_changed_bytes_are_encoded_again_though_name_size_and_time_are_the_same(made: Path) -> None:

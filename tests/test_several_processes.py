@@ -26,8 +26,8 @@ import cache.lock
 import cache.part
 import pipeline.encoding
 from cache.audit import verify
+from cache.estimate import estimate_write
 from cache.reader import FeatureReader
-from cache.writer import estimate_write
 from pipeline.images import read_picture
 from pipeline.team import ENCODING_TIMEOUT, GROUP_TIMEOUT, Team
 
@@ -272,7 +272,7 @@ def test_of_two_starts_at_the_same_time_the_second_says_who_holds_the_cache(
         wait_for(lambda: any((tmp_path / "cache").glob("*.partial")), first)
         told = pipe(tmp_path, *words, prepare=partial(be_patient, 0.5)).error()
         assert f"process {first.process.pid} on {socket.gethostname()}" in told
-        assert "Run the command again when it is done" in told
+        assert "Run the command again when it has finished" in told
         (tmp_path / "go").touch()
         assert first.ended().status == 0
     assert contents(tmp_path / "cache") == alone

@@ -23,7 +23,8 @@ import cache.part
 import pipeline.encoding
 import pipeline.precompute
 from cache.audit import verify
-from cache.format import NOT_WRITTEN, PAGE, PART_NAME, inspect_part
+from cache.format import NOT_WRITTEN, PART_NAME, inspect_part
+from cache.hdf5 import PAGE
 from pipeline.images import read_picture
 
 PICTURES = 52

@@ -241,9 +241,9 @@ def test_damage_is_found_told_and_mended(data_set: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert [(one.file, one.problem) for one in audit.verify(data_set / "cache").damage] == [
-        (file.name, "is not what was written")
+        (file.name, "is damaged (SHA-256 mismatch)")
     ]
-    with pytest.raises(CacheError, match="is not what was written"):
+    with pytest.raises(CacheError, match="is damaged"):
         thumbnails(data_set)
     assert repair(data_set / "cache")["encoded"] == 0
     assert file.read_bytes() == whole
