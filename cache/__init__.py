@@ -1,1 +1,1 @@
-"""The feature cache: Q-Former query features and question text on disk, and their writer and reader."""
+"""The feature cache: Q-Former query features and question text on disk, with their writer and reader."""

@@ -1,75 +1,85 @@
-"""The bytes of the cache's HDF5 files: laid out and checked by h5py, filled by `pwrite`. See FORMAT.md."""
+"""The layout of a part, one of the HDF5 files that hold features. See FORMAT.md."""
 
-import errno
 import hashlib
 import os
 import re
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from cache.files import as_bytes, opened, pread_into, pwrite_all, sha256_of
-from cache.spec import CacheError, CacheSpec, DamagedFileError, FileError, UnreadableError
+from cache.files import open_descriptor, pread_into, sha256_of
+from cache.hdf5 import (
+    REPAIR_ADVICE,
+    Array,
+    Shapes,
+    check_regular_file,
+    create_file,
+    open_file,
+    plain_datasets,
+    read_attributes,
+    read_error,
+)
+from cache.spec import CacheError, CacheSpec, DamagedFileError
 
-PAGE = 4096
 DIGEST_BYTES = 32
 NOT_WRITTEN = -1
+"""`crc32` of a row that is not written yet."""
 FAILED = -2
+"""`crc32` of a row whose image has no features."""
 PART_NAME = re.compile(r"features-(\d{5,})\.h5(\.partial)?")
-
-Array = np.ndarray[Any, Any]
-Attributes = Mapping[str, str | int]
-Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
 class PartLayout:
-    """Where things are in one part that was found to be sound, and which rows are written."""
+    """Offsets and rows of one part whose structure was checked."""
 
     path: Path
     spec: CacheSpec
     rows: int
     crc_offset: int
-    """Where `crc32` begins, in bytes. All else before the features is written once, when the part is created."""
+    """Offset of `crc32` in bytes. Everything else before the features is written once, at creation."""
     features_offset: int
-    """Where the rows begin, in bytes, up to the end of the file; row i is at i times `spec.row_bytes` from there."""
+    """Offset of the features in bytes, which extend to the end of the file; row i is `i * spec.row_bytes` further."""
     digests: Array
-    """(rows, 32) uint8: SHA-256 of the image file of each row, also of those not written."""
+    """(rows, 32) uint8: SHA-256 of the image file of each row, whether written or not."""
     crc32: Array
-    """(rows,) int64: CRC-32 of each row's bytes; -1: not written yet; -2: not written, its image has no features."""
+    """(rows,) int64: CRC-32 of each row's bytes, or `NOT_WRITTEN` or `FAILED`."""
 
 
 def part_name(index: int, sealed: bool = True) -> str:
-    """File name of part `index`, counted from 0."""
+    """Return the file name of part `index`, counted from 0."""
     return f"features-{index:05d}.h5" + ("" if sealed else ".partial")
 
 
-def lay_out_part(path: Path, spec: CacheSpec, digests: Array) -> None:
-    """Creates a part for the images `digests` (rows, 32) uint8, without any row written, and brings it to disk.
+def sealed_name(path: Path) -> str:
+    """Return the file name that a part has once it is sealed."""
+    return path.name.removesuffix(".partial")
+
+
+def create_part(path: Path, spec: CacheSpec, digests: Array) -> None:
+    """Create a part for the images `digests` (rows, 32) uint8, with no row written, durably.
 
     Raises CacheError, OSError.
     """
     rows = len(digests)
     arrays = {"image_digest": digests, "crc32": np.full(rows, NOT_WRITTEN, "<i8")}
-    _create(path, _part_shapes(spec, rows), arrays, spec.to_attributes())
+    create_file(path, _part_shapes(spec, rows), arrays, spec.to_attributes())
 
 
 def inspect_part(path: Path) -> PartLayout:
-    """Opens a part, sealed or not, and checks all that reading it by offset relies on.
+    """Return the layout of a part, sealed or not, after checking all that reading by offset relies on.
 
-    Raises CacheError if it does not open, is not laid out as FORMAT.md says, or lacks bytes.
+    Raises:
+        FileError: The file cannot be opened, is not laid out as FORMAT.md specifies, or is truncated.
     """
-    with _reading(path) as file:
-        spec = CacheSpec.from_attributes(_attributes(file))
-        datasets = _plain_datasets(file)
+    with open_file(path) as file:
+        spec = CacheSpec.from_attributes(read_attributes(file))
+        datasets = plain_datasets(file)
         if set(datasets) != set(_part_shapes(spec, 1)):
-            raise CacheError(f"holds the data sets {sorted(datasets)}, not those of a part")
+            raise CacheError(f"has the data sets {sorted(datasets)}, not those of a part")
         rows = int(datasets["crc32"].size)
         for name, (shape, dtype) in _part_shapes(spec, rows).items():
             found = datasets[name]
@@ -88,65 +98,39 @@ def inspect_part(path: Path) -> PartLayout:
 
 
 def check_head(path: Path, length: int | None, sha256: str, size: int | None = None) -> None:
-    """Checks a file's size, if it is known, and the SHA-256 of its first `length` bytes, or of all.
+    """Check a file's size, if given, and the SHA-256 of its first `length` bytes, or of all.
 
-    To be called before HDF5 opens the file: it may crash on a broken one. Raises CacheError.
+    Call this before HDF5 opens the file, since HDF5 may crash on a damaged one.
+
+    Raises:
+        FileError: The file is damaged or cannot be read.
     """
     try:
-        require_regular(path)
+        check_regular_file(path)
         found = path.stat().st_size
         if size is not None and found != size:
-            problem = f"has {found} bytes, must have {size}: it was cut short or changed"
-            raise DamagedFileError(path, problem, _ADVICE)
+            raise DamagedFileError(path, f"has {found} bytes, must have {size}", REPAIR_ADVICE)
         if sha256_of(path, length) != sha256:
-            problem = ("" if length is None else f"its head of {length} bytes ") + "is not what was written"
-            raise DamagedFileError(path, problem, _ADVICE)
+            part = "" if length is None else f"its head of {length} bytes "
+            raise DamagedFileError(path, f"{part}is damaged (SHA-256 mismatch)", REPAIR_ADVICE)
     except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def require_regular(path: Path) -> None:
-    """Raises CacheError for a link, a pipe or a device in a file's place, OSError."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        problem = "is a link or no regular file: refused, a cache must not point elsewhere"
-        raise DamagedFileError(path, problem, _ADVICE)
-
-
-def unreadable(path: Path, error: OSError) -> FileError:
-    """What to raise from `error`; one without a number is not the system's: the file ends too early."""
-    if isinstance(error, FileNotFoundError):
-        return DamagedFileError(path, "is missing", "Run `pipe precompute` again: what was in it is made anew.")
-    if not error.errno:
-        return DamagedFileError(path, f"cannot be read: {error}", _ADVICE)
-    return UnreadableError(path, f"cannot be read: {error.strerror}", "Is its disk still there?")
+        raise read_error(path, error) from error
 
 
 def head_sha256(path: Path, head_bytes: int, crc_offset: int, rows: int) -> str:
-    """SHA-256 (hex) of a part's head without its `crc32`: of all that does not change while it is in work.
+    """Return the SHA-256 (hex) of a part's head without its `crc32`, which does not change while rows are written.
 
     Raises OSError.
     """
-    with opened(path, os.O_RDONLY) as descriptor:
+    with open_descriptor(path, os.O_RDONLY) as descriptor:
         head = bytearray(min(head_bytes, os.fstat(descriptor).st_size))
         pread_into(descriptor, memoryview(head), 0)
     del head[crc_offset : crc_offset + rows * 8]
     return hashlib.sha256(head).hexdigest()
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Array], attributes: Attributes) -> None:
-    """Writes arrays of numbers and attributes to an HDF5 file, and the file to disk. Raises CacheError, OSError."""
-    _create(path, {name: (array.shape, array.dtype) for name, array in arrays.items()}, arrays, attributes)
-
-
-def read_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str | int]]:
-    """The inverse of `write_arrays`. Raises CacheError as `inspect_part` does."""
-    with _reading(path) as file:
-        arrays = {name: dataset[()] for name, dataset in _plain_datasets(file).items()}
-        return arrays, _attributes(file)
-
-
 def _part_shapes(spec: CacheSpec, rows: int) -> Shapes:
-    """The data sets of a part, in the order in which they lie in the file."""
+    """Return the data sets of a part, in their order in the file."""
     return {
         "image_digest": ((rows, DIGEST_BYTES), np.dtype(np.uint8)),
         "crc32": ((rows,), np.dtype("<i8")),
@@ -155,7 +139,7 @@ def _part_shapes(spec: CacheSpec, rows: int) -> Shapes:
 
 
 def _check_order(datasets: Mapping[str, Any], file_size: int) -> None:
-    """The head, then the features up to the file's end: so one digest of the head covers all but the features."""
+    """Check that the features come last and end the file, so that one digest covers everything else."""
     position = 0
     for name in ("image_digest", "crc32", "query_features"):
         offset = datasets[name].id.get_offset()
@@ -164,122 +148,3 @@ def _check_order(datasets: Mapping[str, Any], file_size: int) -> None:
         position = offset + datasets[name].nbytes
     if position != file_size:
         raise CacheError(f"has {file_size} bytes, must end with its features at byte {position}")
-
-
-def _create(path: Path, shapes: Shapes, arrays: Mapping[str, Array], attributes: Attributes) -> None:
-    offsets = _lay_out(path, shapes, attributes)
-    with opened(path, os.O_RDWR) as descriptor:
-        for name, array in arrays.items():
-            if array.size:
-                pwrite_all(descriptor, as_bytes(array), offsets[name])
-        os.fsync(descriptor)
-
-
-def _lay_out(path: Path, shapes: Shapes, attributes: Attributes) -> dict[str, int]:
-    """Creates the file with room for every data set; -> the offset of each, in bytes. No number is written by HDF5."""
-    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plan.set_layout(h5py.h5d.CONTIGUOUS)
-    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    try:
-        with h5py.File(_new_file(path)) as file:
-            file.attrs.update(attributes)
-            for name, (shape, dtype) in shapes.items():
-                file.create_dataset(name, shape=shape, dtype=dtype, dcpl=plan, track_times=False)
-            return {name: file[name].id.get_offset() for name in shapes}
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        if number := _errno_in(error):
-            raise OSError(number, os.strerror(number), str(path)) from error
-        raise CacheError(f"{path}: HDF5 could not create the file: {error}") from error
-
-
-def _new_file(path: Path) -> Any:
-    """The identifier of a new file, its data aligned to pages.
-
-    `h5py.File` cannot be told to leave out the root group's times, which HDF5 1.14 writes and 2.0 does not: the bytes
-    depend neither on the library's version nor on the clock.
-    """
-    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-    creation.set_obj_track_times(False)
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
-    access.set_alignment(1, PAGE)
-    access.set_file_locking(True, True)  # without where the file system has none: "best-effort"
-    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    return h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)
-
-
-_ADVICE = "Run `pipe cache repair`, or delete it and run `pipe precompute` again: only what was in it is made anew."
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    """An h5py.File to look into; whatever is wrong with it comes out as a FileError."""
-    try:
-        require_regular(path)
-        with h5py.File(path, "r", locking=False) as file:  # the locks are `lock`'s: HDF5's would bar a part in work
-            yield file
-    except FileError:
-        raise
-    except CacheError as error:
-        raise DamagedFileError(path, str(error), _ADVICE) from error
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        number = _errno_in(error)
-        if number in _NOT_THE_FILES_FAULT:
-            cause = OSError(number, os.strerror(number))
-            raise unreadable(path, cause) from cause
-        problem = f"cannot be read: {os.strerror(number)}" if number else "is not a sound HDF5 file"
-        raise DamagedFileError(path, problem, _ADVICE) from error
-
-
-_NOT_THE_FILES_FAULT = {
-    errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT
-}  # fmt: skip
-
-
-def _errno_in(error: Exception) -> int | None:
-    """Of what the system refuses HDF5 tells in three lines, in any of them."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    found = re.search(r"errno = (\d+)", str(error))
-    return int(found[1]) if found else None
-
-
-def _attributes(file: Any) -> dict[str, str | int]:
-    attributes: dict[str, str | int] = {}
-    for name, value in file.attrs.items():
-        if isinstance(value, np.integer):
-            value = int(value)
-        if not isinstance(value, str | int):
-            raise CacheError(f"attribute {name} is {value!r}, neither text nor a whole number")
-        attributes[name] = value
-    return attributes
-
-
-def _plain_datasets(file: Any) -> dict[str, Any]:
-    """The data sets at the root, each found to be plain bytes inside this very file."""
-    if file.userblock_size:
-        raise CacheError("has an HDF5 user block, which a cache file never has")
-    for name in file:
-        link = file.get(name, getlink=True)
-        if type(link) is not h5py.HardLink:
-            raise CacheError(f"{name} is a {type(link).__name__}: refused, a cache file must not point elsewhere")
-    return {name: _plain_dataset(name, file[name], Path(file.filename).stat().st_size) for name in file}
-
-
-def _plain_dataset(name: str, dataset: Any, file_size: int) -> Any:
-    if not isinstance(dataset, h5py.Dataset):
-        raise CacheError(f"{name} is a {type(dataset).__name__}, must be a data set")
-    plan = dataset.id.get_create_plist()
-    if plan.get_layout() == h5py.h5d.VIRTUAL:
-        raise CacheError(f"{name} is a virtual data set: refused, a cache file must not point elsewhere")
-    if plan.get_external_count():
-        raise CacheError(f"{name} has external storage: refused, a cache file must not point elsewhere")
-    if plan.get_layout() != h5py.h5d.CONTIGUOUS or plan.get_nfilters():
-        raise CacheError(f"{name} is chunked, compact or filtered, must be contiguous")
-    if dataset.dtype.kind not in "iuf" or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
-        raise CacheError(f"{name} is of type {dataset.dtype}, must be plain numbers")
-    offset = dataset.id.get_offset()
-    if dataset.size and (offset is None or offset + dataset.nbytes > file_size):
-        raise CacheError(f"{name} is not wholly inside the file of {file_size} bytes: it was cut short")
-    return dataset

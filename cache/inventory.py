@@ -1,4 +1,4 @@
-"""Caches as files in folders: which there are, what is in them, and their removal."""
+"""Finding, describing and removing caches."""
 
 import os
 from contextlib import suppress
@@ -6,82 +6,89 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.format import PART_NAME
-from cache.lock import LOCK_NAME, FolderLock, not_read
+from cache.lock import LOCK_NAME, FolderLock, exclude_readers
 from cache.manifest import MANIFEST_NAME, Manifest, unlisted_parts
-from cache.own import holds_cache, own_files
+from cache.ownership import holds_cache, own_files
+from cache.portability import bytes_on_disk
 from cache.spec import CacheError
 
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """What can be said of a cache without opening its parts."""
+    """Description of a cache that needs no part to be opened."""
 
     folder: Path
     manifest: Manifest | None
-    """None if it is unfinished."""
+    """None if the cache is unfinished."""
     sealed: int
-    """Parts that are full, and with `in_work` all that are planned."""
-    in_work: int
+    """Number of sealed parts."""
+    in_progress: int
+    """Number of parts that are being written; with `sealed` all that are planned."""
     bytes: int
-    """On disk; a part in work takes less than its length."""
-    foreign: list[str]
-    """Names in the folder that are not a cache's."""
+    """Size on disk; an unfinished part occupies less than its length."""
+    other_files: list[str]
+    """Names in the folder that do not belong to the cache."""
     unlisted: list[str]
-    """Names of parts that a finished cache does not know."""
+    """Names of parts that neither the manifest nor the plan lists."""
 
 
 def describe(folder: Path) -> CacheFolder:
-    """Raises CacheError if there is no cache in `folder`, or its manifest is not sound."""
+    """Describe the cache in `folder`. Raises CacheError if there is none or its manifest is damaged."""
     if not holds_cache(folder):
-        raise CacheError(f"{folder}: no cache is there; `pipe cache ls` looks for those below a folder")
+        raise CacheError(f"{folder}: no cache found. List the caches below a folder with `pipe cache ls FOLDER`.")
     own = own_files(folder)
     parts = [match for path in own if (match := PART_NAME.fullmatch(path.name))]
-    in_work = sum(match[2] is not None for match in parts)
+    in_progress = sum(match[2] is not None for match in parts)
     manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
     unlisted: list[Path] = []
-    with suppress(CacheError):  # the plan is damaged: who goes on with it will say so
+    with suppress(CacheError):  # the plan is damaged: the next writer reports it
         unlisted = unlisted_parts(folder, manifest) if manifest else []
     return CacheFolder(
         folder=folder,
         manifest=manifest,
-        sealed=len(parts) - in_work,
-        in_work=in_work,
+        sealed=len(parts) - in_progress,
+        in_progress=in_progress,
         bytes=_bytes_on_disk(own),
-        foreign=sorted(path.name for path in folder.iterdir() if path not in own),
+        other_files=sorted(path.name for path in folder.iterdir() if path not in own),
         unlisted=[path.name for path in unlisted],
     )
 
 
 def _bytes_on_disk(paths: list[Path]) -> int:
-    """Without those that have got another name meanwhile, from a process that writes the cache."""
+    """Sum the sizes of the files that still exist: a process that writes the cache may rename them."""
     total = 0
     for path in paths:
         with suppress(FileNotFoundError):
-            total += path.stat().st_blocks * 512
+            total += bytes_on_disk(path)
     return total
 
 
 def find_caches(root: Path) -> list[Path]:
-    """Folders of caches, finished or not, at `root` and below."""
+    """Return the folders of caches, finished or not, at `root` and below."""
     return sorted(path for folder, _, _ in os.walk(root) if holds_cache(path := Path(folder)))
 
 
 def remove(folder: Path) -> int:
-    """Deletes a cache, its own files only, and the folder if nothing else is in it; -> bytes freed.
+    """Delete a cache's own files, and the folder if it is empty then; return the freed bytes.
 
-    The manifest goes first, so that a cache half deleted is never taken for a whole one. Raises CacheError if no
-    cache is there or another process is writing or reading it, OSError.
+    The manifest is deleted first, so that a partly deleted cache is never mistaken for a finished one.
+
+    Raises:
+        CacheError: There is no cache, or another process is writing or reading it.
+        OSError: A file cannot be deleted.
     """
     if folder.is_symlink():
-        raise CacheError(f"{folder}: is a link to {folder.resolve()}: name that folder itself; nothing was deleted")
+        raise CacheError(f"{folder}: is a link to {folder.resolve()}. Nothing was deleted; name that folder itself.")
     if not holds_cache(folder):
-        raise CacheError(f"{folder}: no cache is there; nothing was deleted")
+        raise CacheError(f"{folder}: no cache found; nothing was deleted")
     freed = _bytes_on_disk(own_files(folder))
     lock = FolderLock(folder)
     try:
-        with not_read(folder, "remove"):
-            for path in sorted(own_files(folder), key=_removal):
-                path.unlink(missing_ok=True)
+        with exclude_readers(folder, "remove"):
+            for path in sorted(own_files(folder), key=_removal_order):
+                if path.name != LOCK_NAME:
+                    path.unlink(missing_ok=True)
+        lock.remove()
     finally:
         lock.release()
     if not any(folder.iterdir()):
@@ -89,8 +96,8 @@ def remove(folder: Path) -> int:
     return freed
 
 
-def _removal(path: Path) -> int:
-    """When a file is removed: the parts after all that they make known as a cache's, at the end the lock."""
+def _removal_order(path: Path) -> int:
+    """Return the sort key for removal: the parts identify the cache's other files, so they are removed last."""
     if path.name == MANIFEST_NAME:
         return 0
-    return 3 if path.name == LOCK_NAME else 2 if path.name.startswith("features-") else 1
+    return 2 if PART_NAME.match(path.name) else 1

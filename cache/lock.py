@@ -1,122 +1,168 @@
-"""Who may write: one process at a time, known by name, and never one that is dead; and who reads meanwhile."""
+"""Locks on a folder: one writer at a time, known by name, and any number of readers."""
 
-import errno
-import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from cache import portability
+from cache.files import open_descriptor, pwrite_all
+from cache.portability import describe_flock_holders, try_flock, try_lock
 from cache.spec import CacheError
 
 LOCK_NAME = ".lock"
-PATIENCE = 10  # seconds
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-_NONE = -1  # no descriptor
+LOCK_TIMEOUT_SECONDS = 10
+_POLL_SECONDS = 0.2
 
 
 class FolderLock:
-    """Holds `folder` for writing until `release`, at the latest when the process ends, however it ends.
+    """Exclusive lock on a folder for writing, held until `release` or the end of the process.
 
-    Waits for `PATIENCE` seconds first. The lock is the kernel's, on the file `.lock`, which names its holder while
-    it is held and is empty otherwise; a file system without locks is used without. Raises CacheError that says who
-    holds the folder, OSError.
+    Locks the file `.lock`, which names its holder while locked and is empty otherwise. On a file system without locks
+    nothing is locked.
+
+    Raises:
+        CacheError: Another process has held the lock for `LOCK_TIMEOUT_SECONDS`; the message names it.
+        OSError: The lock file cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor: int | None = _open_locked(folder / LOCK_NAME)
+        """Lock `folder`."""
+        self._path = folder / LOCK_NAME
+        self._descriptor: int | None = _open_locked(self._path)
         try:
-            self._sign()
+            self._write_holder()
         except BaseException:
             self.release()
             raise
 
     def release(self) -> None:
+        """Release the lock. A second call does nothing."""
         if self._descriptor is not None:
             try:
-                with suppress(OSError):  # the name of the holder stays, and nobody is held up by it
+                with suppress(OSError):  # a holder's name without a lock blocks nobody
                     os.ftruncate(self._descriptor, 0)
             finally:
                 os.close(self._descriptor)
                 self._descriptor = None
 
-    def _sign(self) -> None:
+    def remove(self) -> None:
+        """Remove the lock file, and release the lock. Raises OSError."""
+        if portability.CAN_RENAME_OPEN_FILES:  # so that nobody can lock the file before it is gone
+            self._path.unlink(missing_ok=True)
+            self.release()
+        else:
+            self.release()
+            self._path.unlink(missing_ok=True)
+
+    def _write_holder(self) -> None:
         assert self._descriptor is not None
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        owner = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since})
-        with suppress(OSError):  # on a full disk a cache must still be removable
+        holder = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since})
+        with suppress(OSError):  # a cache must be removable from a full disk
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, owner.encode(), 0)
+            pwrite_all(self._descriptor, f" {holder}".encode(), 0)  # on Windows the first byte is locked
 
 
 class ReadLock:
-    """Keeps the cache in `folder` from being removed or repaired until `release`; it may be written meanwhile.
+    """Shared lock on a folder: a cache cannot be removed or repaired until `release`, but it can be extended.
 
-    The lock is the kernel's, a shared one on the folder itself: nothing is written, so that a cache on a read-only disk
-    is held as well. A file system without locks is used without. Raises CacheError if the cache is being removed.
+    Locks the folder itself and writes nothing, so it works on a read-only disk. Without `flock` nothing is locked.
+
+    Raises:
+        CacheError: The cache is being removed or repaired.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor = _NONE
-        with suppress(OSError):  # who reads a folder that cannot be read says so
-            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        if self._descriptor != _NONE and not lock(self._descriptor, PATIENCE, fcntl.LOCK_SH):
+        """Lock `folder`; nothing happens if it cannot be opened."""
+        self._descriptor: int | None = None
+        with suppress(OSError):  # the caller's own access reports it
+            self._descriptor = portability.open_folder(folder)
+        descriptor = self._descriptor
+        if descriptor is not None and not _wait_for(lambda: try_flock(descriptor, shared=True)):
             self.release()
             raise CacheError(f"{folder}: another process is removing or repairing this cache. Run the command again.")
 
     def release(self) -> None:
-        if self._descriptor != _NONE:
+        """Release the lock. A second call does nothing."""
+        if self._descriptor is not None:
             os.close(self._descriptor)
-            self._descriptor = _NONE
+            self._descriptor = None
 
     def __del__(self) -> None:
+        """Release the lock."""
         self.release()
 
 
 @contextmanager
-def not_read(folder: Path, doing: str) -> Iterator[None]:
-    """Keeps readers away. Raises CacheError that says who is reading the cache, and that `doing` must wait; OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def exclude_readers(folder: Path, action: str) -> Iterator[None]:
+    """Keep readers out of a cache during the context.
+
+    Raises:
+        CacheError: The cache is being read; the message names the processes and the `action` to repeat.
+        OSError: The folder cannot be opened.
+    """
+    descriptor = portability.open_folder(folder)
     try:
-        if not lock(descriptor):
+        if descriptor is not None and not try_flock(descriptor):
             raise CacheError(
-                f"{folder}: {_readers(descriptor)} is reading this cache, in a training or an evaluation: {doing} it "
-                "when that has ended. Nothing was changed."
+                f"{folder}: {describe_flock_holders(descriptor)} is reading this cache for training or evaluation. "
+                f"Nothing was changed; {action} the cache when that process has finished."
             )
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _readers(descriptor: int) -> str:
-    """The processes of this machine that hold a lock on the file, in words."""
-    found = os.fstat(descriptor)
-    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    processes: list[str] = []
-    with suppress(OSError):  # Linux alone has this list
-        rows = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
-        processes = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
-    known = sorted({process for process in processes if int(process) > 0}, key=int)
-    return f"process {', '.join(known)} on {socket.gethostname()}" if known else "another process"
+def check_not_locked(folder: Path) -> None:
+    """Raise CacheError if another process is writing in `folder`, to report it before long preparations."""
+    try:
+        with open_descriptor(folder / LOCK_NAME, os.O_RDWR) as descriptor:
+            if not _wait_for(lambda: try_lock(descriptor)):
+                raise CacheError(_locked_message(folder))
+    except OSError:
+        return  # no lock file, or none that can be written: the writer's own error is better
+
+
+def describe_holder(folder: Path) -> str:
+    """Return who holds the lock on a folder, for messages."""
+    try:
+        with (folder / LOCK_NAME).open("rb", buffering=0) as file:
+            file.seek(1)  # on Windows the first byte is locked
+            holder = json.loads(file.read())
+        return f"process {holder['process']} on {holder['host']} (since {holder['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def _open_locked(path: Path) -> int:
-    """The lock file, locked: the one that is there then, since who removes a cache removes its lock as well."""
+    """Return a locked descriptor of the lock file that is at `path` now: removing a cache removes its lock file."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | portability.BINARY, 0o666)
         try:
-            if not lock(descriptor, PATIENCE):
-                raise CacheError(_held(path.parent))
+            if not _wait_for(lambda descriptor=descriptor: try_lock(descriptor)):  # type: ignore[misc]
+                raise CacheError(_locked_message(path.parent))
             if _is_at(path, descriptor):
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _wait_for(attempt: Callable[[], bool]) -> bool:
+    """Repeat `attempt` until it succeeds; return False if it has not after `LOCK_TIMEOUT_SECONDS`."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    while not attempt():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -126,44 +172,5 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def require_free(folder: Path) -> None:
-    """Raises CacheError if another process is writing the cache in `folder`: to be said before long preparations."""
-    try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return  # nobody has begun there; or it cannot be written, which its writer will say
-    try:
-        if not lock(descriptor, PATIENCE):
-            raise CacheError(_held(folder))
-    finally:
-        os.close(descriptor)
-
-
-def lock(descriptor: int, patience: float = 0, kind: int = fcntl.LOCK_EX) -> bool:
-    """Takes the kernel's lock on an open file; False if another process keeps it for `patience` seconds."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.2)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            return True
-
-
-def _held(folder: Path) -> str:
-    return f"{folder}: {holder(folder)} is writing this cache. Run the command again when it is done."
-
-
-def holder(folder: Path) -> str:
-    """Who holds the folder, in words."""
-    try:
-        owner = json.loads((folder / LOCK_NAME).read_bytes())
-        return f"process {owner['process']} on {owner['host']} (since {owner['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+def _locked_message(folder: Path) -> str:
+    return f"{folder}: {describe_holder(folder)} is writing this cache. Run the command again when it has finished."

@@ -1,4 +1,4 @@
-"""The manifest: written last, it makes a folder of parts a finished cache and says what belongs to it."""
+"""The manifest, which lists the files of a finished cache and is written last, and the plan of unfinished parts."""
 
 import hashlib
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import write_atomically
-from cache.format import PART_NAME, check_head, head_sha256, require_regular, unreadable
+from cache.format import PART_NAME, check_head, head_sha256, sealed_name
+from cache.hdf5 import check_regular_file, read_error
 from cache.spec import FORMAT_VERSION, CacheError, CacheSpec, DamagedFileError
 
 MANIFEST_NAME = "manifest.json"
@@ -19,87 +20,97 @@ TEXT_NAME = re.compile(r"text-([A-Za-z0-9][A-Za-z0-9_-]*)-[0-9a-f]{12}\.h5")
 ATTACHMENT_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)\.(jsonl|h5)")
 ATTACHMENT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{12}\.(jsonl|h5)")
 ATTACHMENT_TEMPORARY = "attachment.tmp"
-"""What an attachment is called while it is written."""
+"""Name of an attachment while it is written."""
 _FORMAT = "blip2-query-features"
-_SIGNED = re.compile(rb'(\{.*),\n  "sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
+_CHECKSUMMED = re.compile(rb'(\{.*),\n  "sha256": "([0-9a-f]{64})"\n\}\n', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class PartEntry:
-    """One sealed part: what must be true of its file before HDF5 opens it."""
+    """Entry of one sealed part, to check its file before HDF5 opens it."""
 
     file: str
     rows: int
     head_bytes: int
-    """All of the file but its features."""
+    """Size of the file without its features."""
     head_sha256: str
 
     def __post_init__(self) -> None:
+        """Check the values."""
         _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes)
         _require_sha256(self.file, self.head_sha256)
 
     def size(self, row_bytes: int) -> int:
-        """Bytes of the file."""
+        """Return the size of the file in bytes."""
         return self.head_bytes + self.rows * row_bytes
 
     def check(self, folder: Path, row_bytes: int) -> None:
-        """Raises CacheError if the file is missing, cut, or its head is not what was written."""
+        """Raise CacheError if the file is missing, truncated, or its head is damaged."""
         check_head(folder / self.file, self.head_bytes, self.head_sha256, self.size(row_bytes))
 
 
 @dataclass(frozen=True)
 class TextEntry:
-    """The text of one split; the file's name holds the first digits of its digest."""
+    """Entry of the text of one split, whose file name contains the first digits of its digest."""
 
     file: str
     questions: int
     sha256: str
 
     def __post_init__(self) -> None:
+        """Check the values."""
         _require_sha256(self.file, self.sha256)
 
 
 def _require_counts(file: str, **values: int) -> None:
     for name, value in values.items():
         if type(value) is not int or not 0 < value < 1 << 31:
-            raise CacheError(f"{file}: {name} is {value!r}, must be a whole number from 1 to {(1 << 31) - 1}")
+            raise CacheError(f"{file}: {name} is {value!r}, must be an integer from 1 to {(1 << 31) - 1}")
 
 
 def _require_sha256(file: str, value: object) -> None:
     if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise CacheError(f"{file}: {value!r} is no SHA-256, 64 hex digits")
+        raise CacheError(f"{file}: {value!r} is not a SHA-256 of 64 hex digits")
 
 
 def attachment_file(name: str, sha256: str) -> str:
-    """The file name of an attachment: it holds the first digits of its digest, so that no file is ever replaced.
+    """Return the file name of an attachment, which contains its digest so that no file is ever replaced.
 
-    Raises CacheError if the name is not one that an attachment may have.
+    Raises:
+        CacheError: The name is not allowed for an attachment.
     """
     found = ATTACHMENT_NAME.fullmatch(name)
     if not found:
-        raise CacheError(f"{name!r} is not a name that an attachment may have: letters, digits, _ and -, .jsonl or .h5")
+        raise CacheError(
+            f"{name!r} is not allowed as the name of an attachment: use letters, digits, _ and -, then .jsonl or .h5"
+        )
     _require_sha256(name, sha256)
     return f"{found[1]}-{sha256[:12]}.{found[2]}"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished cache consists of. Raises CacheError on construction for a file name that is not a cache's."""
+    """The contents of a finished cache.
+
+    Raises:
+        CacheError: A file name is not one of a cache.
+    """
 
     spec: CacheSpec
     part_rows: int
-    """Rows of a full part, as the last writer was told."""
+    """Rows per full part, as configured for the last writer."""
     parts: list[PartEntry]
-    """In the order that numbers the rows of the cache."""
+    """In the order in which the rows of the cache are numbered."""
     rows: int
-    """Rows that hold features; parts may have more."""
+    """Number of stored rows; parts may have more."""
     splits: dict[str, TextEntry]
     attachments: dict[str, str] = field(default_factory=dict)
-    """Name -> SHA-256, of what else lies in the cache, each in its `attachment_file`."""
+    """SHA-256 of each further file by name; its file name is `attachment_file`."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where all this comes from, as JSON; the cache itself checks nothing against it."""
+    """Origin of the contents, as JSON; the cache does not check it."""
 
     def __post_init__(self) -> None:
+        """Check all file names."""
         for part in self.parts:
             found = PART_NAME.fullmatch(part.file)
             if not found or found[2]:
@@ -107,31 +118,30 @@ class Manifest:
         for split, text in self.splits.items():
             named = TEXT_NAME.fullmatch(text.file)
             if not named or named[1] != split:
-                raise CacheError(f"{text.file!r}, text of split {split!r}, is not a file name that a cache may have")
+                raise CacheError(f"{text.file!r}, text of split {split!r}, is not an allowed file name")
         for name, sha256 in self.attachments.items():
             attachment_file(name, sha256)
 
     @property
     def part_bytes(self) -> int:
-        """Bytes of all parts."""
+        """Size of all parts in bytes."""
         return sum(part.size(self.spec.row_bytes) for part in self.parts)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what the cache holds, wherever it lies.
+        """SHA-256 (hex) of the contents, wherever the folder is.
 
-        Over the spec, the heads of the parts, in which the digests of the pictures and the checksums of their features
-        stand, and the text.
+        Covers the spec, the text and the heads of the parts, which contain image digests and CRCs of the features.
         """
-        held = {
+        contents = {
             "spec": self.spec.to_attributes(),
             "parts": [part.head_sha256 for part in self.parts],
             "splits": {split: text.sha256 for split, text in sorted(self.splits.items())},
         }
-        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes or replaces the manifest in one step. Raises OSError."""
+        """Write or replace the manifest atomically. Raises OSError."""
         content = {
             "spec": self.spec.to_attributes(),
             "part_rows": self.part_rows,
@@ -141,14 +151,14 @@ class Manifest:
             "attachments": self.attachments,
             "provenance": self.provenance,
         }
-        _save_signed(folder / MANIFEST_NAME, content)
+        _save_checksummed(folder / MANIFEST_NAME, content)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """The inverse of `save`. Raises CacheError if it cannot be read, is changed or of another version."""
+        """Load the manifest of `folder`. Raises FileError if it is unreadable, damaged or of another version."""
         path = folder / MANIFEST_NAME
-        content = _load_signed(path)
-        with _explained(path):
+        content = _load_checksummed(path)
+        with _content_errors(path):
             return cls(
                 spec=CacheSpec.from_attributes(content["spec"]),
                 part_rows=int(content["part_rows"]),
@@ -162,56 +172,57 @@ class Manifest:
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """One part begun: what must be true of its file, in work or sealed, before HDF5 opens it."""
+    """Entry of one part of the plan, unfinished or sealed, to check its file before HDF5 opens it."""
 
     file: str
-    """Its name when it is sealed."""
+    """Name of the sealed file."""
     head_bytes: int
     crc_offset: int
     rows: int
     sha256: str
-    """Of the head without `crc32`."""
+    """SHA-256 of the head without `crc32`."""
 
     def __post_init__(self) -> None:
+        """Check the values."""
         _require_counts(self.file, rows=self.rows, head_bytes=self.head_bytes, crc_offset=self.crc_offset)
         _require_sha256(self.file, self.sha256)
 
     def check(self, path: Path) -> None:
-        """Raises CacheError if the head is not what was written."""
+        """Raise CacheError if the head is damaged."""
         try:
-            require_regular(path)
+            check_regular_file(path)
             sound = head_sha256(path, self.head_bytes, self.crc_offset, self.rows) == self.sha256
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise read_error(path, error) from error
         if not sound:
-            advice = "Delete it and run `pipe precompute` again: only what was in it is made anew."
-            raise DamagedFileError(path, f"its head of {self.head_bytes} bytes is not what was written", advice)
+            advice = "Delete the file and run `pipe precompute` again to redo its contents."
+            raise DamagedFileError(path, f"its head of {self.head_bytes} bytes is damaged (SHA-256 mismatch)", advice)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts that were begun since the manifest was written."""
+    """The parts that were created since the manifest was written."""
 
     parts: dict[str, PlannedPart]
-    """By file name."""
+    """By name of the sealed file."""
 
     def save(self, folder: Path) -> None:
-        """Raises OSError."""
-        _save_signed(folder / PLAN_NAME, {"parts": [asdict(part) for part in self.parts.values()]})
+        """Write or replace the plan atomically. Raises OSError."""
+        _save_checksummed(folder / PLAN_NAME, {"parts": [asdict(part) for part in self.parts.values()]})
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        """Empty if there is none. Raises CacheError."""
+        """Load the plan of `folder`, empty if there is none. Raises FileError."""
         path = folder / PLAN_NAME
         if not path.exists():
             return cls({})
-        content = _load_signed(path)
-        with _explained(path):
+        content = _load_checksummed(path)
+        with _content_errors(path):
             return cls({part["file"]: PlannedPart(**part) for part in content["parts"]})
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file that has a manifest's or a plan's name is one: other programs have such names too."""
+def is_cache_json(path: Path) -> bool:
+    """Return whether a file named like a manifest or plan is one, since other programs use such names too."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -220,41 +231,41 @@ def is_ours(path: Path) -> bool:
 
 
 def unlisted_parts(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files with a part's name that neither the manifest nor the plan names. Raises CacheError, OSError."""
+    """Return the files named like a part that neither the manifest nor the plan lists. Raises CacheError, OSError."""
     known = {part.file for part in manifest.parts} | Plan.load(folder).parts.keys()
     named = (path for path in folder.iterdir() if PART_NAME.fullmatch(path.name))
-    return sorted(path for path in named if path.name.removesuffix(".partial") not in known)
+    return sorted(path for path in named if sealed_name(path) not in known)
 
 
-def _save_signed(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON that ends in the SHA-256 of all that stands before it, so that a changed bit is noticed."""
+def _save_checksummed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON that ends with the SHA-256 of everything before it."""
     whole = {"format": _FORMAT, "format_version": FORMAT_VERSION, **content}
     body = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}").encode("utf-8", "backslashreplace")
     write_atomically(path, body + f',\n  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode())
 
 
-def _load_signed(path: Path) -> dict[str, Any]:
+def _load_checksummed(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise unreadable(path, error) from error
-    with _explained(path):
+        raise read_error(path, error) from error
+    with _content_errors(path):
         content: dict[str, Any] = json.loads(data)
         name, version = content["format"], content["format_version"]
         if (name, version) != (_FORMAT, FORMAT_VERSION):
-            raise CacheError(f"it is of {name} version {version}, this program knows {_FORMAT} {FORMAT_VERSION}")
-        signed = _SIGNED.fullmatch(data)
-        if not signed or hashlib.sha256(signed[1]).hexdigest() != signed[2].decode():
-            raise CacheError("it is not what was written: the SHA-256 at its end does not fit")
+            raise CacheError(f"it is {name} version {version}, only {_FORMAT} version {FORMAT_VERSION} is supported")
+        found = _CHECKSUMMED.fullmatch(data)
+        if not found or hashlib.sha256(found[1]).hexdigest() != found[2].decode():
+            raise CacheError("the SHA-256 at its end does not match")
         return content
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever is wrong with the content comes out as a DamagedFileError."""
+def _content_errors(path: Path) -> Iterator[None]:
+    """Convert errors in the content to a DamagedFileError."""
     try:
         yield
     except (CacheError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        advice = "If it is damaged, delete this one file and run `pipe precompute` again: the features are kept."
+        advice = "Delete this one file and run `pipe precompute` again; the features are kept."
         raise DamagedFileError(path, f"cannot be used: {problem}", advice) from error

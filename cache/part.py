@@ -1,4 +1,4 @@
-"""One part in work: rows and their CRCs, written so that no kill can hurt what is there."""
+"""Writer of one unfinished part: rows and their CRCs, in an order that makes a kill harmless."""
 
 import os
 import time
@@ -13,34 +13,36 @@ from typing import Any
 
 import numpy as np
 
-from cache.files import as_bytes, begin_flush, pwrite_all, rename
+from cache import portability
+from cache.files import as_bytes, pwrite_all, rename
 from cache.format import FAILED, NOT_WRITTEN, inspect_part
-from cache.lock import lock
 from cache.spec import CacheError, CacheSpec
 
 COMMIT_SECONDS = 2.0
 COMMIT_BYTES = 256 << 20
-_CLOSED = -1
 
-_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all set: infinite or not a number
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all bits set: infinite or NaN
 
 Array = np.ndarray[Any, Any]
 
 
 class PartWriter:
-    """Fills one `.partial` part with `pwrite`: HDF5 is done with it, so no kill can hurt its structure.
+    """Writer of one `.partial` part, which bypasses HDF5 so that a kill cannot damage the file's structure.
 
-    Data is flushed to disk before the CRCs that vouch for it are written, every few seconds, so that this is what a
-    kill can lose. One process at a time works on a part. Raises CacheError if the part is not sound or is being
-    written by another process, or if the disk does not take a row.
+    Rows are flushed to disk before their CRCs are written, every few seconds; a kill loses at most the rows since
+    then. One process at a time can write a part.
+
+    Raises:
+        CacheError: The part is damaged, another process is writing it, or a write fails.
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = _open_alone(path)
+        """Open and lock the part at `path`."""
+        self._descriptor: int | None = _open_locked(path)
         try:
             self.layout = inspect_part(path)
         except BaseException:
-            os.close(self._descriptor)
+            self._close_file()
             raise
         self.path, self.spec = path, self.layout.spec
         self.digests, self.crc32 = self.layout.digests, self.layout.crc32
@@ -50,62 +52,67 @@ class PartWriter:
         self._checksums = ThreadPoolExecutor(1, "checksums")
 
     def __enter__(self) -> "PartWriter":
+        """Return this writer."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close this writer."""
         self.close()
 
     @property
-    def open_rows(self) -> Array:
-        """Rows that are neither written nor given up."""
+    def unwritten_rows(self) -> Array:
+        """Rows that are neither written nor marked as failed."""
         return np.flatnonzero(self.crc32 == NOT_WRITTEN)
 
-    def open_batches(self, size: int) -> list[range]:
-        """The batches, of `size` rows counted from the part's first row, in which a row is open.
+    def unwritten_batches(self, size: int) -> list[range]:
+        """Return the batches of `size` rows, counted from the part's first row, that have an unwritten row.
 
-        Batches lie on this fixed grid because the rounding of a row depends on the batch that it is in.
+        The grid is fixed because the rounding of a row depends on the batch it is encoded in.
         """
-        every = (range(start, min(start + size, self.layout.rows)) for start in range(0, self.layout.rows, size))
-        return [rows for rows in every if (self.crc32[rows.start : rows.stop] == NOT_WRITTEN).any()]
+        batches = (range(start, min(start + size, self.layout.rows)) for start in range(0, self.layout.rows, size))
+        return [rows for rows in batches if (self.crc32[rows.start : rows.stop] == NOT_WRITTEN).any()]
 
     def write(self, rows: Array, features: Array) -> None:
-        """Stores features (n, Q, D), in the spec's storage type, as `rows` (n,), ascending and all open.
+        """Store features (n, Q, D), in the spec's storage type, as `rows` (n,), which are ascending and unwritten.
 
-        Raises CacheError if the features are of another shape or type or not finite: then none is stored.
+        Raises:
+            CacheError: The features have another shape or type, or are not finite; then none is stored.
         """
         self._check(rows, features)
-        with _disk(self.path):
+        with _disk_errors(self.path):
             for start, stop in _runs(rows):
                 block = as_bytes(features[start:stop])
-                first, size = int(rows[start]), self.spec.row_bytes
-                checksums = self._checksums.submit(_crc32_of_rows, block, size)  # while the kernel copies
-                offset = self.layout.features_offset + first * size
-                pwrite_all(self._descriptor, block, offset)
-                begin_flush(self._descriptor, offset, len(block))
-                self._promise(first, checksums.result(), len(block))
+                first, row_bytes = int(rows[start]), self.spec.row_bytes
+                checksums = self._checksums.submit(_crc32_of_rows, block, row_bytes)  # while the kernel copies
+                offset = self.layout.features_offset + first * row_bytes
+                pwrite_all(self._open_descriptor(), block, offset)
+                portability.begin_flush(self._open_descriptor(), offset, len(block))
+                self._add_uncommitted(first, checksums.result(), len(block))
 
-    def give_up(self, rows: Array) -> None:
-        """Marks open `rows` whose images have no features; they will not be waited for."""
-        with _disk(self.path):
+    def mark_failed(self, rows: Array) -> None:
+        """Mark unwritten `rows` whose images have no features."""
+        with _disk_errors(self.path):
             for row in rows.tolist():
-                self._promise(row, np.array([FAILED], "<i8"), 0)
+                self._add_uncommitted(row, np.array([FAILED], "<i8"), 0)
 
     def commit(self) -> None:
-        """Makes all rows so far durable."""
+        """Make all rows written so far durable."""
         if not self._uncommitted:
             return
-        checked, self._uncommitted = self._uncommitted, []  # after a failure nothing more can be promised of them
-        with _disk(self.path):
-            os.fdatasync(self._descriptor)  # a CRC on disk is the promise that its row is
-            for first, checksums in checked:
-                pwrite_all(self._descriptor, as_bytes(checksums), self.layout.crc_offset + first * 8)
+        flushed, self._uncommitted = self._uncommitted, []  # cleared first: a failed flush may have dropped the rows
+        with _disk_errors(self.path):
+            portability.fdatasync(self._open_descriptor())  # a CRC may reach the disk only after its row
+            for first, checksums in flushed:
+                pwrite_all(self._open_descriptor(), as_bytes(checksums), self.layout.crc_offset + first * 8)
         self._uncommitted_bytes, self._committed_at = 0, time.monotonic()
 
     def seal(self) -> None:
-        """Gives the part its final name, or removes it if it holds no row; rows still open will never be served."""
+        """Rename the part to its final name, or remove it if it has no row; unwritten rows stay unwritten."""
         self.commit()
-        with _disk(self.path):
-            os.fsync(self._descriptor)
+        with _disk_errors(self.path):
+            os.fsync(self._open_descriptor())
+            if not portability.CAN_RENAME_OPEN_FILES:
+                self._close_file()
             if (self.crc32 >= 0).any():
                 rename(self.path, self.path.with_suffix(""))
             else:
@@ -113,17 +120,24 @@ class PartWriter:
         self.close()
 
     def close(self) -> None:
-        """Commits, and lets go of the file; a second call does nothing."""
-        if self._descriptor == _CLOSED:
-            return
+        """Commit, and close the file. A second call does nothing."""
         try:
-            self.commit()
+            if self._descriptor is not None:
+                self.commit()
         finally:
             self._checksums.shutdown()
-            os.close(self._descriptor)
-            self._descriptor = _CLOSED
+            self._close_file()
 
-    def _promise(self, first: int, checksums: Array, size: int) -> None:
+    def _open_descriptor(self) -> int:
+        assert self._descriptor is not None, "the part is closed"
+        return self._descriptor
+
+    def _close_file(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _add_uncommitted(self, first: int, checksums: Array, size: int) -> None:
         self.crc32[first : first + len(checksums)] = checksums
         self._uncommitted.append((first, checksums))
         self._uncommitted_bytes += size
@@ -132,45 +146,43 @@ class PartWriter:
 
     def _check(self, rows: Array, features: Array) -> None:
         assert (self.crc32[rows] == NOT_WRITTEN).all(), "rows are written once"
-        wanted = (len(rows), self.spec.query_tokens, self.spec.width)
-        if features.shape != wanted or features.dtype != self.spec.storage_dtype:
+        shape = (len(rows), self.spec.query_tokens, self.spec.width)
+        if features.shape != shape or features.dtype != self.spec.storage_dtype:
             found = f"{features.shape} {features.dtype}"
-            kind = f"{self.spec.storage_dtype} (for {self.spec.dtype})"
-            raise CacheError(f"features are {found}, must be {wanted} {kind}")
+            raise CacheError(f"features are {found}, must be {shape} {self.spec.storage_dtype} (for {self.spec.dtype})")
         bad = np.flatnonzero(~finite(features, self.spec))
         if bad.size:
-            name = self.digests[rows[bad[0]]].tobytes().hex()
-            raise CacheError(f"features of image {name} (SHA-256 of its file) are not finite in {self.spec.dtype}")
-
-
-def _open_alone(path: Path) -> int:
-    """A file descriptor of a part that no other process writes until it is closed."""
-    with _disk(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    if not lock(descriptor):
-        os.close(descriptor)
-        raise CacheError(f"{path}: another process is writing this part. Run the command again when it is done.")
-    return descriptor
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """OSError -> CacheError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(
-            f"{path}: {error.strerror or error}. What is written stays good: once that is mended, run the same "
-            "command again, and it goes on from here."
-        ) from error
+            digest = self.digests[rows[bad[0]]].tobytes().hex()
+            raise CacheError(f"features of the image with SHA-256 {digest} are not finite in {self.spec.dtype}")
 
 
 def finite(features: Array, spec: CacheSpec) -> Array:
-    """(n,) bool: whether all numbers of each row of features (n, Q, D), as stored, are finite."""
+    """Return for each row of stored features (n, Q, D) whether all its numbers are finite: (n,) bool."""
     bits = np.ascontiguousarray(features).view(f"<u{spec.storage_dtype.itemsize}")
     exponent = bits.dtype.type(_EXPONENT[spec.dtype])
     result: Array = ((bits & exponent) != exponent).all(axis=(1, 2))
     return result
+
+
+def _open_locked(path: Path) -> int:
+    """Return a descriptor of a part that no other process can write until it is closed."""
+    with _disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | portability.BINARY)
+    if not portability.try_flock(descriptor):
+        os.close(descriptor)
+        raise CacheError(f"{path}: another process is writing this part. Run the command again when it has finished.")
+    return descriptor
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Convert OSError to a CacheError that names the file and the next step."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"{path}: {error.strerror or error}. Completed work is saved. Fix the cause and run the same command again."
+        ) from error
 
 
 def _crc32_of_rows(block: memoryview, row_bytes: int) -> Array:
@@ -178,6 +190,6 @@ def _crc32_of_rows(block: memoryview, row_bytes: int) -> Array:
 
 
 def _runs(rows: Array) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each stretch of `rows` in which they follow one another."""
+    """Return (start, stop) of each run of consecutive numbers in `rows`."""
     edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     return ((start, stop) for start, stop in pairwise(edges) if stop > start)

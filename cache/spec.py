@@ -1,4 +1,4 @@
-"""What the features in a cache are: the `CacheSpec` that every part carries and every use of it is checked against."""
+"""The `CacheSpec`, which identifies the features of a cache, and the cache's errors."""
 
 import json
 import re
@@ -11,63 +11,63 @@ import numpy as np
 
 FORMAT_VERSION = 1
 
-STORAGE_DTYPES = {
-    "float16": "<f2",
-    "bfloat16": "<u2",
-    "float32": "<f4",
-}  # HDF5 has no bfloat16: its bits, as they are
+STORAGE_DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
+"""Type in numpy by dtype. HDF5 has no bfloat16, so its bits are stored as uint16."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class CacheError(Exception):
-    """Something is wrong with the user's cache; the message says what, where, and what to do next."""
+    """An error in the user's cache. The message says what is wrong, where, and what to do next."""
 
 
 class FileError(CacheError):
-    """Something is wrong with one file of a cache; `problem` says what, and no more."""
+    """An error in one file of a cache. `problem` describes it without path and advice."""
 
     def __init__(self, path: Path, problem: str, advice: str) -> None:
+        """Join path, problem and advice, a sentence, to the message."""
         super().__init__(f"{path}: {problem}. {advice}")
         self.problem = problem
 
 
 class DamagedFileError(FileError):
-    """The file is not what was written."""
+    """A file whose content is not what was written."""
 
 
 class UnreadableError(FileError):
-    """The file cannot be read now, which says nothing of what is in it; the cause is an OSError."""
+    """A file that cannot be read now, because of an OSError; its content may be intact."""
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Identity of the features: rows of two caches may be mixed exactly if their specs are equal.
+    """Identity of the features: rows of two caches are interchangeable if and only if their specs are equal.
 
-    Raises CacheError on construction if a field has a value that is not allowed.
+    Raises:
+        CacheError: A field has a value that is not allowed.
     """
 
     encoder_fingerprint: str
-    """SHA-256 over the encoder's tensors and settings, 64 hex digits."""
+    """SHA-256 of the encoder's tensors and settings, 64 hex digits."""
     encoder_dtype: str
-    """What the encoder computed in: float32, float16 or bfloat16."""
+    """Data type the encoder computed in: float32, float16 or bfloat16."""
     image_preprocessing: str
-    """A JSON object; kept in canonical form (sorted keys, no spaces)."""
+    """JSON object in canonical form (sorted keys, no spaces)."""
     query_tokens: int
-    """Q, query tokens an image."""
+    """Q, query tokens per image."""
     width: int
-    """D, width of the Q-Former."""
+    """D, hidden size of the Q-Former."""
     dtype: str
-    """What a feature is stored as: float32, float16 or bfloat16."""
+    """Data type features are stored in: float32, float16 or bfloat16."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        """Check all fields."""
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type:
-                kind = "text" if field.type is str else "a whole number"
+                kind = "a string" if field.type is str else "an integer"
                 raise CacheError(f"cache spec: {field.name} is {value!r}, must be {kind}")
         if self.format_version != FORMAT_VERSION:
-            raise CacheError(f"cache format version {self.format_version}: this program knows {FORMAT_VERSION} only")
+            raise CacheError(f"cache format version {self.format_version}: only version {FORMAT_VERSION} is supported")
         if not _DIGEST.fullmatch(self.encoder_fingerprint):
             raise CacheError(f"encoder_fingerprint is {self.encoder_fingerprint!r}, must be 64 hex digits (SHA-256)")
         for name in ("encoder_dtype", "dtype"):
@@ -80,7 +80,7 @@ class CacheSpec:
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
-        """The numpy type of a stored number; uint16 stands for bfloat16."""
+        """Type of a stored number in numpy; uint16 for bfloat16."""
         return np.dtype(STORAGE_DTYPES[self.dtype])
 
     @property
@@ -89,14 +89,15 @@ class CacheSpec:
         return self.query_tokens * self.width * self.storage_dtype.itemsize
 
     def to_attributes(self) -> dict[str, str | int]:
-        """The fields by name, as plain str and int."""
+        """Return the fields by name, as str and int."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "CacheSpec":
-        """The inverse of `to_attributes`; keys of others are ignored.
+        """Return the spec whose `to_attributes` these are; other keys are ignored.
 
-        Raises CacheError naming a field that is missing, ill-typed or not allowed.
+        Raises:
+            CacheError: A field is missing, or its type or value is not allowed.
         """
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if name not in attributes]
@@ -105,14 +106,14 @@ class CacheSpec:
         return cls(**{name: attributes[name] for name in names})
 
     def diff(self, other: "CacheSpec") -> list[str]:
-        """One line a field in which this spec (the cache's) differs from the `other` (the wanted one)."""
+        """Return one line per field in which this spec, the cache's, differs from the requested `other`."""
         lines = []
         for name, mine in self.to_attributes().items():
-            wanted = getattr(other, name)
-            if mine != wanted and name == "image_preprocessing":
-                lines.append(f"{name}: {_json_diff(json.loads(self.image_preprocessing), json.loads(wanted))}")
-            elif mine != wanted:
-                lines.append(f"{name}: cache has {mine}, wanted {wanted}")
+            requested = getattr(other, name)
+            if mine != requested and name == "image_preprocessing":
+                lines.append(f"{name}: {_json_diff(json.loads(self.image_preprocessing), json.loads(requested))}")
+            elif mine != requested:
+                lines.append(f"{name}: cache has {mine}, wanted {requested}")
         return lines
 
 
@@ -127,9 +128,9 @@ def _canonical(text: str) -> str:
     return canonical
 
 
-def _json_diff(mine: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _json_diff(mine: dict[str, Any], requested: dict[str, Any]) -> str:
     def show(side: dict[str, Any], key: str) -> str:
         return json.dumps(side[key]) if key in side else "nothing"
 
-    keys = [key for key in sorted({*mine, *wanted}) if show(mine, key) != show(wanted, key)]
-    return "; ".join(f"{key}: cache has {show(mine, key)}, wanted {show(wanted, key)}" for key in keys)
+    keys = [key for key in sorted({*mine, *requested}) if show(mine, key) != show(requested, key)]
+    return "; ".join(f"{key}: cache has {show(mine, key)}, wanted {show(requested, key)}" for key in keys)

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cache.lock
-from cache.lock import ReadLock, not_read
+import cache.portability
+from cache.lock import ReadLock, exclude_readers
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.cli import main
@@ -26,7 +27,7 @@ _FORK = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_cache_that_another_process_reads_is_not_removed(folder: Path, reading
     done = remove(folder)
     assert done.exit_code == 1
     assert f"process {reading} on {socket.gethostname()} is reading this cache" in done.stderr
-    assert "remove it when that has ended. Nothing was changed" in done.stderr
+    assert "Nothing was changed; remove the cache when that process has finished" in done.stderr
     assert sorted(folder.iterdir()) == before
 
 
@@ -81,10 +82,10 @@ def test_nor_is_it_repaired(folder: Path, reading: int) -> None:
 
 def test_reading_ends_with_the_reader_and_begins_again_with_the_next_row(folder: Path) -> None:
     reader = FeatureReader(folder)
-    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), not_read(folder, "remove"):
+    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), exclude_readers(folder, "remove"):
         pass
     reader.close()
-    with not_read(folder, "remove"):
+    with exclude_readers(folder, "remove"):
         with pytest.raises(CacheError, match="is removing or repairing this cache"):
             FeatureReader(folder)
         with pytest.raises(CacheError, match="is removing or repairing this cache"):
@@ -108,7 +109,7 @@ def test_a_cache_that_is_read_can_be_extended_and_read_by_others(folder: Path) -
         lock.release()
 
 
-@pytest.mark.parametrize("number", cache.lock._UNSUPPORTED)
+@pytest.mark.parametrize("number", cache.portability._NO_LOCKS)
 def test_where_the_disk_has_no_locks_it_is_read_and_removed_without(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

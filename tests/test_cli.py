@@ -82,7 +82,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["train", "CONFIG", "--name", "../evil"], 2, "'../evil' is not one plain name"),
         (["train", "CONFIG", "--name", ".."], 2, "'..' is not one plain name"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
-        (["train", "CONFIG"], 1, "run `pipe precompute` first"),
+        (["train", "CONFIG"], 1, "Run `pipe precompute` first"),
         (
             ["precompute", "CONFIG", "model.checkpoint=/no/such/folder"],
             1,
@@ -270,7 +270,7 @@ def test_a_cache_is_listed_told_verified_repaired_and_removed(data_set: Path, mo
     flip_last_bit(cache / "features-00000.h5")
     damaged = pipe("cache", "verify", cache, "--json")
     assert damaged.exit_code == 1
-    assert json.loads(damaged.stdout)["damaged"] == ["features-00000.h5: row 23 is not what was written"]
+    assert json.loads(damaged.stdout)["damaged"] == ["features-00000.h5: row 23 is damaged (CRC-32 mismatch)"]
     assert "pipe cache repair" in damaged.stderr
     repaired = json.loads(pipe("cache", "repair", cache, "--json").stdout)
     assert (repaired["encoded"], repaired["reused"]) == (1, 23)

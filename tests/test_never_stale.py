@@ -11,7 +11,7 @@ import torch
 from data_set import write_config, write_data_set
 from safetensors.torch import load_file, save_file
 
-from cache.manifest import _load_signed, _save_signed
+from cache.manifest import _load_checksummed, _save_checksummed
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.batches.assemble import open_split
@@ -148,9 +148,9 @@ def test_another_dtype_is_refused(made: Path, override: str, difference: str) ->
 
 def test_another_format_version_is_refused(made: Path) -> None:
     path = made / "cache" / "manifest.json"
-    content = {key: value for key, value in _load_signed(path).items() if key != "sha256"}
-    _save_signed(path, {**content, "format_version": 2})
-    refused(config_of(made), "version 2, this program knows .* 1")
+    content = {key: value for key, value in _load_checksummed(path).items() if key != "sha256"}
+    _save_checksummed(path, {**content, "format_version": 2})
+    refused(config_of(made), "version 2, only .* 1 is supported")
 
 
 def test_changed_bytes_are_encoded_again_though_name_size_and_time_are_the_same(made: Path) -> None:

@@ -26,8 +26,8 @@ import cache.lock
 import cache.part
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
+from cache.estimate import estimate_write
 from cache.reader import FeatureReader
-from cache.writer import survey
 from pipeline.common.distributed import ENCODING_TIMEOUT, GROUP_TIMEOUT, DistributedContext
 from pipeline.encoding.images import read_image_bytes
 
@@ -80,7 +80,7 @@ def test_the_cache_is_the_same_and_one_process_speaks(
     ended = together(tmp_path, size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
     assert [one.status for one in ended] == [0] * size, "\n".join(one.err for one in ended)
     assert contents(tmp_path / "cache") == alone
-    assert not verify(tmp_path / "cache").damages
+    assert not verify(tmp_path / "cache").damage
     summary = json.loads(ended[0].out)
     assert (summary["images"], summary["encoded"], summary["failed"]) == (PICTURES - 1, PICTURES - 1, 1)
     assert summary["skipped"] == {REASON: 3}
@@ -228,7 +228,7 @@ def has_open(running: Running, path: Path) -> bool:
 
 
 def be_patient(seconds: float) -> None:
-    cache.lock.PATIENCE = seconds  # type: ignore[assignment]
+    cache.lock.LOCK_TIMEOUT_SECONDS = seconds  # type: ignore[assignment]
 
 
 def test_of_two_starts_at_the_same_time_the_second_says_who_holds_the_cache(
@@ -239,7 +239,7 @@ def test_of_two_starts_at_the_same_time_the_second_says_who_holds_the_cache(
         wait_for(lambda: any((tmp_path / "cache").glob("*.partial")), first)
         told = pipe(tmp_path, *words, prepare=partial(be_patient, 0.5)).error()
         assert f"process {first.process.pid} on {socket.gethostname()}" in told
-        assert "Run the command again when it is done" in told
+        assert "Run the command again when it has finished" in told
         (tmp_path / "go").touch()
         assert first.ended().status == 0
     assert contents(tmp_path / "cache") == alone
@@ -269,7 +269,7 @@ def test_the_cache_can_be_looked_at_while_it_is_written(config: Path, alone: dic
     with started(tmp_path, "precompute", config, f"cache.dir={folder}", "cache.part_rows=1") as running:
         began = time.monotonic()
         while running.process.is_alive() and time.monotonic() - began < HUNG:
-            stored.append(survey(folder, reader.spec, digests).stored)
+            stored.append(estimate_write(folder, reader.spec, digests).stored)
             time.sleep(0.002)
         assert running.ended().status == 0
     assert stored == sorted(stored)

@@ -23,7 +23,8 @@ import cache.part
 import pipeline.commands.precompute
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
-from cache.format import NOT_WRITTEN, PAGE, PART_NAME, inspect_part
+from cache.format import NOT_WRITTEN, PART_NAME, inspect_part
+from cache.hdf5 import PAGE
 from pipeline.encoding.images import read_image_bytes
 
 PICTURES = 52
@@ -41,7 +42,7 @@ class Undisturbed:
 
     def holds(self, folder: Path) -> bool:
         """Whether a cache is byte for byte the same, and sound."""
-        return contents(folder) == self.files and not verify(folder).damages
+        return contents(folder) == self.files and not verify(folder).damage
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """How much memory there is, and how much of it a training step takes, by measure."""
 
-import ctypes
 import re
-import resource
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,12 +11,12 @@ import psutil
 import torch
 from torch import Tensor
 
+from cache import portability
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 
 T = TypeVar("T")
 
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BLOCK = 1 << 20
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory"
@@ -72,17 +69,14 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError):  # elsewhere than on Linux the peak is that since the process began
-            Path("/proc/self/clear_refs").write_text("5")
+        portability.reset_peak_resident_bytes()
 
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory in use since `reset_peak`: torch's on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return portability.peak_resident_bytes() or psutil.Process().memory_info().rss
 
 
 def keep_no_freed_memory() -> None:
@@ -90,14 +84,12 @@ def keep_no_freed_memory() -> None:
 
     A step at the size of blip2-opt-2.7b takes 1.2 GB less so, and no more time. Where it is not glibc, nothing changes.
     """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    portability.set_malloc_mmap_threshold(_LARGE_BLOCK)
 
 
 def give_back_memory() -> None:
     """Has the C library give back what it keeps of freed memory."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    portability.trim_malloc()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

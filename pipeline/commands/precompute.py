@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache.estimate import WriteEstimate, estimate_write
 from cache.format import inspect_part
-from cache.lock import require_free
+from cache.lock import check_not_locked
 from cache.manifest import Manifest
+from cache.ownership import check_usable
 from cache.reader import FeatureReader
+from cache.reuse import sibling_caches
 from cache.spec import CacheError, CacheSpec
 from cache.text import TEXT_HEAD_BYTES, TextTable
 from cache.thumbnails import thumbnails_bytes
-from cache.writer import FeatureWriter, Survey, caches_beside, require_usable, survey
+from cache.writer import FeatureWriter
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint, fetch_small_files
 from pipeline.blip2.device import check_devices, dtype_name, pick_device, pick_dtype
 from pipeline.blip2.encoder import load_encoder
@@ -62,7 +65,7 @@ class Prepared:
     spec: CacheSpec
     beside: list[Path]
     """Caches to copy rows from."""
-    found: Survey
+    found: WriteEstimate
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
         "cache": str(config.cache.dir),
         "pictures": prepared.inputs.pictures,
         "images": found.wanted,
-        "reused": found.stored + found.nearby,
+        "reused": found.stored + found.copyable,
         "to_encode": found.to_encode,
         "bytes_needed": found.bytes_needed,
         "skipped": _reasons(prepared.inputs),
@@ -121,7 +124,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
 def _run_main(config: Config, team: DistributedContext, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
-    require_free(config.cache.dir)
+    check_not_locked(config.cache.dir)
     prepared = _prepare(config, _report(config), mend)
     inputs, spec = prepared.inputs, prepared.spec
     cache, beside = config.cache, prepared.beside
@@ -190,7 +193,7 @@ def _run_worker(config: Config, team: DistributedContext) -> None:
 
 def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:
     """Everything that can go wrong before the long work, in order of its cost."""
-    require_usable(config.cache.dir)
+    check_usable(config.cache.dir)
     model = config.model
     small_files = fetch_small_files(model.checkpoint, model.revision, ENCODER_PREFIXES)
     tokenizer = PromptTokenizer(small_files, config.data.prompt)
@@ -209,8 +212,8 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
     if mend:
         mend(inputs, spec)
-    beside = caches_beside(config.cache.dir, spec)
-    found = survey(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
+    beside = sibling_caches(config.cache.dir, spec)
+    found = estimate_write(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
     text_bytes = sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
     shown_bytes = (found.wanted - found.stored) * most_bytes(config.precompute.thumbnail_size)
     found = replace(found, bytes_needed=found.bytes_needed + text_bytes + shown_bytes)

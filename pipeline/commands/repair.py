@@ -10,9 +10,10 @@ import torch
 
 from cache import audit
 from cache.format import inspect_part
-from cache.lock import not_read
+from cache.lock import exclude_readers
 from cache.manifest import Manifest
 from cache.reader import FeatureReader
+from cache.repair import drop_damaged
 from cache.spec import CacheError, CacheSpec
 from cache.text import TextTable
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint
@@ -41,21 +42,21 @@ def repair(cache: Path) -> dict[str, Any]:
     as they were.
     """
     folder = cache_folder(cache)
-    damages = audit.verify(folder).damages
+    damages = audit.verify(folder).damage
     if not damages:
         return {"cache": str(folder), "damaged": [], "encoded": 0}
     if unreadable := [in_words(damage) for damage in damages if damage.unreadable]:
         raise PipelineError(f"{folder}: cannot be read, so nothing was changed: {'; '.join(unreadable)}")
-    with not_read(folder, "repair"):  # known before the pictures are looked for
+    with exclude_readers(folder, "repair"):  # known before the pictures are looked for
         pass
     for damage in damages:
-        if damage.problem == audit.NO_PART:
+        if damage.problem == audit.NOT_A_PART:
             raise CacheError(f"{folder / damage.file}: {damage.problem}, and run `pipe cache repair` again")
 
     def mend(inputs: DatasetScan, spec: CacheSpec) -> None:
         _require_same_encoder(folder, spec)
         _require_pictures(folder, damages, inputs)
-        log_info(f"{folder}: {audit.drop_damaged(folder, damages)} damaged rows taken out")
+        log_info(f"{folder}: {drop_damaged(folder, damages)} damaged rows taken out")
 
     made = precompute(load_config(cache) if cache.is_file() else _config_of(folder), mend) or {}
     return {

@@ -11,7 +11,7 @@ from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 
-from cache.files import fsync_folder, opened, write_atomically
+from cache.files import fsync_folder, open_descriptor, write_atomically
 from pipeline.common.errors import PipelineError
 
 _MAKE_WRITABLE = "Make it writable for you"
@@ -131,7 +131,7 @@ def write_text(path: Path, text: str) -> None:
 def append_line(path: Path, line: str) -> None:
     """Add a line to the file at `path`, or nothing. Raises `WriteError`."""
     data = memoryview((line + "\n").encode())
-    with writing(path), opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+    with writing(path), open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
         size = os.fstat(descriptor).st_size
         try:
             while data:
@@ -145,7 +145,7 @@ def append_line(path: Path, line: str) -> None:
 def sync_files(folder: Path) -> None:
     """Bring the files in `folder`, and their names, to disk."""
     for path in folder.rglob("*"):
-        with opened(path, os.O_RDONLY) as descriptor:
+        with open_descriptor(path, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
     fsync_folder(folder)
 

@@ -144,7 +144,7 @@ class EncodingLoop:
         for path in paths:
             part = PartWriter(path)
             self._in_work.append(part)
-            for rows in part.open_batches(self.batch_size):
+            for rows in part.unwritten_batches(self.batch_size):
                 ahead.append(self._begin(part, rows, pictures))
                 if len(ahead) > BATCHES_AHEAD:
                     yield ahead.popleft()
@@ -211,8 +211,8 @@ class EncodingLoop:
         rows = np.asarray(batch.rows)
         part.write(rows[good & batch.is_open], features[good & batch.is_open])
         self.done.rows += int((good & batch.is_open).sum())
-        part.give_up(rows[~good & batch.is_open])
-        if not part.open_rows.size:
+        part.mark_failed(rows[~good & batch.is_open])
+        if not part.unwritten_rows.size:
             part.seal()
             self._in_work.remove(part)
         for slot in np.flatnonzero(~good & batch.is_open).tolist():

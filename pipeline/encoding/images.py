@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cache import portability
 from pipeline.common.errors import PipelineError
 from pipeline.common.terminal import locale_problem
 from pipeline.data.tables import ImageSource
@@ -90,8 +91,7 @@ def read_image_bytes(picture: ImageSource) -> bytes:
 
 def _read_file(path: Path) -> bytes:
     try:
-        # O_NONBLOCK: opening a pipe would otherwise wait for its writer. It changes nothing for regular files.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        descriptor = os.open(path, os.O_RDONLY | portability.BINARY | portability.DONT_WAIT)
         try:
             _check_regular(os.fstat(descriptor))
             with os.fdopen(descriptor, "rb", closefd=False) as file:

@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
+from cache.estimate import WriteEstimate
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from cache.writer import Survey
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info, progress_bar
 from pipeline.config import CacheConfig, DataConfig, SplitFiles
@@ -133,20 +133,20 @@ def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[
     return found, hashes | {key: known for key, known in identities.items() if known}
 
 
-def first_line(inputs: DatasetScan, found: Survey, config: CacheConfig) -> str:
+def first_line(inputs: DatasetScan, found: WriteEstimate, config: CacheConfig) -> str:
     """What there is to do, in a line."""
     unusable = inputs.pictures - len(inputs.digests)
     counted = (
         f"{inputs.pictures} pictures, {f'{unusable} of them unusable, ' if unusable else ''}{found.wanted} distinct"
     )
     parts = [counted, f"{found.stored} in the cache already"]
-    if found.nearby:
-        parts.append(f"{found.nearby} to be copied from caches beside it")
+    if found.copyable:
+        parts.append(f"{found.copyable} to be copied from caches beside it")
     needed, free = found.bytes_needed, free_bytes(config.dir)
     return f"{'; '.join(parts)}; {found.to_encode} to encode; {size(needed)} needed, {size(free)} free"
 
 
-def check_disk_space(found: Survey, config: CacheConfig) -> None:
+def check_disk_space(found: WriteEstimate, config: CacheConfig) -> None:
     """Raises `PipelineError` if the disk cannot hold what is missing."""
     free = free_bytes(config.dir)
     if found.bytes_needed > free:

@@ -71,7 +71,7 @@ def _earlier(folder: Path, part: str, digests: np.ndarray, longer_side: int) -> 
     """SHA-256 of the file, and what it has for each picture; where there is none, none."""
     for sha256, found in find_thumbnails(folder, part):
         if found.longer_side == longer_side and np.array_equal(found.digests, digests):
-            return sha256, [found.pictures[row].tobytes() for row in range(len(digests))]
+            return sha256, [found.images[row].tobytes() for row in range(len(digests))]
     return "", [b""] * len(digests)
 
 

@@ -45,7 +45,7 @@ def cache_info(folder: Path) -> dict[str, Any]:
         "checkpoint": made.get("config", {}).get("model", {}),
         "made_with": made.get("versions", {}),
         "not_in_manifest": found.unlisted,
-        "foreign_files": found.foreign,
+        "foreign_files": found.other_files,
     }
 
 
@@ -57,9 +57,9 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = describe(folder).manifest
     with progress_bar("verifying", manifest.part_bytes if manifest else 0, "B", scaled=True) as bar:
         found = audit.verify(folder, bar.update)
-    if any(not damage.unreadable and damage.problem != audit.NO_PART for damage in found.damages):
+    if any(not damage.unreadable and damage.problem != audit.NOT_A_PART for damage in found.damage):
         log_info(f"{folder}: damaged. `pipe cache repair {folder}` encodes again what is lost, and nothing else")
-    damaged = [in_words(damage) for damage in found.damages]
+    damaged = [in_words(damage) for damage in found.damage]
     return {"cache": str(folder), "images": found.rows, "bytes": found.bytes, "damaged": damaged}
 
 
@@ -85,9 +85,9 @@ def _line(folder: Path) -> dict[str, Any]:
 
 
 def _state(found: CacheFolder) -> str:
-    if found.manifest and not found.in_work:
+    if found.manifest and not found.in_progress:
         return "finished"
-    parts = f"{found.sealed} of {found.sealed + found.in_work} parts are full"
+    parts = f"{found.sealed} of {found.sealed + found.in_progress} parts are full"
     return f"finished, being extended ({parts})" if found.manifest else f"unfinished ({parts})"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cache.files import TEMPORARY
-from cache.lock import LOCK_NAME, FolderLock, holder, require_free
+from cache.lock import LOCK_NAME, FolderLock, check_not_locked, describe_holder
 from cache.spec import CacheError
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.files import append_line, require_utf8, write_text, writing
@@ -147,7 +147,7 @@ class Run:
                 return FolderLock(self.path)
         except CacheError:
             raise PipelineError(
-                f"{self.path}: {holder(self.path)} is training this run; wait for it, or give another --name"
+                f"{self.path}: {describe_holder(self.path)} is training this run; wait for it, or give another --name"
             ) from None
 
     def start(self, config: Config) -> None:
@@ -164,7 +164,7 @@ class Run:
     def is_held(self) -> bool:
         """Whether a process is training into the folder."""
         try:
-            require_free(self.path)
+            check_not_locked(self.path)
         except CacheError:
             return True
         return False
@@ -175,7 +175,7 @@ class Run:
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
             if self.is_held:
-                raise PipelineError(f"{self.path}: {holder(self.path)} is still training this run")
+                raise PipelineError(f"{self.path}: {describe_holder(self.path)} is still training this run")
             raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.resume_command}`")
         if problem := adapter_damage(self.adapter):
             raise PipelineError(f"{problem}. {self._renewal()}")

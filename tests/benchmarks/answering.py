@@ -108,7 +108,7 @@ def make_cache(folder: Path, questions: list[Question], config: Blip2Config) -> 
     with FeatureWriter(folder, spec, images) as writer:
         for path in writer.parts:
             with PartWriter(path) as part:
-                for rows in part.open_batches(64):
+                for rows in part.unwritten_batches(64):
                     part.write(
                         np.asarray(rows),
                         rng.normal(size=(len(rows), config.num_query_tokens, spec.width)).astype("<f2"),

@@ -54,7 +54,7 @@ def write_rows(folder: Path, count: int) -> None:
 def write_parts(writer: FeatureWriter, features: Iterator[np.ndarray]) -> None:
     for path in writer.parts:
         with PartWriter(path) as part:
-            for rows in part.open_batches(BATCH):
+            for rows in part.unwritten_batches(BATCH):
                 part.write(np.asarray(rows), next(features))
             part.seal()
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from common import SPEC
 
-from cache.files import as_bytes, opened, pwrite_all
-from cache.format import inspect_part, lay_out_part, part_name
+from cache.files import as_bytes, open_descriptor, pwrite_all
+from cache.format import create_part, inspect_part, part_name
 from cache.manifest import Manifest, PartEntry
 
 PART_ROWS = 1024
@@ -59,10 +59,10 @@ def random_digests(rows: int) -> np.ndarray:
 def make_part(path: Path, rows: int) -> tuple[bytes, int]:
     """Laid out by HDF5; -> its head, and where the digests are in it."""
     digests = random_digests(rows)
-    lay_out_part(path, SPEC, digests)
+    create_part(path, SPEC, digests)
     layout = inspect_part(path)
     checksums = np.full(rows, zlib.crc32(bytes(SPEC.row_bytes)), "<i8")
-    with opened(path, os.O_RDWR) as descriptor:
+    with open_descriptor(path, os.O_RDWR) as descriptor:
         pwrite_all(descriptor, as_bytes(checksums), layout.crc_offset)
         head = os.pread(descriptor, layout.features_offset, 0)
     return head, head.index(digests.tobytes())

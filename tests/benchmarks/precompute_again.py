@@ -93,7 +93,7 @@ def fill_cache(path: Path) -> None:
     with FeatureWriter(config.cache.dir, spec, list(scan_dataset(config.data).paths), config.cache.part_rows) as writer:
         for part_path in writer.parts:
             with PartWriter(part_path) as part:
-                rows = part.open_rows
+                rows = part.unwritten_rows
                 part.write(rows, np.zeros((len(rows), spec.query_tokens, spec.width), spec.storage_dtype))
                 part.seal()
         for part, digests in writer.images().items():

@@ -42,7 +42,7 @@ def make_cache(folder: Path, checkpoint: Path, size: str, questions: int) -> Non
         for path in writer.parts:
             with PartWriter(path) as part:
                 features = np.random.default_rng(0).normal(size=(len(images), spec.query_tokens, spec.width))
-                part.write(part.open_rows, features.astype("<f2"))
+                part.write(part.unwritten_rows, features.astype("<f2"))
                 part.seal()
         rows = writer.rows()
         text = TextTable(

@@ -37,7 +37,7 @@ def read_plain(folder: Path) -> None:
 
 
 def verify_all(folder: Path) -> None:
-    assert verify(folder).damages == []
+    assert verify(folder).damage == []
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Small hand-made caches for the tests of `cache`."""
+"""Small caches for tests."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.format import inspect_part
-from cache.manifest import _save_signed
+from cache.manifest import _save_checksummed
 from cache.part import PartWriter
 from cache.reader import FeatureReader
 from cache.spec import CacheSpec
@@ -28,7 +28,7 @@ def digests(count, start=0):
 
 
 def features(wanted, kind):
-    """Finite numbers that depend on the digest only: (n, Q, D)."""
+    """Return finite features (n, Q, D) that depend only on the digests."""
     rows = [np.random.default_rng(list(digest)).normal(size=(kind.query_tokens, kind.width)) for digest in wanted]
     values = np.asarray(rows, np.float32).reshape(-1, kind.query_tokens, kind.width)
     if kind.dtype == "bfloat16":
@@ -51,12 +51,12 @@ def table(rows):
 
 
 def write_some(writer, limit=None, batch=2):
-    """Writes batches until nothing is open or `limit` images are written; -> digests in the order written."""
+    """Write batches until all or `limit` images are written; return their digests in order."""
     written = []
     for path in writer.parts:
         with PartWriter(path) as part:
-            for places in part.open_batches(batch):
-                rows = np.intersect1d(places, part.open_rows)[: None if limit is None else limit - len(written)]
+            for places in part.unwritten_batches(batch):
+                rows = np.intersect1d(places, part.unwritten_rows)[: None if limit is None else limit - len(written)]
                 wanted = [part.digests[row].tobytes() for row in rows]
                 part.write(rows, features(wanted, writer.spec))
                 written += wanted
@@ -67,29 +67,29 @@ def write_some(writer, limit=None, batch=2):
 
 
 def to_write(writer):
-    """Digests of the images still to be written, in order."""
+    """Return the digests of the unwritten images, in order."""
     parts = [inspect_part(path) for path in writer.parts]
     return [part.digests[row].tobytes() for part in parts for row in np.flatnonzero(part.crc32 == -1)]
 
 
 def build(folder, wanted, kind=None, part_rows=3, sources=()):
-    """One run over the wanted images, to the end; -> the digests that it wrote."""
+    """Write and finish a cache of the wanted images; return the digests that were written."""
     with FeatureWriter(Path(folder), kind or spec(), wanted, part_rows, sources) as writer:
         written = write_some(writer)
-        writer.finish(texts_of(writer, wanted), {"left-out.jsonl": b'{"reason": "none"}\n'}, {"model": "fake"})
+        writer.finish(texts_of(writer, wanted), {"skipped.jsonl": b'{"reason": "none"}\n'}, {"model": "fake"})
     return written
 
 
 def edit_manifest(folder, change, name="manifest.json"):
-    """Has `change` alter the manifest, or the plan, and signs it again."""
+    """Change the manifest or the plan and update its checksum."""
     content = json.loads((folder / name).read_bytes())
     del content["sha256"]
     change(content)
-    _save_signed(folder / name, content)
+    _save_checksummed(folder / name, content)
 
 
 def flip(path, byte, bit=0):
-    """Flips one bit of a file in place."""
+    """Flip one bit of a file."""
     with Path(path).open("r+b") as file:
         file.seek(byte)
         value = file.read(1)[0]
@@ -98,7 +98,7 @@ def flip(path, byte, bit=0):
 
 
 def texts_of(writer, wanted):
-    """One question on each of the images that are stored, in order."""
+    """Return one question about each stored image, in order."""
     rows = writer.rows()
     return {"train": table([rows[digest] for digest in wanted if digest in rows])}
 
@@ -108,14 +108,14 @@ def contents(folder):
 
 
 def put(part, *rows):
-    """Writes rows of a part in work."""
+    """Write rows of an unfinished part."""
     if rows:
         wanted = [part.digests[row].tobytes() for row in rows]
         part.write(np.array(rows), features(wanted, part.spec))
 
 
 def stored_rows(folder, kind):
-    """Digests of a finished cache of which every row that it serves was found to hold the right numbers."""
+    """Return the digests that a finished cache stores, after checking every row."""
     with FeatureReader(Path(folder)) as reader:
         rows = dict(reader.stored())
         np.testing.assert_array_equal(reader.gather([*rows.values()]), features(rows, kind))

@@ -1,7 +1,7 @@
-"""Reads and resumes caches one of whose files was mutated: `python cache_fuzz.py SEED COUNT FOLDER`.
+"""Read and resume caches with one mutated file: `python cache_fuzz.py SEED COUNT FOLDER`.
 
-A process of its own, because a broken file might crash HDF5. Prints the outcomes as JSON; ends with an error at the
-first mutation that gives a wrong number, or anything but a CacheError.
+Runs in its own process, because a damaged file might crash HDF5. Prints the outcomes as JSON; fails at the first
+mutation that gives a wrong row or any error but CacheError.
 """
 
 import json
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from cache_fakes import build, digests, edit_manifest, features, put, spec, table, texts_of, write_some
 
-from cache.audit import NOT_STORED, drop_damaged, verify
+from cache.audit import NOT_STORED, verify
 from cache.part import PartWriter
 from cache.reader import FeatureReader
+from cache.repair import drop_damaged
 from cache.spec import CacheError
 from cache.writer import FeatureWriter
 
@@ -26,7 +27,7 @@ MORE = digests(13)
 VALUES = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**40, 0.5, 1e400, "", "x", "../x", "features-00000.h5", [], [1], {}]
 
 
-# Caches: a finished one, one that was never finished, and a finished one that is being extended
+# Caches
 
 
 def make_finished(folder):
@@ -38,7 +39,7 @@ def make_unfinished(folder):
         write_some(writer, limit=4)
         with PartWriter(writer.parts[2]) as part:
             put(part, 1)
-            part.give_up(np.array([0]))
+            part.mark_failed(np.array([0]))
 
 
 def make_extended(folder):
@@ -91,13 +92,13 @@ MUTATIONS = [edit, edit, flip_bit, truncate, insert, remove, splice, splice, bla
 
 
 def mutate(folder, rng):
-    """Changes one file; -> its name and how."""
+    """Mutate one file; return its name and the mutation."""
     files = sorted(path for path in folder.iterdir() if path.stat().st_size)
     path, other = rng.choice(files), rng.choice(files)
     before = path.read_bytes()
     data = bytearray(before)
     change = rng.choice(MUTATIONS)
-    if path.suffix == ".h5" and rng.random() < 0.5:  # most of a tiny part is padding: aim at what is not
+    if path.suffix == ".h5" and rng.random() < 0.5:  # most of a tiny part is padding
         busy = [start for start in range(0, len(data), 64) if any(data[start : start + 64])]
         start = rng.choice(busy)
         window = data[start : start + 64]
@@ -110,7 +111,7 @@ def mutate(folder, rng):
 
 
 def forge(folder, rng):
-    """Puts another value somewhere into the manifest or the plan, and signs it; -> the file's name and how."""
+    """Replace a value in the manifest or the plan and update its checksum; return the file name."""
     name = rng.choice([path.name for path in folder.glob("*.json")])
 
     def change(content):
@@ -126,11 +127,11 @@ def forge(folder, rng):
     return name, "forged"
 
 
-# What must hold
+# Checks
 
 
 def read(folder, wanted, strict=True):
-    """Reads all that there is: right numbers or CacheErrors; -> how many of these."""
+    """Read everything; rows are correct or raise CacheError; return the number of errors."""
     errors = 0
     try:
         reader = FeatureReader(folder, "memmap" if len(str(folder)) % 2 else "pread")
@@ -155,18 +156,18 @@ def read(folder, wanted, strict=True):
 
 def check_finished(folder, strict):
     try:
-        found = bool(verify(folder).damages)
+        found = bool(verify(folder).damage)
     except CacheError:
         found = True
     errors = read(folder, WANTED, strict)
     assert not strict or found, "not found by verify"
-    assert not strict or errors, "nobody noticed"  # every byte of this cache means something
+    assert not strict or errors, "not noticed"  # every byte of this cache is meaningful
     try:
-        drop_damaged(folder, verify(folder).damages)
+        drop_damaged(folder, verify(folder).damage)
     except CacheError:
         return "refused"
     read(folder, WANTED, strict)
-    left = [damage for damage in verify(folder).damages if damage.file.startswith("features")]
+    left = [damage for damage in verify(folder).damage if damage.file.startswith("features")]
     assert not [damage for damage in left if damage.problem != NOT_STORED], "not repaired"
     return "repaired"
 

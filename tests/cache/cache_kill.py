@@ -1,4 +1,4 @@
-"""A process killed at any system call that changes the disk, played in one process."""
+"""Simulation of a kill at any system call that changes the disk, in one process."""
 
 import os
 
@@ -12,10 +12,10 @@ class Killed(BaseException):
 
 
 class Kill:
-    """Counts system calls that change the disk and kills at the n-th; of a long write, half is done by then.
+    """Count system calls that change the disk and raise at the n-th, in the middle of a long write.
 
-    From then on none goes through: what a failing process would clean up, a killed one does not. Nothing waits for
-    the disk, and commits come after every few bytes instead of after seconds, so that there is more to be killed in.
+    All later calls raise too, since a killed process cleans up nothing. Flushes are skipped, and rows are committed
+    after every few bytes so that there are more steps.
     """
 
     def __init__(self, monkeypatch, at=None):
@@ -37,7 +37,7 @@ class Kill:
 
 
 def undisturbed(run):
-    """Runs to the end; -> how many such calls that took."""
+    """Run to the end; return the number of such calls."""
     with pytest.MonkeyPatch.context() as patch:
         kill = Kill(patch)
         run()
@@ -45,7 +45,7 @@ def undisturbed(run):
 
 
 def killed(step, run):
-    """Runs up to the `step`-th such call."""
+    """Run up to the `step`-th such call."""
     with pytest.MonkeyPatch.context() as patch:
         Kill(patch, at=step)
         with pytest.raises(Killed):

@@ -1,4 +1,4 @@
-"""FORMAT.md says what the files are."""
+"""FORMAT.md matches the files."""
 
 import json
 import re
@@ -20,18 +20,18 @@ WANTED = digests(8)
 
 
 def keys_of(value):
-    """Every key of a JSON value, at any depth."""
+    """Return every key of a JSON value, at any depth."""
     if isinstance(value, dict):
         return {*value}.union(*map(keys_of, value.values()))
     return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_its_code_reads_every_row_without_this_project(tmp_path, monkeypatch, dtype):
+def test_documented_code_reads_every_row(tmp_path, monkeypatch, dtype):
     with FeatureWriter(tmp_path / "caches" / "mine", spec(dtype), WANTED, 3) as writer:
         with PartWriter(writer.parts[1]) as part:
             put(part, 0)
-            part.give_up(np.array([1]))
+            part.mark_failed(np.array([1]))
         write_some(writer)
         writer.finish(texts_of(writer, WANTED))
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -49,12 +49,12 @@ def test_its_code_reads_every_row_without_this_project(tmp_path, monkeypatch, dt
         np.testing.assert_allclose(numbers, features(stored, spec("float32")), rtol=2**-7)
 
 
-def test_it_names_all_that_is_in_the_files(tmp_path):
+def test_document_names_every_key_in_the_files(tmp_path):
     build(tmp_path, WANTED[:3])
     with FeatureWriter(tmp_path, spec(), WANTED):
         owner = json.loads((tmp_path / ".lock").read_bytes())
-        signed = [json.loads((tmp_path / name).read_bytes()) for name in ("manifest.json", "plan.json")]
-        words = keys_of([owner, *signed]) - keys_of(signed[0]["provenance"]) - {"train"}
+        checksummed = [json.loads((tmp_path / name).read_bytes()) for name in ("manifest.json", "plan.json")]
+        words = keys_of([owner, *checksummed]) - keys_of(checksummed[0]["provenance"]) - {"train"}
         for path in tmp_path.glob("*.h5*"):
             with h5py.File(path, locking=False) as file:
                 words |= {*file.attrs, *(name.removesuffix("_offsets") for name in file)}
@@ -62,7 +62,7 @@ def test_it_names_all_that_is_in_the_files(tmp_path):
     assert not {word for word in words if f"`{word}`" not in DOCUMENT}
 
 
-def test_other_tools_can_read_a_part(tmp_path):
+def test_h5dump_reads_a_part(tmp_path):
     program = shutil.which("h5dump")
     if not program:
         pytest.skip("h5dump is not installed")

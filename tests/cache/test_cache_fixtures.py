@@ -1,4 +1,4 @@
-"""Caches that the first program of each format version wrote are read for ever."""
+"""Caches written by the first program of each format version stay readable."""
 
 import hashlib
 import shutil
@@ -20,7 +20,7 @@ WANTED = digests(5)
 
 
 @pytest.mark.parametrize("io", ["memmap", "pread"])
-def test_finished_cache_of_version_1(io):
+def test_finished_version_1_cache_is_read(io):
     with FeatureReader(V1 / "finished", io) as reader:
         assert reader.spec == spec()
         assert dict(reader.stored()) == {digest: row for row, digest in enumerate(WANTED) if row != 1}
@@ -36,20 +36,20 @@ def test_finished_cache_of_version_1(io):
             assert [row.tolist() for row in getattr(found, name)] == [row.tolist() for row in getattr(made, name)]
         assert reader.attachment("left-out.jsonl").read_bytes() == b'{"reason": "not a picture", "row": 1}\n'
         assert reader.manifest.provenance == {"model": "fake"}
-    assert verify(V1 / "finished").damages == []
+    assert verify(V1 / "finished").damage == []
 
 
-def test_unfinished_cache_of_version_1_is_gone_on_with(tmp_path):
+def test_unfinished_version_1_cache_is_resumed(tmp_path):
     folder, kind = tmp_path / "cache", spec("bfloat16")
     shutil.copytree(V1 / "unfinished", folder)
     with FeatureWriter(folder, kind, WANTED[:3]) as writer:
-        assert to_write(writer) == [WANTED[2], WANTED[1]]  # first what is open, then what was given up
+        assert to_write(writer) == [WANTED[2], WANTED[1]]  # unwritten rows first, then failed ones
         assert write_some(writer) == [WANTED[2], WANTED[1]]
         writer.finish(texts_of(writer, WANTED[:3]))
     assert stored_rows(folder, kind) == set(WANTED[:3])
 
 
-def test_finished_cache_of_version_1_is_extended(tmp_path):
+def test_finished_version_1_cache_is_extended(tmp_path):
     folder = tmp_path / "cache"
     shutil.copytree(V1 / "finished", folder)
     with FeatureWriter(folder, spec(), digests(7)) as writer:
@@ -58,8 +58,8 @@ def test_finished_cache_of_version_1_is_extended(tmp_path):
     assert stored_rows(folder, spec()) == set(digests(7))
 
 
-def test_the_script_still_makes_this_cache(tmp_path, monkeypatch):
-    """The script still makes what it made, so the fixtures are of this very format."""
+def test_fixture_script_recreates_the_fixture(tmp_path, monkeypatch):
+    """Otherwise the fixtures would no longer represent the format."""
     monkeypatch.syspath_prepend(FIXTURES)
     monkeypatch.delitem(sys.modules, "make_v1", raising=False)
     import make_v1
@@ -73,7 +73,7 @@ def test_the_script_still_makes_this_cache(tmp_path, monkeypatch):
         ]
 
 
-def test_digests_of_the_fixtures_hold_without_this_project():
+def test_fixture_checksums_match():
     for path in V1.glob("*/*.json"):
         body, end = path.read_bytes().rsplit(b',\n  "sha256": "', 1)
         assert end == hashlib.sha256(body).hexdigest().encode() + b'"\n}\n', path

@@ -6,7 +6,8 @@ import pytest
 from cache_fakes import D, Q, digests, flip, spec
 
 from cache.files import sha256_of
-from cache.format import head_sha256, inspect_part, lay_out_part, read_arrays, write_arrays
+from cache.format import create_part, head_sha256, inspect_part
+from cache.hdf5 import read_arrays, write_arrays
 from cache.part import PartWriter
 from cache.spec import CacheError
 
@@ -14,12 +15,12 @@ ROWS = 4
 
 
 def make(path, kind=None, rows=ROWS):
-    lay_out_part(path, kind or spec(), np.frombuffer(b"".join(digests(rows)), np.uint8).reshape(-1, 32))
+    create_part(path, kind or spec(), np.frombuffer(b"".join(digests(rows)), np.uint8).reshape(-1, 32))
     return path
 
 
 def tampered(tmp_path, name, replace):
-    """A part in which the data set `name` gave way to what `replace(file, name)` makes."""
+    """Create a part and replace its data set `name` by what `replace(file, name)` creates."""
     path = make(tmp_path / "part.h5")
     with h5py.File(path, "r+") as file:
         del file[name]
@@ -27,7 +28,7 @@ def tampered(tmp_path, name, replace):
     return path
 
 
-def test_new_part(tmp_path):
+def test_create_part_writes_no_row(tmp_path):
     layout = inspect_part(make(tmp_path / "part.h5"))
     assert (layout.spec, layout.rows) == (spec(), ROWS)
     assert [row.tobytes() for row in layout.digests] == digests(ROWS)
@@ -35,11 +36,8 @@ def test_new_part(tmp_path):
     assert list(tmp_path.iterdir()) == [layout.path]
 
 
-def test_the_bytes_depend_on_nothing_but_the_content(tmp_path):
-    """Neither on the clock nor on HDF5's version: of the same images, every machine makes the same part.
-
-    HDF5 2.0 made these digests; 1.14 puts the time into each file unless it is told not to.
-    """
+def test_file_bytes_depend_only_on_content(tmp_path):
+    """The digests are those of HDF5 2.0; HDF5 1.14 stores times by default."""
     part = make(tmp_path / "part.h5", spec(query_tokens=32, width=768))
     write_arrays(tmp_path / "text.h5", {"numbers": np.arange(5)}, {"name": "a text", "version": 1})
     assert [sha256_of(path) for path in (part, tmp_path / "text.h5")] == [
@@ -53,7 +51,7 @@ def test_features_are_page_aligned(tmp_path):
     assert layout.features_offset % 4096 == 0
 
 
-def test_head_comes_first_and_the_features_last(tmp_path):
+def test_features_come_last(tmp_path):
     layout = inspect_part(make(tmp_path / "part.h5"))
     with h5py.File(layout.path) as file:
         digests_offset = file["image_digest"].id.get_offset()
@@ -63,7 +61,7 @@ def test_head_comes_first_and_the_features_last(tmp_path):
     assert layout.features_offset + ROWS * layout.spec.row_bytes == layout.path.stat().st_size
 
 
-def test_head_digest_leaves_out_the_checksums_only(tmp_path):
+def test_head_sha256_skips_only_the_checksums(tmp_path):
     layout = inspect_part(make(tmp_path / "part.h5"))
     place = (layout.features_offset, layout.crc_offset, layout.rows)
     before = head_sha256(layout.path, *place)
@@ -77,17 +75,17 @@ def test_head_digest_leaves_out_the_checksums_only(tmp_path):
 
 
 @pytest.mark.parametrize("length", [10, 3_000, 60_000])
-def test_long_preprocessing_fits_into_the_head(tmp_path, length):
+def test_long_preprocessing_fits_into_head(tmp_path, length):
     kind = spec(image_preprocessing=f'{{"a":"{"x" * length}"}}')
     assert inspect_part(make(tmp_path / "part.h5", kind)).spec == kind
 
 
-def test_a_part_in_work_can_be_looked_into(tmp_path):
+def test_unfinished_part_can_be_inspected(tmp_path):
     with PartWriter(make(tmp_path / "part.h5")) as part:
         assert inspect_part(part.path).rows == ROWS
 
 
-def test_bytes_do_not_depend_on_the_time(tmp_path):
+def test_file_bytes_do_not_depend_on_time(tmp_path):
     first = make(tmp_path / "a.h5").read_bytes()
     write_arrays(tmp_path / "c.h5", {"x": np.arange(3)}, {"y": "z"})
     time.sleep(1.1)  # HDF5 keeps times in seconds
@@ -153,22 +151,22 @@ REFUSED = {
     big_endian: ">f2",
     group: "Group",
     text: "plain numbers",
-    unallocated: "cut short",
+    unallocated: "truncated",
 }
 
 
 @pytest.mark.parametrize(("trick", "words"), REFUSED.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_refused(tmp_path, trick, words):
+def test_unsafe_dataset_is_rejected(tmp_path, trick, words):
     path = tampered(tmp_path, "query_features", trick)
     with pytest.raises(CacheError, match=words) as caught:
         inspect_part(path)
     assert str(caught.value).startswith(str(path))
-    if trick not in (wrong_shape, big_endian):  # what is wrong in a part only
+    if trick not in (wrong_shape, big_endian):  # allowed in files that are not parts
         with pytest.raises(CacheError, match=words):
             read_arrays(path)
 
 
-def test_missing_and_additional_data_sets_are_refused(tmp_path):
+def test_missing_or_extra_datasets_are_rejected(tmp_path):
     with pytest.raises(CacheError, match="data sets"):
         inspect_part(tampered(tmp_path, "crc32", lambda file, name: None))
     with pytest.raises(CacheError, match="data sets"):
@@ -182,7 +180,7 @@ def test_missing_and_additional_data_sets_are_refused(tmp_path):
         (("query_features", "image_digest", "crc32"), "image_digest begins at|query_features begins at"),
     ],
 )
-def test_other_order_of_the_data_sets_is_refused(tmp_path, names, words):
+def test_wrong_dataset_order_is_rejected(tmp_path, names, words):
     arrays = {"image_digest": np.zeros((ROWS, 32), np.uint8), "crc32": np.zeros(ROWS, np.int64)}
     arrays |= {"query_features": np.zeros((ROWS, Q, D), np.float16)}
     write_arrays(tmp_path / "part.h5", {name: arrays[name] for name in names}, spec().to_attributes())
@@ -190,7 +188,7 @@ def test_other_order_of_the_data_sets_is_refused(tmp_path, names, words):
         inspect_part(tmp_path / "part.h5")
 
 
-def test_bytes_behind_the_features_are_refused(tmp_path):
+def test_bytes_after_features_are_rejected(tmp_path):
     path = make(tmp_path / "part.h5")
     with path.open("ab") as file:
         file.write(b"more")
@@ -198,14 +196,14 @@ def test_bytes_behind_the_features_are_refused(tmp_path):
         inspect_part(path)
 
 
-def test_cut_file_is_refused(tmp_path):
+def test_truncated_part_is_rejected(tmp_path):
     path = make(tmp_path / "part.h5", spec(query_tokens=32, width=768))
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(CacheError, match=r"part\.h5"):
         inspect_part(path)
 
 
-def test_foreign_and_absent_files_are_cache_errors(tmp_path):
+def test_other_or_missing_file_raises_cache_error(tmp_path):
     (tmp_path / "text.h5").write_text("no HDF5")
     for name in ("text.h5", "absent.h5"):
         with pytest.raises(CacheError, match=name):

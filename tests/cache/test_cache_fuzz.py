@@ -1,4 +1,4 @@
-"""Mutated files give the right numbers or a CacheError, and never end the process."""
+"""Mutated files give correct rows or a CacheError, and never crash."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def fuzz(seed, count, folder):
 @pytest.mark.parametrize(
     ("workers", "count"), [(1, 200), pytest.param(8, 1400, marks=pytest.mark.slow)], ids=["short", "long"]
 )
-def test_mutated_files(tmp_path, workers, count):
+def test_mutated_files_give_correct_rows_or_cache_error(tmp_path, workers, count):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda seed: fuzz(seed, count, tmp_path / str(seed)), range(workers))
         outcomes = sum(found, Counter())

@@ -6,7 +6,7 @@ from cache_kill import killed, undisturbed
 
 from cache.audit import verify
 from cache.inventory import describe, find_caches, remove
-from cache.own import own_files
+from cache.ownership import own_files
 from cache.reader import FeatureReader
 from cache.spec import CacheError, UnreadableError
 from cache.writer import FeatureWriter
@@ -14,33 +14,33 @@ from cache.writer import FeatureWriter
 WANTED = digests(8)
 
 
-def test_finished_cache(tmp_path):
+def test_describe_finished_cache(tmp_path):
     build(tmp_path, WANTED)
     (tmp_path / "thesis.txt").write_text("mine")
     found = describe(tmp_path)
     with FeatureReader(tmp_path) as reader:
         assert found.manifest == reader.manifest
-    assert (found.sealed, found.in_work, found.foreign) == (3, 0, ["thesis.txt"])
+    assert (found.sealed, found.in_progress, found.other_files) == (3, 0, ["thesis.txt"])
     assert found.bytes >= 8 * spec().row_bytes
 
 
-def test_unfinished_cache(tmp_path):
+def test_describe_unfinished_cache(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
         write_some(writer, limit=4)
         found = describe(tmp_path)
-    assert (found.manifest, found.sealed, found.in_work, found.foreign) == (None, 1, 2, [])
+    assert (found.manifest, found.sealed, found.in_progress, found.other_files) == (None, 1, 2, [])
 
 
-def test_a_part_in_work_counts_with_what_it_takes_on_disk(tmp_path):
+def test_unfinished_part_counts_with_its_disk_usage(tmp_path):
     kind = spec(query_tokens=32, width=768)
     FeatureWriter(tmp_path, kind, digests(1024)).close()
     assert describe(tmp_path).bytes < 1024 * kind.row_bytes / 10
 
 
-def test_no_cache_and_a_damaged_one(tmp_path):
+def test_describe_rejects_missing_and_damaged_cache(tmp_path):
     (tmp_path / "train.jsonl").write_text("mine")
     for folder in (tmp_path, tmp_path / "absent", tmp_path / "train.jsonl"):
-        with pytest.raises(CacheError, match=r"no cache is there.*pipe cache ls"):
+        with pytest.raises(CacheError, match=r"no cache found.*pipe cache ls"):
             describe(folder)
     build(tmp_path / "cache", WANTED[:1])
     flip(tmp_path / "cache" / "manifest.json", 30)
@@ -48,7 +48,7 @@ def test_no_cache_and_a_damaged_one(tmp_path):
         describe(tmp_path / "cache")
 
 
-def test_caches_below_a_folder(tmp_path):
+def test_find_caches_searches_recursively(tmp_path):
     build(tmp_path / "b" / "finished", WANTED[:1])
     FeatureWriter(tmp_path / "a", spec(), WANTED).close()
     (tmp_path / "pictures").mkdir()
@@ -59,24 +59,24 @@ def test_caches_below_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_removed_cache_is_gone_with_its_folder(tmp_path, finished):
+def test_remove_deletes_cache_and_folder(tmp_path, finished):
     folder = tmp_path / "cache"
     if finished:
         build(folder, WANTED)
     else:
         FeatureWriter(folder, spec(), WANTED, part_rows=3).close()
     (folder / "features-00009.h5.partial.tmp").write_bytes(b"half of")
-    told = describe(folder).bytes
-    assert remove(folder) == told > 0
+    size = describe(folder).bytes
+    assert remove(folder) == size > 0
     assert not folder.exists()
 
 
-def test_other_files_are_kept(tmp_path):
+def test_remove_keeps_other_files(tmp_path):
     build(tmp_path / "cache", WANTED)
     mine = dict.fromkeys(("thesis.txt", "train.jsonl", "annotations.h5", "text-mine.h5", ".hidden"), b"mine")
     for name, data in mine.items():
         (tmp_path / "cache" / name).write_bytes(data)
-    assert sorted(describe(tmp_path / "cache").foreign) == sorted(mine)
+    assert sorted(describe(tmp_path / "cache").other_files) == sorted(mine)
     remove(tmp_path / "cache")
     assert contents(tmp_path / "cache") == mine
     with pytest.raises(CacheError, match="nothing was deleted"):
@@ -92,8 +92,8 @@ def test_damaged_cache_can_be_removed(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_is_being_written_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+def test_cache_being_written_is_not_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     build(tmp_path, WANTED[:1])
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3):
         before = contents(tmp_path)
@@ -102,14 +102,14 @@ def test_a_cache_that_is_being_written_is_kept(tmp_path, monkeypatch):
         assert contents(tmp_path) == before
 
 
-def test_a_cache_can_be_removed_from_a_full_disk(tmp_path, monkeypatch):
+def test_cache_can_be_removed_from_full_disk(tmp_path, monkeypatch):
     build(tmp_path / "cache", WANTED)
     monkeypatch.setattr("os.pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     remove(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_half_removed_is_never_taken_for_a_whole_one(tmp_path):
+def test_partly_removed_cache_is_never_read(tmp_path):
     build(tmp_path / "whole", WANTED)
     steps = undisturbed(lambda: remove(tmp_path / "whole"))
     for step in range(1, steps + 1):
@@ -129,57 +129,57 @@ def test_a_cache_half_removed_is_never_taken_for_a_whole_one(tmp_path):
 FOREIGN = {"predictions-202401011234.jsonl": b"mine", "text-old-0123456789ab.h5": b"mine", "notes.txt": b"mine"}
 
 
-def test_files_with_names_like_a_caches_are_not_its_own(tmp_path):
+def test_files_named_like_cache_files_are_kept(tmp_path):
     for name, data in FOREIGN.items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(CacheError, match="holds other files"):
+    with pytest.raises(CacheError, match="contains other files"):
         build(tmp_path, WANTED)
     assert contents(tmp_path) == FOREIGN
     build(tmp_path / "cache", WANTED)
     for name, data in FOREIGN.items():
         (tmp_path / "cache" / name).write_bytes(data)
     build(tmp_path / "cache", WANTED[:4])
-    assert sorted(describe(tmp_path / "cache").foreign) == sorted(FOREIGN)
+    assert sorted(describe(tmp_path / "cache").other_files) == sorted(FOREIGN)
     remove(tmp_path / "cache")
     assert contents(tmp_path / "cache") == FOREIGN
 
 
-def test_what_a_killed_writer_left_is_known_by_its_content(tmp_path):
+def test_leftover_of_killed_writer_is_recognized_by_content(tmp_path):
     build(tmp_path, WANTED)
-    left = tmp_path / f"left-out-{hashlib.sha256(b'old').hexdigest()[:12]}.jsonl"
+    left = tmp_path / f"skipped-{hashlib.sha256(b'old').hexdigest()[:12]}.jsonl"
     left.write_bytes(b"old")
     build(tmp_path, WANTED)
     assert not left.exists()
 
 
-def test_another_programs_manifest_and_plan_are_no_cache(tmp_path):
+def test_manifest_of_another_program_is_not_a_cache(tmp_path):
     mine = {"manifest.json": b'{"name": "my app"}', "plan.json": b"[]", "index.html": b"x"}
     for name, data in mine.items():
         (tmp_path / name).write_bytes(data)
     assert find_caches(tmp_path) == []
     for call in (describe, remove):
-        with pytest.raises(CacheError, match="no cache is there"):
+        with pytest.raises(CacheError, match="no cache found"):
             call(tmp_path)
-    with pytest.raises(CacheError, match="holds other files"):
+    with pytest.raises(CacheError, match="contains other files"):
         build(tmp_path, WANTED)
     assert contents(tmp_path) == mine
 
 
-def test_a_link_to_a_cache_is_not_followed_to_remove_it(tmp_path):
+def test_remove_rejects_link_to_cache(tmp_path):
     build(tmp_path / "cache", WANTED)
     (tmp_path / "link").symlink_to("cache")
-    with pytest.raises(CacheError, match=r"is a link to .*cache: name that folder itself; nothing was deleted"):
+    with pytest.raises(CacheError, match=r"is a link to .*cache\. Nothing was deleted; name that folder itself"):
         remove(tmp_path / "link")
     assert stored_rows(tmp_path / "cache", spec()) == set(WANTED)
 
 
-def test_a_cache_is_described_while_its_files_get_other_names(tmp_path, monkeypatch):
+def test_describe_tolerates_files_renamed_meanwhile(tmp_path, monkeypatch):
     build(tmp_path, WANTED)
     monkeypatch.setattr("cache.inventory.own_files", lambda folder: [*own_files(folder), folder / "features-00009.h5"])
     assert describe(tmp_path).bytes > 0
 
 
-def test_an_unreadable_manifest_is_a_cache_error(tmp_path, monkeypatch):
+def test_unreadable_manifest_raises_cache_error(tmp_path, monkeypatch):
     build(tmp_path, WANTED)
     denied = PermissionError(13, "Permission denied")
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(denied))

@@ -1,4 +1,4 @@
-"""Who may write a cache. The other process is a real one."""
+"""Locks of the writer, against a real second process."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from cache_fakes import build, contents, digests, put, spec, to_write, write_some
 
 import cache.lock
-from cache.lock import FolderLock, holder
+from cache.lock import FolderLock, describe_holder
 from cache.part import PartWriter
 from cache.spec import CacheError
 from cache.writer import FeatureWriter
@@ -22,13 +22,13 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+def no_lock_timeout(monkeypatch):
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
 
 
 @contextmanager
 def another_process(script):
-    """Runs until it has printed a line, and ends by SIGKILL."""
+    """Run a script in another process until the context ends, then kill it with SIGKILL."""
     setup = "import sys; from cache_fakes import *\n"
     wait = "\nprint('ready', flush=True); sys.stdin.read()"
     env = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
@@ -41,50 +41,52 @@ def another_process(script):
             child.send_signal(signal.SIGKILL)
 
 
-def test_a_second_writer_is_told_who_holds_the_cache(tmp_path):
+def test_second_writer_error_names_the_holder(tmp_path):
     script = f"writer = FeatureWriter(Path({str(tmp_path)!r}), spec(), digests(8))"
     with another_process(script) as child:
-        who = rf"process {child.pid} on {socket.gethostname()} \(since 2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d.*\)"
-        with pytest.raises(CacheError, match=rf"{who} is writing this cache\. Run the command again when it is done"):
+        holder = rf"process {child.pid} on {socket.gethostname()} \(since 2\d\d\d-\d\d-\d\d \d\d:\d\d:\d\d.*\)"
+        with pytest.raises(
+            CacheError, match=rf"{holder} is writing this cache\. Run the command again when it has finished"
+        ):
             FeatureWriter(tmp_path, spec(), WANTED)
         before = contents(tmp_path)
-    FeatureWriter(tmp_path, spec(), WANTED).close()  # the holder was killed with -9
+    FeatureWriter(tmp_path, spec(), WANTED).close()  # the holder was killed
     assert contents(tmp_path) == before | {".lock": b""}
 
 
-def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
+def test_second_writer_in_same_process_is_rejected(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED), pytest.raises(CacheError, match=f"process {os.getpid()} on"):
         FeatureWriter(tmp_path, spec(), WANTED)
     FeatureWriter(tmp_path, spec(), WANTED).close()
 
 
-def test_a_writer_that_fails_at_its_start_lets_go(tmp_path):
+def test_writer_that_fails_to_start_releases_lock(tmp_path):
     build(tmp_path, WANTED)
-    with pytest.raises(CacheError, match="another kind") as caught:
+    with pytest.raises(CacheError, match="another spec") as caught:
         FeatureWriter(tmp_path, spec("float32"), WANTED)
     assert caught.tb  # which keeps the writer alive
     FeatureWriter(tmp_path, spec(), WANTED).close()
 
 
-def test_the_second_writer_waits_a_while_for_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 30)
+def test_second_writer_waits_for_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 30)
     first = FolderLock(tmp_path)
     monkeypatch.setattr("time.sleep", lambda _: first.release())
     FolderLock(tmp_path).release()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"process": 3}', b"\xff"])
-def test_a_holder_without_a_name_is_another_process(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b" {", b" []", b' {"process": 3}', b" \xff"])
+def test_describe_holder_without_valid_name(tmp_path, content):
     (tmp_path / ".lock").write_bytes(content)
-    assert holder(tmp_path) == "another process"
+    assert describe_holder(tmp_path) == "another process"
 
 
-def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+def test_file_system_without_locks_is_used_unlocked(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
     assert build(tmp_path, WANTED) == WANTED
 
 
-def test_a_part_that_another_process_writes_is_refused(tmp_path):
+def test_part_written_by_another_process_is_rejected(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
         first, second = writer.parts[:2]
         with another_process(f"part = PartWriter(Path({str(first)!r}))"):
@@ -92,12 +94,12 @@ def test_a_part_that_another_process_writes_is_refused(tmp_path):
                 PartWriter(first)
             with PartWriter(second) as part:
                 put(part, 0)
-            assert to_write(writer) == [*WANTED[:3], *WANTED[4:]]  # looking into it is no writing
-        with PartWriter(first) as part:  # the other was killed with -9
-            assert part.open_rows.tolist() == [0, 1, 2]
+            assert to_write(writer) == [*WANTED[:3], *WANTED[4:]]  # inspecting a part is possible while it is written
+        with PartWriter(first) as part:  # the other process was killed
+            assert part.unwritten_rows.tolist() == [0, 1, 2]
 
 
-def test_kill_minus_nine_loses_only_what_was_not_committed(tmp_path):
+def test_sigkill_loses_only_uncommitted_rows(tmp_path):
     build(tmp_path / "whole", WANTED)
     folder = tmp_path / "cache"
     script = (
@@ -113,26 +115,26 @@ def test_kill_minus_nine_loses_only_what_was_not_committed(tmp_path):
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache.lock.PATIENCE", 30)
+def test_lock_file_removed_while_waiting_is_recreated(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 30)
     (tmp_path / ".lock").touch()
-    taken = cache.lock.lock
-    raced = []
+    try_lock = cache.lock.try_lock
+    removed = []
 
-    def remove_first(descriptor, patience=0):
-        if not raced:
-            raced.append((tmp_path / ".lock").unlink())
-        return taken(descriptor, patience)
+    def remove_first(descriptor):
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        return try_lock(descriptor)
 
-    monkeypatch.setattr("cache.lock.lock", remove_first)
+    monkeypatch.setattr("cache.lock.try_lock", remove_first)
     first = FolderLock(tmp_path)
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     with pytest.raises(CacheError, match="is writing this cache"):
         FolderLock(tmp_path)
     first.release()
 
 
-def test_a_lock_is_let_go_though_its_file_cannot_be_changed(tmp_path, monkeypatch):
+def test_lock_is_released_if_its_file_cannot_be_truncated(tmp_path, monkeypatch):
     first = FolderLock(tmp_path)
     monkeypatch.setattr("os.ftruncate", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     first.release()

@@ -22,23 +22,23 @@ def test_attributes_round_trip():
         ("format_version", 2),
     ],
 )
-def test_bad_field_is_named(field, value):
+def test_invalid_field_error_names_the_field(field, value):
     with pytest.raises(CacheError, match=field.replace("_", "[_ ]")):
         CacheSpec.from_attributes(spec().to_attributes() | {field: value})
 
 
-def test_missing_field_is_named():
+def test_missing_field_error_names_the_field():
     attributes = spec().to_attributes()
     del attributes["width"]
     with pytest.raises(CacheError, match="lacks width"):
         CacheSpec.from_attributes(attributes)
 
 
-def test_preprocessing_is_compared_by_meaning():
+def test_preprocessing_is_compared_as_json():
     assert spec(image_preprocessing='{"b": 1, "a": 2}') == spec(image_preprocessing='{"a":2,"b":1}')
 
 
-def test_diff_is_in_words():
+def test_diff_lists_fields():
     other = spec("float32", image_preprocessing='{"size": 364, "mean": [0.5, 0.5, 0.5], "crop": true}')
     assert spec().diff(other) == [
         "image_preprocessing: crop: cache has nothing, wanted true; size: cache has 224, wanted 364",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from cache_fakes import table
 
-from cache.format import read_arrays, write_arrays
+from cache.hdf5 import read_arrays, write_arrays
 from cache.spec import CacheError
 from cache.text import Ragged, TextTable
 
@@ -22,7 +22,7 @@ def test_ragged_rows():
 
 
 @pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], [0, 4], []])
-def test_offsets_that_do_not_fit(offsets):
+def test_invalid_offsets_raise(offsets):
     with pytest.raises(CacheError, match="offsets"):
         Ragged(np.arange(3), np.array(offsets, np.int64))
 
@@ -47,15 +47,15 @@ def test_table_round_trip(tmp_path, rows):
     ("change", "words"),
     [
         (lambda a, _: a.pop("image_row"), "lacks 'image_row'"),
-        (lambda a, _: a.update(image_row=a["image_row"][:-1]), "records is 3 rows"),
+        (lambda a, _: a.update(image_row=a["image_row"][:-1]), "records has 3 rows"),
         (lambda a, _: a.update(image_row=-a["image_row"] - 1), "not negative"),
-        (lambda a, _: a.update(prompt_ids=a["prompt_ids"].astype(np.int16)), "prompt_ids is 3 rows of int16"),
-        (lambda a, _: a.update(target_ids=a["target_ids"][:-1]), "rise from 0 to 5"),
+        (lambda a, _: a.update(prompt_ids=a["prompt_ids"].astype(np.int16)), "prompt_ids has 3 rows of int16"),
+        (lambda a, _: a.update(target_ids=a["target_ids"][:-1]), "increase from 0 to 5"),
         (lambda _, b: b.pop("tokenizer"), "lacks 'tokenizer'"),
         (lambda _, b: b.update(format_version=2), "version 2"),
     ],
 )
-def test_table_that_is_not_sound(tmp_path, change, words):
+def test_damaged_table_raises(tmp_path, change, words):
     path = tmp_path / table([0, 1, 2]).save(tmp_path, "train").file
     arrays, attributes = read_arrays(path)
     change(arrays, attributes)
@@ -65,7 +65,7 @@ def test_table_that_is_not_sound(tmp_path, change, words):
     assert str(caught.value).startswith(str(path))
 
 
-def test_a_table_gets_the_name_of_its_digest_so_that_none_is_replaced(tmp_path):
+def test_table_file_name_contains_its_digest(tmp_path):
     first, second = table([0, 1]).save(tmp_path, "val_2"), table([0, 2]).save(tmp_path, "val_2")
     assert {path.name for path in tmp_path.iterdir()} == {first.file, second.file}
     for entry in (first, second):
@@ -75,14 +75,14 @@ def test_a_table_gets_the_name_of_its_digest_so_that_none_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["", "../x", "a b", "-x", "x/y", "ä"])
-def test_split_whose_name_is_no_file_name(tmp_path, split):
-    with pytest.raises(CacheError, match="not a name that a split may have"):
+def test_invalid_split_name_raises(tmp_path, split):
+    with pytest.raises(CacheError, match="not allowed as the name of a split"):
         table([0]).save(tmp_path, split)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("record", [b"[1]", b"{", b"\xff"])
-def test_record_that_is_no_object(record):
+def test_record_that_is_not_an_object_raises(record):
     broken = replace(table([0]), records=Ragged.from_rows([record], np.uint8))
     with pytest.raises(CacheError, match="record 0"):
         broken.record(0)

@@ -22,11 +22,13 @@ from cache_fakes import (
 from cache_kill import Kill, Killed, killed, undisturbed
 
 from cache.audit import verify
+from cache.estimate import estimate_write
 from cache.format import inspect_part
 from cache.part import PartWriter
 from cache.reader import FeatureReader
+from cache.reuse import sibling_caches
 from cache.spec import CacheError
-from cache.writer import FeatureWriter, caches_beside, survey
+from cache.writer import FeatureWriter
 
 WANTED = digests(8)  # with 3 rows a part: two full parts and one of 2
 
@@ -41,7 +43,7 @@ def whole(tmp_path_factory):
 # Kills
 
 
-def test_kill_at_every_step_then_resume_gives_the_same_bytes(tmp_path):
+def test_kill_at_any_step_and_resume_gives_same_bytes(tmp_path):
     wanted = WANTED[:5]
     steps = undisturbed(lambda: build(tmp_path / "whole", wanted))
     assert steps > 40
@@ -52,9 +54,9 @@ def test_kill_at_every_step_then_resume_gives_the_same_bytes(tmp_path):
         assert contents(folder) == contents(tmp_path / "whole"), f"killed at step {step}"
 
 
-def test_kill_of_a_second_finish_leaves_wholly_the_old_or_wholly_the_new_text(tmp_path):
+def test_killed_second_finish_leaves_old_or_new_text(tmp_path):
     build(tmp_path / "old", WANTED)
-    newest = {"left-out.jsonl": b"new"}
+    newest = {"skipped.jsonl": b"new"}
 
     def finish_again(folder):
         with FeatureWriter(folder, spec(), WANTED, 3) as writer:
@@ -63,9 +65,9 @@ def test_kill_of_a_second_finish_leaves_wholly_the_old_or_wholly_the_new_text(tm
     def seen(folder):
         with FeatureReader(folder) as reader:
             rows = {split: reader.text(split).image_row.tolist() for split in reader.splits}
-            left_out = reader.attachment("left-out.jsonl").read_bytes()
+            skipped = reader.attachment("skipped.jsonl").read_bytes()
             np.testing.assert_array_equal(reader.gather(range(8)), features(WANTED, spec()))
-            return rows, left_out, reader.manifest.provenance["model"]
+            return rows, skipped, reader.manifest.provenance["model"]
 
     old = seen(tmp_path / "old")
     shutil.copytree(tmp_path / "old", tmp_path / "new")
@@ -77,7 +79,7 @@ def test_kill_of_a_second_finish_leaves_wholly_the_old_or_wholly_the_new_text(tm
         folder = tmp_path / str(step)
         shutil.copytree(tmp_path / "old", folder)
         killed(step, lambda folder=folder: finish_again(folder))
-        assert verify(folder).damages == []
+        assert verify(folder).damage == []
         found.append(seen(folder))
         finish_again(folder)
         assert contents(folder) == contents(tmp_path / "new"), f"killed at step {step}"
@@ -87,7 +89,7 @@ def test_kill_of_a_second_finish_leaves_wholly_the_old_or_wholly_the_new_text(tm
 
 
 @pytest.mark.parametrize("count", range(9))
-def test_resume_writes_only_the_rest(tmp_path, whole, count):
+def test_resume_writes_only_missing_rows(tmp_path, whole, count):
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
         write_some(writer, limit=count)
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
@@ -96,11 +98,11 @@ def test_resume_writes_only_the_rest(tmp_path, whole, count):
     assert contents(tmp_path) == whole
 
 
-# Several parts at once
+# Several parts
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_parts_filled_at_once_in_any_order_end_in_the_same_bytes(tmp_path, whole, seed):
+def test_parts_filled_in_any_order_give_same_bytes(tmp_path, whole, seed):
     rng = np.random.default_rng(seed)
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
         parts = [PartWriter(path) for path in writer.parts]
@@ -109,11 +111,11 @@ def test_parts_filled_at_once_in_any_order_end_in_the_same_bytes(tmp_path, whole
             put(*rows[number])
         for number in rng.permutation(len(parts)).tolist():
             parts[number].seal()
-        writer.finish(texts_of(writer, WANTED), {"left-out.jsonl": b'{"reason": "none"}\n'}, {"model": "fake"})
+        writer.finish(texts_of(writer, WANTED), {"skipped.jsonl": b'{"reason": "none"}\n'}, {"model": "fake"})
     assert contents(tmp_path) == whole
 
 
-def test_kill_with_some_parts_begun_and_one_between_them_not(tmp_path):
+def test_resume_with_partly_filled_parts(tmp_path):
     wanted = digests(12)
     build(tmp_path / "whole", wanted)
     with FeatureWriter(tmp_path / "cache", spec(), wanted, part_rows=3) as writer:
@@ -125,7 +127,7 @@ def test_kill_with_some_parts_begun_and_one_between_them_not(tmp_path):
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
-def test_a_part_sealed_while_others_are_in_work_is_not_touched_again(tmp_path, whole):
+def test_sealed_part_is_not_rewritten(tmp_path, whole):
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer, PartWriter(writer.parts[1]) as part:
         put(part, 0, 1, 2)
         part.seal()
@@ -133,20 +135,20 @@ def test_a_part_sealed_while_others_are_in_work_is_not_touched_again(tmp_path, w
     assert contents(tmp_path) == whole
 
 
-def test_batches_lie_on_a_fixed_grid(tmp_path):
+def test_unwritten_batches_lie_on_fixed_grid(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED) as writer, PartWriter(writer.parts[0]) as part:
-        assert part.open_batches(3) == [range(0, 3), range(3, 6), range(6, 8)]
+        assert part.unwritten_batches(3) == [range(0, 3), range(3, 6), range(6, 8)]
         put(part, 1, 3, 4, 5)
-        assert part.open_batches(3) == [range(0, 3), range(6, 8)]
-        assert part.open_rows.tolist() == [0, 2, 6, 7]
+        assert part.unwritten_batches(3) == [range(0, 3), range(6, 8)]
+        assert part.unwritten_rows.tolist() == [0, 2, 6, 7]
         put(part, 0, 2, 6, 7)
-        assert part.open_batches(3) == []
+        assert part.unwritten_batches(3) == []
 
 
-# What is wanted
+# Wanted images
 
 
-def test_extension_encodes_only_what_is_new(tmp_path):
+def test_extension_writes_only_new_images(tmp_path):
     build(tmp_path, WANTED)
     before = contents(tmp_path)
     more = digests(5, start=6)
@@ -163,7 +165,7 @@ def test_extension_encodes_only_what_is_new(tmp_path):
         np.testing.assert_array_equal(reader.gather([rows[d] for d in more]), features(more, spec()))
 
 
-def test_texts_and_attachments_that_were_replaced_are_removed(tmp_path):
+def test_replaced_texts_and_attachments_are_removed(tmp_path):
     build(tmp_path, WANTED)
     with FeatureWriter(tmp_path, spec(), WANTED) as writer:
         writer.finish({"val": table([3])}, {"pictures.h5": b"1"})
@@ -178,15 +180,15 @@ def test_duplicates_are_stored_once(tmp_path):
         assert to_write(writer) == WANTED
 
 
-def test_nothing_wanted_is_a_cache_too(tmp_path):
+def test_cache_without_images(tmp_path):
     assert build(tmp_path, []) == []
     with FeatureReader(tmp_path) as reader:
         assert (reader.rows, list(reader.stored()), len(reader.text("train"))) == (0, [], 0)
         assert reader.gather([]).shape == (0, 2, 5)
-    assert verify(tmp_path).damages == []
+    assert verify(tmp_path).damage == []
 
 
-def test_parts_in_work_keep_their_own_order(tmp_path):
+def test_unfinished_parts_keep_their_order(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=4) as writer:
         write_some(writer, limit=2)
     extended = [*WANTED[::-1], *digests(1, start=20)]
@@ -194,7 +196,7 @@ def test_parts_in_work_keep_their_own_order(tmp_path):
         assert to_write(writer) == [*WANTED[2:], *digests(1, start=20)]
 
 
-def test_unwanted_rest_of_a_part_becomes_holes(tmp_path):
+def test_unwanted_rows_of_a_part_stay_unwritten(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED[:4], part_rows=4) as writer:
         write_some(writer, limit=2)
     wanted = [WANTED[0], WANTED[2], WANTED[5]]  # without WANTED[3], for which the part waits
@@ -208,7 +210,7 @@ def test_unwanted_rest_of_a_part_becomes_holes(tmp_path):
             reader.gather([0, 3])
 
 
-def test_part_without_any_row_is_dropped(tmp_path):
+def test_part_without_rows_is_removed(tmp_path):
     FeatureWriter(tmp_path, spec(), WANTED[:3]).close()
     assert (tmp_path / "features-00000.h5.partial").exists()
     build(tmp_path, WANTED[4:6])
@@ -216,7 +218,7 @@ def test_part_without_any_row_is_dropped(tmp_path):
         assert dict(reader.stored()) == {WANTED[4]: 0, WANTED[5]: 1}
 
 
-def test_images_without_features_are_holes_and_are_asked_for_again(tmp_path):
+def test_failed_images_are_unwritten_and_requested_again(tmp_path):
     bad = [WANTED[1], WANTED[3], WANTED[4], WANTED[5]]  # one of the first part, all of the second
 
     def one_run():
@@ -226,7 +228,7 @@ def test_images_without_features_are_holes_and_are_asked_for_again(tmp_path):
                 with PartWriter(path) as part:
                     good = [row for row, digest in enumerate(part.digests) if digest.tobytes() not in bad]
                     put(part, *good)
-                    part.give_up(part.open_rows)
+                    part.mark_failed(part.unwritten_rows)
                     part.seal()
             writer.finish(texts_of(writer, WANTED))
         return asked
@@ -246,29 +248,29 @@ def test_images_without_features_are_holes_and_are_asked_for_again(tmp_path):
     assert stored_rows(tmp_path, spec()) == set(WANTED)
 
 
-def test_rows_given_up_stay_so_when_the_run_is_resumed(tmp_path):
+def test_failed_rows_stay_failed_after_resume(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED[:3]) as writer, PartWriter(writer.parts[0]) as part:
-        part.give_up(np.array([1]))
+        part.mark_failed(np.array([1]))
         put(part, 0)
     with PartWriter(tmp_path / "features-00000.h5.partial") as part:
-        assert part.open_rows.tolist() == [2]
+        assert part.unwritten_rows.tolist() == [2]
         assert part.crc32.tolist()[1] == -2
 
 
 # Rows of other caches
 
 
-def test_rows_that_another_cache_has_are_copied(tmp_path):
+def test_rows_of_another_cache_are_copied(tmp_path):
     build(tmp_path / "first", digests(80), part_rows=7)
     wanted = [*digests(100)[::-1]]
     assert sorted(build(tmp_path / "second", wanted, part_rows=7, sources=[tmp_path / "first"])) == sorted(
         digests(20, start=80)
     )
     assert stored_rows(tmp_path / "second", spec()) == set(wanted)
-    assert verify(tmp_path / "second").damages == []
+    assert verify(tmp_path / "second").damage == []
 
 
-def test_a_damaged_row_of_another_cache_is_written_anew(tmp_path):
+def test_damaged_row_of_another_cache_is_not_copied(tmp_path):
     build(tmp_path / "first", WANTED)
     layout = inspect_part(tmp_path / "first" / "features-00001.h5")
     flip(layout.path, layout.features_offset + layout.spec.row_bytes)
@@ -280,7 +282,7 @@ def test_a_damaged_row_of_another_cache_is_written_anew(tmp_path):
     assert stored_rows(tmp_path / "second", spec()) == set(WANTED)
 
 
-def test_a_cache_of_other_features_is_no_source(tmp_path):
+def test_cache_of_another_spec_is_not_a_source(tmp_path):
     build(tmp_path / "first", WANTED, spec(encoder_fingerprint="cd" * 32))
     build(tmp_path / "unfinished", WANTED)
     (tmp_path / "unfinished" / "manifest.json").unlink()
@@ -289,7 +291,7 @@ def test_a_cache_of_other_features_is_no_source(tmp_path):
         assert (writer.copied, to_write(writer)) == (0, WANTED)
 
 
-def test_kill_at_every_step_of_copying_then_resume_gives_the_same_bytes(tmp_path):
+def test_kill_at_any_step_of_copying_and_resume_gives_same_bytes(tmp_path):
     build(tmp_path / "first", WANTED[:2])
     sources = [tmp_path / "first"]
     steps = undisturbed(lambda: build(tmp_path / "whole", WANTED[:3], sources=sources))
@@ -300,7 +302,7 @@ def test_kill_at_every_step_of_copying_then_resume_gives_the_same_bytes(tmp_path
         assert contents(folder) == contents(tmp_path / "whole"), f"killed at step {step}"
 
 
-def test_caches_beside_are_the_finished_ones_of_equal_spec(tmp_path, monkeypatch):
+def test_sibling_caches_are_finished_and_of_equal_spec(tmp_path, monkeypatch):
     build(tmp_path / "equal", WANTED[:1])
     build(tmp_path / "also", WANTED[1:2])
     build(tmp_path / "other", WANTED[:1], spec("float32"))
@@ -308,45 +310,45 @@ def test_caches_beside_are_the_finished_ones_of_equal_spec(tmp_path, monkeypatch
     flip(tmp_path / "damaged" / "manifest.json", 50)
     FeatureWriter(tmp_path / "unfinished", spec(), WANTED).close()
     (tmp_path / "pictures").mkdir()
-    assert caches_beside(tmp_path / "new", spec()) == [tmp_path / "also", tmp_path / "equal"]
-    assert caches_beside(tmp_path / "equal", spec()) == [tmp_path / "also"]
+    assert sibling_caches(tmp_path / "new", spec()) == [tmp_path / "also", tmp_path / "equal"]
+    assert sibling_caches(tmp_path / "equal", spec()) == [tmp_path / "also"]
     monkeypatch.chdir(tmp_path / "pictures")
-    assert caches_beside((tmp_path / "equal").relative_to(tmp_path), spec()) == []
+    assert sibling_caches((tmp_path / "equal").relative_to(tmp_path), spec()) == []
 
 
 def snapshot(folder):
     return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
 
 
-def test_survey_tells_what_a_writer_would_find_and_changes_nothing(tmp_path):
+def test_estimate_write_counts_images_and_changes_nothing(tmp_path):
     build(tmp_path / "near", digests(3, start=8))
     with FeatureWriter(tmp_path / "cache", spec(), WANTED, part_rows=3) as writer:
         write_some(writer, limit=4)
     wanted = [*digests(12), *WANTED]
     before = snapshot(tmp_path)
-    found = survey(tmp_path / "cache", spec(), wanted, [tmp_path / "near"])
-    assert (found.wanted, found.stored, found.nearby, found.to_encode) == (12, 4, 3, 5)
-    fresh = survey(tmp_path / "new", spec(), wanted, [tmp_path / "near"])
-    assert (fresh.wanted, fresh.stored, fresh.nearby, fresh.to_encode) == (12, 0, 3, 9)
-    with pytest.raises(CacheError, match="another kind"):
-        survey(tmp_path / "cache", spec("float32"), wanted)
+    found = estimate_write(tmp_path / "cache", spec(), wanted, [tmp_path / "near"])
+    assert (found.wanted, found.stored, found.copyable, found.to_encode) == (12, 4, 3, 5)
+    fresh = estimate_write(tmp_path / "new", spec(), wanted, [tmp_path / "near"])
+    assert (fresh.wanted, fresh.stored, fresh.copyable, fresh.to_encode) == (12, 0, 3, 9)
+    with pytest.raises(CacheError, match="another spec"):
+        estimate_write(tmp_path / "cache", spec("float32"), wanted)
     assert snapshot(tmp_path) == before
 
 
-def test_survey_knows_how_much_disk_the_features_take(tmp_path):
+def test_estimate_write_bounds_disk_usage(tmp_path):
     kind, wanted = spec(query_tokens=32, width=16), digests(2048)
     for part_rows in (1, 100, 1024):
         folder = tmp_path / str(part_rows)
-        told = survey(folder, kind, wanted[: 8 * part_rows], part_rows=part_rows).bytes_needed
+        bound = estimate_write(folder, kind, wanted[: 8 * part_rows], part_rows=part_rows).bytes_needed
         FeatureWriter(folder, kind, wanted[: 8 * part_rows], part_rows).close()
         taken = sum(path.stat().st_size for path in folder.glob("features-*"))
-        assert taken <= told <= 1.05 * taken
+        assert taken <= bound <= 1.05 * taken
 
 
-# What is refused
+# Rejected input
 
 
-def test_other_spec_is_refused_in_words(tmp_path):
+def test_other_spec_is_rejected_with_differences(tmp_path):
     build(tmp_path, WANTED)
     before = contents(tmp_path)
     with pytest.raises(CacheError, match="dtype: cache has float16, wanted float32") as caught:
@@ -354,7 +356,7 @@ def test_other_spec_is_refused_in_words(tmp_path):
     assert "cache.dir" in str(caught.value)
     assert f"`pipe cache rm {tmp_path}`" in str(caught.value)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(CacheError, match=r"features-00000\.h5.*another kind"):
+    with pytest.raises(CacheError, match=r"features-00000\.h5.*another spec"):
         FeatureWriter(tmp_path, spec("float32"), WANTED)
     del before["manifest.json"]
     assert contents(tmp_path) == before
@@ -362,7 +364,7 @@ def test_other_spec_is_refused_in_words(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_infinite_features_are_refused_by_name(tmp_path, dtype, value):
+def test_nonfinite_features_are_rejected(tmp_path, dtype, value):
     kind = spec(dtype)
     values = features(WANTED[:2], kind)
     values[1, 0, 3] = np.array(value, "<f4").view("<u4") >> 16 if dtype == "bfloat16" else value
@@ -372,7 +374,7 @@ def test_infinite_features_are_refused_by_name(tmp_path, dtype, value):
         assert to_write(writer) == WANTED
 
 
-def test_the_largest_numbers_are_stored(tmp_path):
+def test_largest_finite_numbers_are_stored(tmp_path):
     for dtype, largest in (("float16", 65504), ("float32", np.finfo(np.float32).max), ("bfloat16", 0xFF7F)):
         kind = spec(dtype)
         values = np.full_like(features(WANTED[:1], kind), largest)
@@ -384,7 +386,7 @@ def test_the_largest_numbers_are_stored(tmp_path):
             np.testing.assert_array_equal(reader.gather([0]), values)
 
 
-def test_wrong_features_are_refused(tmp_path):
+def test_features_of_wrong_shape_or_type_are_rejected(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED) as writer, PartWriter(writer.parts[0]) as part:
         with pytest.raises(CacheError, match="float32"):
             part.write(np.array([0, 1]), features(WANTED[:2], spec("float32")))
@@ -395,13 +397,13 @@ def test_wrong_features_are_refused(tmp_path):
             put(part, 0)
 
 
-def test_finish_wants_everything_and_sound_text(tmp_path):
+def test_finish_requires_all_parts_and_valid_text(tmp_path):
     with FeatureWriter(tmp_path, spec(), WANTED) as writer:
-        with pytest.raises(CacheError, match="a part is in work"):
+        with pytest.raises(CacheError, match="a part is unfinished"):
             writer.finish({})
         with PartWriter(writer.parts[0]) as part:
             put(part, *range(7))
-            part.give_up(part.open_rows)
+            part.mark_failed(part.unwritten_rows)
             part.seal()
         for row in (7, 8):
             with pytest.raises(CacheError, match="image_row"):
@@ -415,7 +417,7 @@ def test_finish_wants_everything_and_sound_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "train.jsonl", "text-mine.h5", "annotations.h5"])
-def test_folder_of_other_things_is_refused(tmp_path, name):
+def test_folder_with_other_files_is_rejected(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(CacheError, match=name):
         FeatureWriter(tmp_path, spec(), WANTED)
@@ -424,7 +426,7 @@ def test_folder_of_other_things_is_refused(tmp_path, name):
     assert contents(tmp_path) == {name: b"mine"}
 
 
-def test_other_files_in_a_cache_are_left_alone(tmp_path):
+def test_other_files_in_a_cache_are_kept(tmp_path):
     build(tmp_path, WANTED[:3])
     for name in ("notes.txt", "train.jsonl", "notes.txt.tmp"):
         (tmp_path / name).write_text("mine")
@@ -436,7 +438,7 @@ def test_other_files_in_a_cache_are_left_alone(tmp_path):
     }
 
 
-def test_digest_that_is_none_and_empty_parts_are_refused(tmp_path):
+def test_invalid_digest_and_part_rows_are_rejected(tmp_path):
     with pytest.raises(CacheError, match="32 bytes"):
         FeatureWriter(tmp_path / "cache", spec(), [b"abc"])
     with pytest.raises(CacheError, match="at least 1 row, not 0"):
@@ -444,7 +446,7 @@ def test_digest_that_is_none_and_empty_parts_are_refused(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_deleted_part_is_made_anew_under_another_name(tmp_path):
+def test_deleted_part_is_rewritten_under_another_name(tmp_path):
     build(tmp_path, WANTED)
     (tmp_path / "features-00002.h5").unlink()
     assert build(tmp_path, WANTED) == WANTED[6:]
@@ -454,24 +456,24 @@ def test_deleted_part_is_made_anew_under_another_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
-def test_a_damaged_list_is_refused_and_the_features_outlive_its_deletion(tmp_path, name):
+def test_damaged_manifest_or_plan_is_rejected_and_can_be_deleted(tmp_path, name):
     build(tmp_path, WANTED[:5])
     with FeatureWriter(tmp_path, spec(), WANTED, 3) as writer:
         write_some(writer, limit=1)
     flip(tmp_path / name, 60)
-    with pytest.raises(CacheError, match=rf"{name}: cannot be used.*delete this one file and run `pipe precompute`"):
+    with pytest.raises(CacheError, match=rf"{name}: cannot be used.*Delete this one file and run `pipe precompute`"):
         FeatureWriter(tmp_path, spec(), WANTED, 3)
     (tmp_path / name).unlink()
     assert build(tmp_path, WANTED) == WANTED[6:]
     assert stored_rows(tmp_path, spec()) == set(WANTED)
 
 
-def test_a_part_in_work_whose_head_is_damaged_is_refused(tmp_path):
+def test_unfinished_part_with_damaged_head_is_rejected(tmp_path):
     FeatureWriter(tmp_path, spec(), WANTED, 3).close()
     layout = inspect_part(tmp_path / "features-00001.h5.partial")
     for byte in (5, layout.crc_offset - 1, layout.features_offset - 1):
         flip(layout.path, byte)
-        with pytest.raises(CacheError, match=r"features-00001\.h5\.partial: its head .*Delete it"):
+        with pytest.raises(CacheError, match=r"features-00001\.h5\.partial: its head .*Delete the file"):
             FeatureWriter(tmp_path, spec(), WANTED, 3)
         flip(layout.path, byte)
     layout.path.unlink()
@@ -485,11 +487,11 @@ def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_full_disk_says_what_to_do_and_goes_on(tmp_path, whole, monkeypatch):
+def test_write_to_full_disk_raises_and_can_be_resumed(tmp_path, whole, monkeypatch):
     with FeatureWriter(tmp_path, spec(), WANTED, part_rows=3) as writer:
         write_some(writer, limit=2)
         monkeypatch.setattr(os, "pwrite", no_space)
-        with pytest.raises(CacheError, match=r"features-00000.*No space left.*run the same command again"):
+        with pytest.raises(CacheError, match=r"features-00000.*No space left.*(R|r)un the same command again"):
             write_some(writer)
     monkeypatch.undo()
     assert build(tmp_path, WANTED) == WANTED[2:]
@@ -497,27 +499,27 @@ def test_full_disk_says_what_to_do_and_goes_on(tmp_path, whole, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["pwrite", "replace", "fsync"])
-def test_full_disk_at_the_start_and_at_the_end(tmp_path, monkeypatch, call):
+def test_full_disk_at_start_and_at_finish(tmp_path, monkeypatch, call):
     with monkeypatch.context() as patch:
         patch.setattr(os, call, no_space)
-        with pytest.raises(CacheError, match=r"No space left.*run the same command again"):
+        with pytest.raises(CacheError, match=r"No space left.*(R|r)un the same command again"):
             FeatureWriter(tmp_path, spec(), WANTED)
     with FeatureWriter(tmp_path, spec(), WANTED) as writer:
         write_some(writer)
         with monkeypatch.context() as patch:
             patch.setattr(os, call, no_space)
-            with pytest.raises(CacheError, match=r"No space left.*run the same command again"):
+            with pytest.raises(CacheError, match=r"No space left.*(R|r)un the same command again"):
                 writer.finish({"train": table([0])})
         writer.finish({"train": table([0])})
     assert stored_rows(tmp_path, spec()) == set(WANTED)
 
 
 class Disk:
-    """Records what is written to one part and when it is flushed."""
+    """Record of the writes to one part and its flushes."""
 
     def __init__(self, monkeypatch, layout):
         self.layout, self.log = layout, []
-        """(what, offset, data): "row" or "crc" or, with neither, "flush"."""
+        """(what, offset, data), where what is "row", "crc" or "flush"."""
         for name in ("pwrite", "fsync", "fdatasync"):
             monkeypatch.setattr(os, name, self._recorded(name, getattr(os, name)))
 
@@ -545,7 +547,7 @@ class Disk:
         (1e9, 40, "row row flush crc crc row row flush crc crc"),  # a row has 20 bytes
     ],
 )
-def test_checksums_are_written_after_their_rows_are_flushed(tmp_path, monkeypatch, seconds, size, order):
+def test_checksums_are_written_after_rows_are_flushed(tmp_path, monkeypatch, seconds, size, order):
     monkeypatch.setattr("cache.part.COMMIT_SECONDS", seconds)
     monkeypatch.setattr("cache.part.COMMIT_BYTES", size)
     with FeatureWriter(tmp_path, spec(), WANTED) as writer, PartWriter(writer.parts[0]) as part:
@@ -560,7 +562,7 @@ def test_checksums_are_written_after_their_rows_are_flushed(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("size", [1, 40, 50, 1 << 30])
-def test_power_cut_at_any_moment_leaves_no_checksum_without_its_row(tmp_path, monkeypatch, size):
+def test_power_loss_leaves_no_checksum_without_its_row(tmp_path, monkeypatch, size):
     monkeypatch.setattr("cache.part.COMMIT_BYTES", size)
     with FeatureWriter(tmp_path, spec(), WANTED) as writer:
         empty = writer.parts[0].read_bytes()
@@ -569,7 +571,7 @@ def test_power_cut_at_any_moment_leaves_no_checksum_without_its_row(tmp_path, mo
             for rows in ([0, 1], [5], [2, 7], [3, 4, 6]):
                 put(part, *rows)
             part.seal()
-    promised = 0
+    with_checksum = 0
     for cut in range(len(disk.log) + 1):
         flushed = max((n + 1 for n in range(cut) if disk.log[n][0] == "flush"), default=0)
         state = bytearray(empty)
@@ -582,15 +584,15 @@ def test_power_cut_at_any_moment_leaves_no_checksum_without_its_row(tmp_path, mo
         for row in np.flatnonzero(left.crc32 >= 0).tolist():
             start = left.features_offset + row * left.spec.row_bytes
             assert state[start : start + left.spec.row_bytes] == features(WANTED[row : row + 1], spec()).tobytes()
-            promised += 1
-    assert promised
+            with_checksum += 1
+    assert with_checksum
 
 
 def broken(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def test_rows_that_the_disk_failed_to_flush_are_not_promised_later(tmp_path, monkeypatch):
+def test_rows_of_a_failed_flush_get_no_checksum(tmp_path, monkeypatch):
     with FeatureWriter(tmp_path, spec(), WANTED) as writer, PartWriter(writer.parts[0]) as part:
         put(part, 0)
         part.commit()
@@ -603,7 +605,7 @@ def test_rows_that_the_disk_failed_to_flush_are_not_promised_later(tmp_path, mon
         assert to_write(writer) == WANTED[1:]
 
 
-def test_what_a_kill_left_under_temporary_names_is_removed(tmp_path, whole):
+def test_temporary_files_are_removed(tmp_path, whole):
     with FeatureWriter(tmp_path, spec(), WANTED, 3) as writer:
         write_some(writer, limit=4)
     for name in ("features-00003.h5.partial.tmp", "text-train.h5.tmp", "manifest.json.tmp", "plan.json.tmp"):
@@ -612,7 +614,7 @@ def test_what_a_kill_left_under_temporary_names_is_removed(tmp_path, whole):
     assert contents(tmp_path) == whole
 
 
-def test_the_kill_of_these_tests_kills(tmp_path):
+def test_simulated_kill_stops_all_changes(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         Kill(patch, at=1)
         for _ in range(2):
@@ -620,30 +622,30 @@ def test_the_kill_of_these_tests_kills(tmp_path):
                 tmp_path.unlink()
 
 
-def test_a_source_for_which_there_are_no_files_left_is_not_taken_for_damaged(tmp_path, monkeypatch):
+def test_too_many_open_files_is_not_a_damaged_source(tmp_path, monkeypatch):
     build(tmp_path / "a", WANTED)
     error = OSError(24, "Too many open files")
-    monkeypatch.setattr("cache.reader.map_file", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("cache.part_reader.map_features", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(CacheError, match="Too many open files"):
         FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"])
 
 
-def test_a_source_is_read_as_it_is_told(tmp_path, monkeypatch):
+def test_source_is_read_with_requested_io(tmp_path, monkeypatch):
     build(tmp_path / "a", WANTED)
-    monkeypatch.setattr("cache.reader.map_file", lambda *_: pytest.fail("mapped"))
+    monkeypatch.setattr("cache.part_reader.map_features", lambda *_: pytest.fail("mapped"))
     with FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"], io="pread") as writer:
         assert writer.copied == len(WANTED)
 
 
-def test_a_sealed_part_is_opened_once(tmp_path, monkeypatch):
+def test_sealed_part_is_inspected_once(tmp_path, monkeypatch):
     build(tmp_path, WANTED, part_rows=1)
     opened = []
-    monkeypatch.setattr("cache.writer.inspect_part", lambda path: opened.append(path.name) or inspect_part(path))
+    monkeypatch.setattr("cache.parts.inspect_part", lambda path: opened.append(path.name) or inspect_part(path))
     build(tmp_path, WANTED, part_rows=1)
     assert len(opened) == len(set(opened)) == len(WANTED)
 
 
-def test_a_link_in_a_parts_place_is_refused(tmp_path):
+def test_link_in_place_of_part_is_rejected(tmp_path):
     build(tmp_path / "cache", WANTED)
     part = tmp_path / "cache" / "features-00001.h5"
     part.rename(tmp_path / "elsewhere.h5")
@@ -652,19 +654,19 @@ def test_a_link_in_a_parts_place_is_refused(tmp_path):
         FeatureWriter(tmp_path / "cache", spec(), WANTED)
     with pytest.raises(CacheError, match=r"features-00001\.h5: is a link"):
         FeatureReader(tmp_path / "cache").gather([4])
-    assert [damage.file for damage in verify(tmp_path / "cache").damages] == ["features-00001.h5"]
+    assert [damage.file for damage in verify(tmp_path / "cache").damage] == ["features-00001.h5"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content["attachments"].update({"left-out.jsonl": "/../../x"}),
+        lambda content: content["attachments"].update({"skipped.jsonl": "/../../x"}),
         lambda content: content["parts"][0].update(head_sha256="x"),
         lambda content: content["splits"]["train"].update(sha256="ab" * 31),
     ],
 )
-def test_a_digest_that_is_none_is_refused(tmp_path, change):
+def test_invalid_digest_in_manifest_is_rejected(tmp_path, change):
     build(tmp_path, WANTED)
     edit_manifest(tmp_path, change)
-    with pytest.raises(CacheError, match="is no SHA-256"):
+    with pytest.raises(CacheError, match="is not a SHA-256"):
         FeatureReader(tmp_path)

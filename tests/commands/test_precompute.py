@@ -269,7 +269,7 @@ def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> No
 def test_a_folder_of_other_files_is_not_taken_for_a_cache(data_set: Path) -> None:
     (data_set / "cache").mkdir()
     (data_set / "cache" / "thesis.tex").write_text("x")
-    with pytest.raises(CacheError, match="holds other files"):
+    with pytest.raises(CacheError, match="contains other files"):
         precompute(load_config(data_set / "config.yaml"))
     assert [path.name for path in (data_set / "cache").iterdir()] == ["thesis.tex"]
 

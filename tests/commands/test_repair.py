@@ -10,6 +10,7 @@ import pytest
 from cache import audit
 from cache.format import inspect_part
 from cache.reader import FeatureReader
+from cache.repair import drop_damaged
 from cache.spec import CacheError
 from pipeline.batches.assemble import open_split
 from pipeline.commands.precompute import precompute
@@ -78,7 +79,7 @@ def test_nothing_is_thrown_away_before_its_picture_is_found(
     assert files(cache) == before
     away.rename(picture)
     assert repair(data_set / "config.yaml")["encoded"] == (24 if whole_part else 1)
-    assert audit.verify(cache).damages == []
+    assert audit.verify(cache).damage == []
 
 
 def test_a_damaged_row_that_no_question_needs_bars_no_repair(data_set: Path, config: Config) -> None:
@@ -90,19 +91,19 @@ def test_a_damaged_row_that_no_question_needs_bars_no_repair(data_set: Path, con
     picture.unlink()
     precompute(config)
     assert repair(config.cache.dir)["encoded"] == 0
-    assert audit.verify(config.cache.dir).damages == []
+    assert audit.verify(config.cache.dir).damage == []
 
 
 def test_a_row_that_is_not_stored_is_found_told_at_training_and_encoded_again(config: Config) -> None:
     cache = config.cache.dir
     damage_row(cache, 5)
-    audit.drop_damaged(cache, audit.verify(cache).damages)
+    drop_damaged(cache, audit.verify(cache).damage)
     summary = upkeep.verify(cache)
     assert [re.sub(r"features-\d+", "features", line) for line in summary["damaged"]] == [
         f"features.h5: row 5 {audit.NOT_STORED}"
     ]
     with pytest.raises(
-        CacheError, match=r"row 5 .* was never written\. Run `pipe precompute` again: it encodes its picture"
+        CacheError, match=r"row 5 .* was never written\. Run `pipe precompute` again to encode its image"
     ):
         open_split(config, "train").features.gather(np.array([5]))
     assert repair(cache)["encoded"] == 1
@@ -132,10 +133,10 @@ def test_a_file_that_is_no_part_is_named_with_what_to_do(config: Config) -> None
     cache = config.cache.dir
     stray = cache / "features-00007.h5"
     stray.write_bytes(bytes(50_000))
-    assert upkeep.verify(cache)["damaged"] == [f"{stray.name}: {audit.NO_PART}"]
+    assert upkeep.verify(cache)["damaged"] == [f"{stray.name}: {audit.NOT_A_PART}"]
     assert upkeep.cache_info(cache)["not_in_manifest"] == [stray.name]
     for run in (lambda: precompute(config), lambda: repair(cache)):
-        with pytest.raises(CacheError, match=r"features-00007\.h5: is no part of this cache.*(D|d)elete") as told:
+        with pytest.raises(CacheError, match=r"features-00007\.h5: is not a part of this cache.*(D|d)elete") as told:
             run()
         assert "synchronously" not in str(told.value)
     stray.unlink()

@@ -169,7 +169,7 @@ def test_without_thumbnails_or_the_cache_or_with_other_questions_the_rest_is_the
     moved = config.model_copy(update={"cache": config.cache.model_copy(update={"dir": tmp_path / "cache"})})
     other.config.write_text(moved.to_yaml())
     (missing,) = report([other])["missing"]
-    assert f"no cache at {tmp_path}/cache: run `pipe precompute` first" in missing
+    assert f"no cache at {tmp_path}/cache. Run `pipe precompute` first" in missing
     precompute(moved.model_copy(update={"precompute": moved.precompute.model_copy(update={"thumbnail_size": 0})}))
     (missing,) = report([other])["missing"]
     assert re.search(f"no thumbnails.*: pipe precompute {other.config}", missing)

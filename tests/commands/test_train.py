@@ -220,7 +220,7 @@ def test_runs_are_numbered(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_not_there_leaves_no_run_behind(cached: Config, tmp_path: Path) -> None:
     config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": tmp_path / "none"})})
-    with pytest.raises(CacheError, match=r"no cache at .*: run `pipe precompute` first"):
+    with pytest.raises(CacheError, match=r"no cache at .*\. Run `pipe precompute` first"):
         train(config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -627,7 +627,7 @@ def test_a_cache_of_tables_is_repaired_and_compared(tables: Config, monkeypatch:
     assert (compared["reencoded"], compared["reencode_differs"]) == (5, False)
     (cache / PART).write_bytes((cache / PART).read_bytes()[:-1])
     assert repair(cache)["encoded"] == 24
-    assert verify(cache).damages == []
+    assert verify(cache).damage == []
 
 
 def test_broken_pictures_in_tables_are_left_out_by_row(tables: Config) -> None:

@@ -119,7 +119,7 @@ def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
         with pytest.raises(PipelineError, match="out of memory"):
             dry_run(config)
     assert precompute(config)["reused"] > 0
-    assert not verify(config.cache.dir).damages
+    assert not verify(config.cache.dir).damage
 
 
 def test_another_error_of_a_gpu_is_no_lack_of_memory(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

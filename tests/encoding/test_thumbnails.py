@@ -14,7 +14,7 @@ import pipeline.encoding.encoding_loop
 import pipeline.encoding.thumbnails
 from cache import audit
 from cache.inventory import remove
-from cache.own import own_files
+from cache.ownership import own_files
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from cache.thumbnails import Thumbnails, find_thumbnails
@@ -188,7 +188,7 @@ def test_another_size_makes_them_anew_and_encodes_nothing(
     assert run(data_set, "precompute.thumbnail_size=0")["thumbnail_bytes"] == 0
     assert thumbnails(data_set) == {}
     assert not [*(data_set / "cache").glob("thumbnails-*")]
-    assert audit.verify(data_set / "cache").damages == []
+    assert audit.verify(data_set / "cache").damage == []
 
 
 def test_a_killed_run_finds_those_that_it_made(
@@ -202,7 +202,7 @@ def test_a_killed_run_finds_those_that_it_made(
         with pytest.raises(KeyboardInterrupt):
             run(data_set)
     assert len(made) == 24
-    assert [len(found.pictures) for _, found in find_thumbnails(data_set / "cache", "features-00000.h5")] == [24]
+    assert [len(found.images) for _, found in find_thumbnails(data_set / "cache", "features-00000.h5")] == [24]
     run(data_set)
     assert (len(made), len(thumbnails(data_set))) == (24, 24)
 
@@ -240,14 +240,14 @@ def test_damage_is_found_told_and_mended(data_set: Path) -> None:
     (file,) = (data_set / "cache").glob("thumbnails-*")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert [(one.file, one.problem) for one in audit.verify(data_set / "cache").damages] == [
-        (file.name, "is not what was written")
+    assert [(one.file, one.problem) for one in audit.verify(data_set / "cache").damage] == [
+        (file.name, "is damaged (SHA-256 mismatch)")
     ]
-    with pytest.raises(CacheError, match="is not what was written"):
+    with pytest.raises(CacheError, match="is damaged"):
         thumbnails(data_set)
     assert repair(data_set / "cache")["encoded"] == 0
     assert file.read_bytes() == whole
-    assert audit.verify(data_set / "cache").damages == []
+    assert audit.verify(data_set / "cache").damage == []
 
 
 def test_they_are_the_caches_own_files_also_half_written(data_set: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_signal_saves_first_and_says_how_to_go_on(cached: Config, tmp_path: Pa
 def test_a_run_that_is_being_trained_is_left_alone(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     run = Run(tmp_path / "run")
     train(with_train(cached, max_steps=4), run)
     logged = run.metrics.read_bytes()
@@ -93,7 +93,7 @@ def test_a_run_that_is_being_trained_is_left_alone(
 def test_the_folder_is_held_until_the_adapter_is_in_place(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     run, held = Run(tmp_path / "run"), []
     monkeypatch.setattr("pipeline.commands.train.write_card", lambda run, _: held.append(run.is_held))
     train(cached, run)
