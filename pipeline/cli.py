@@ -193,7 +193,7 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[
 
     _quiet_transformers()
     loaded = load_config(config, overrides)
-    return stage_one.dry_run(loaded) if dry_run else stage_one.precompute(loaded)
+    return stage_one.estimate_precompute(loaded) if dry_run else stage_one.precompute(loaded)
 
 
 @main.command()

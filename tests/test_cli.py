@@ -209,7 +209,7 @@ def test_the_summary_is_a_table_without_json(data_set: Path) -> None:
 
 def test_the_table_keeps_names_apart_and_gives_units() -> None:
     summary = {
-        "skipped": {"question_id is there twice": 2, "no annotation in my_file.json": 1},
+        "skipped": {"duplicate question_id": 2, "no annotation in my_file.json": 1},
         "nothing": {},
         "time": {"encoding": 0.00087},
         "bytes": 134544,
@@ -221,7 +221,7 @@ def test_the_table_keeps_names_apart_and_gives_units() -> None:
     }
     assert table(summary).splitlines() == [
         "skipped",
-        "  question_id is there twice  2",
+        "  duplicate question_id  2",
         "  no annotation in my_file.json  1",
         "time",
         "  encoding                  0.0 s",

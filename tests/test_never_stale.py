@@ -19,7 +19,7 @@ from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
-from pipeline.encoding.encoding_loop import Encoded
+from pipeline.encoding.encoding_loop import EncodingReport
 from pipeline.encoding.images import Preprocessor
 
 
@@ -130,8 +130,10 @@ def test_encoding_again_tells_rounding_from_another_encoder(made: Path, monkeypa
 
 
 def test_another_image_backend_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    identity = Preprocessor.identity
-    monkeypatch.setattr(Preprocessor, "identity", lambda self: identity(self).replace('"pil"', '"torchvision"'))
+    settings_json = Preprocessor.settings_json
+    monkeypatch.setattr(
+        Preprocessor, "settings_json", lambda self: settings_json(self).replace('"pil"', '"torchvision"')
+    )
     refused(config_of(made), 'backend: cache has "pil", wanted "torchvision"')
 
 
@@ -195,7 +197,8 @@ def test_an_annotation_edited_while_pictures_are_encoded_stops_training(
 ) -> None:
     path = made / "train.jsonl"
     monkeypatch.setattr(
-        "pipeline.commands.precompute._encode", lambda *_: (path.write_text("\n" + path.read_text()), Encoded())[1]
+        "pipeline.commands.precompute._encode",
+        lambda *_: (path.write_text("\n" + path.read_text()), EncodingReport())[1],
     )
     precompute(config_of(made))
     with pytest.raises(PipelineError, match=r"train\.jsonl .* is not what .* was made of"):

@@ -20,8 +20,8 @@ from pipeline.common.distributed import rank, world_size
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 from pipeline.config import Config, SplitFiles
-from pipeline.data.lengths import check_lengths, check_room_for_answers
-from pipeline.data.tables import identity
+from pipeline.data.sequence_length import check_answer_lengths, check_lengths
+from pipeline.data.tables import table_fingerprint
 from pipeline.data.targets import Targets
 from pipeline.data.text import PromptTokenizer, retokenize
 from pipeline.encoding.encoder_spec import encoder_settings, encoder_spec
@@ -50,13 +50,13 @@ def open_split(
     _log_other_images(features, config, split)
     text = features.text(split)
     tokenizer = PromptTokenizer(folder, config.data.prompt)
-    if (text.prompt, text.tokenizer) != (tokenizer.prompt, tokenizer.identity()):
+    if (text.prompt, text.tokenizer) != (tokenizer.prompt, tokenizer.fingerprint()):
         log_info(f"{config.cache.dir}: the prompt or the tokenizer has changed; making the tokens of {split} again")
         text = retokenize(text, tokenizer)
     if trained:
         check_lengths(text, tokenizer, split)
     if answered:
-        check_room_for_answers(text, tokenizer, split, config.evaluate.max_new_tokens)
+        check_answer_lengths(text, tokenizer, split, config.evaluate.max_new_tokens)
     return SequenceBuilder(features, text)
 
 
@@ -122,7 +122,7 @@ def _check_annotations(features: FeatureReader, config: Config, split: str) -> N
 def _identity_now(files: SplitFiles, key: str) -> str | None:
     """What the manifest would have for these annotations now; None if they are not on this machine."""
     if key in files.tables:
-        return identity(files.tables[key])
+        return table_fingerprint(files.tables[key])
     path = getattr(files, key, None)
     return sha256_of(path) if path is not None and path.is_file() else None
 

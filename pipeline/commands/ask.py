@@ -104,10 +104,10 @@ class Predictor:
             raise PipelineError("the question is empty")
         settings = self.config.evaluate
         length = self.tokenizer.query_tokens + len(self.tokenizer.prompts([question])[0]) + settings.max_new_tokens
-        if length > self.tokenizer.longest:
+        if length > self.tokenizer.max_length:
             raise PipelineError(
                 f"the question is too long: {length} tokens with its image and evaluate.max_new_tokens="
-                f"{settings.max_new_tokens}; the language model takes {self.tokenizer.longest}"
+                f"{settings.max_new_tokens}; the language model takes {self.tokenizer.max_length}"
             )
 
     def __call__(self, image: Path, features: Tensor, question: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_writable, write_text
 from pipeline.common.progress import log_info, progress_bar, with_bar
 from pipeline.data.examples import VQAExample
-from pipeline.data.text import cut_answers
-from pipeline.data.vqa import official_form
+from pipeline.data.text import truncated_answers
+from pipeline.data.vqa import results_formatter
 from pipeline.runs.card import write_card
 from pipeline.runs.run import Run
 
@@ -39,13 +39,13 @@ def evaluate(run: Run, overrides: tuple[str, ...] = (), with_adapter: bool = Tru
     with followed_by(f"run the same command again; or copy the run, cp -r {run.path} COPY, and evaluate the copy"):
         for folder in (run.path, run.adapter):
             require_writable(folder)
-    settings, official = config.evaluate, official_form(config.data.format)
+    settings, official = config.evaluate, results_formatter(config.data.format)
     builder = open_split(config, settings.split, trained=False, answered=True)
     numbers = with_bar("questions", range(len(builder.text)), "questions")
     examples = [VQAExample.from_record(builder.text.record(number)) for number in numbers]
     check_metric(examples, settings.metric)
     tokenizer = load_tokenizer(config)
-    multiline = sum(cut_answers(builder.text, tokenizer).values())
+    multiline = sum(truncated_answers(builder.text, tokenizer).values())
     if multiline:
         log_info(
             f"{settings.split}: {multiline} references have several lines, and a prediction never has more than one"

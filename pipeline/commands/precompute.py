@@ -31,14 +31,14 @@ from pipeline.common.progress import log_info
 from pipeline.config import Config, PrecomputeConfig
 from pipeline.data.cached_examples import CachedExamples, images_of, reader_fingerprint
 from pipeline.data.examples import VQAExample
-from pipeline.data.lengths import find_too_long, too_long_reason
+from pipeline.data.sequence_length import find_too_long, too_long_reason
 from pipeline.data.tables import ImageSource
-from pipeline.data.text import PromptTokenizer, cut_answers, log_cut_answers, select, tokenize
+from pipeline.data.text import PromptTokenizer, log_truncated_answers, select, tokenize, truncated_answers
 from pipeline.encoding.encoder_spec import encoder_settings, encoder_spec, load_preprocessor
-from pipeline.encoding.encoding_loop import LOOP_TIMES, Encoded, EncodingLoop
+from pipeline.encoding.encoding_loop import LOOP_TIMES, EncodingLoop, EncodingReport
 from pipeline.encoding.images import Preprocessor, read_image_bytes
 from pipeline.encoding.preflight import (
-    LEFT_OUT_NAME,
+    SKIPPED_NAME,
     DatasetScan,
     check_disk_space,
     first_line,
@@ -48,7 +48,7 @@ from pipeline.encoding.preflight import (
     scan_dataset,
     skipped_lines,
 )
-from pipeline.encoding.thumbnails import making_thumbnails, most_bytes
+from pipeline.encoding.thumbnails import making_thumbnails, max_thumbnail_bytes
 
 Mend = Callable[[DatasetScan, CacheSpec], None]
 
@@ -94,7 +94,7 @@ def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | Non
         return None
 
 
-def dry_run(config: Config) -> dict[str, Any] | None:
+def estimate_precompute(config: Config) -> dict[str, Any] | None:
     """What `precompute` would do, how long it would take, and what it would leave out; the cache stays as it is.
 
     None in a process that is not the first.
@@ -106,7 +106,7 @@ def dry_run(config: Config) -> dict[str, Any] | None:
     a_second = None
     if found.to_encode:
         encoder = _picture_encoder(prepared.checkpoint, prepared.spec, settings)
-        a_second = encoder.pictures_per_second([prepared.inputs.paths[digest] for digest in found.missing])
+        a_second = encoder.images_per_second([prepared.inputs.paths[digest] for digest in found.missing])
     return {
         "cache": str(config.cache.dir),
         "pictures": prepared.inputs.pictures,
@@ -149,15 +149,15 @@ def _run_main(config: Config, team: DistributedContext, mend: Mend | None) -> di
             news = inputs.skipped[len(prepared.inputs.skipped) :]
             log_skipped(inputs, news, config.precompute.on_invalid, _report(config))
         texts = _texts(prepared, inputs, writer.rows())
-        multiline = {split: len(cut_answers(text, prepared.tokenizer)) for split, text in texts.items()}
+        multiline = {split: len(truncated_answers(text, prepared.tokenizer)) for split, text in texts.items()}
         for split, count in multiline.items():
-            log_cut_answers(split, count, prepared.tokenizer)
+            log_truncated_answers(split, count, prepared.tokenizer)
         _tell_dropped(config.cache.dir, texts)
         provenance = _provenance(config, prepared.checkpoint, inputs)
         writer.finish(texts, _attachments(inputs), provenance, thumbnails())
     _report(config).unlink(missing_ok=True)
     if inputs.skipped:
-        log_info(f"all that was left out: {FeatureReader(config.cache.dir).attachment(LEFT_OUT_NAME)}")
+        log_info(f"all that was left out: {FeatureReader(config.cache.dir).attachment(SKIPPED_NAME)}")
     encoded = sum(report.rows for report in reports)
     loop_seconds = max(report.seconds for report in reports)
     return {
@@ -215,7 +215,7 @@ def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> P
     beside = sibling_caches(config.cache.dir, spec)
     found = estimate_write(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
     text_bytes = sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
-    shown_bytes = (found.wanted - found.stored) * most_bytes(config.precompute.thumbnail_size)
+    shown_bytes = (found.wanted - found.stored) * max_thumbnail_bytes(config.precompute.thumbnail_size)
     found = replace(found, bytes_needed=found.bytes_needed + text_bytes + shown_bytes)
     log_info(first_line(inputs, found, config.cache))
     check_disk_space(found, config.cache)
@@ -267,9 +267,9 @@ def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, ImageS
     return shares
 
 
-def _encode(share: Share, checkpoint: Path, settings: PrecomputeConfig) -> Encoded:
+def _encode(share: Share, checkpoint: Path, settings: PrecomputeConfig) -> EncodingReport:
     if not share.parts:
-        return Encoded()
+        return EncodingReport()
     return _picture_encoder(checkpoint, share.spec, settings).fill(share.parts, share.pictures)
 
 
@@ -303,11 +303,11 @@ def _tell_dropped(folder: Path, texts: Mapping[str, TextTable]) -> None:
 def _report(config: Config) -> Path:
     """Where it is listed what cannot be used if that stops the run: no cache holds the list then."""
     folder = config.cache.dir if config.cache.dir.name else config.cache.dir.absolute()  # "." has no name
-    return folder.parent / f"{folder.name}.{LEFT_OUT_NAME}"
+    return folder.parent / f"{folder.name}.{SKIPPED_NAME}"
 
 
 def _attachments(inputs: DatasetScan) -> dict[str, bytes]:
-    return {LEFT_OUT_NAME: skipped_lines(inputs.skipped)} if inputs.skipped else {}
+    return {SKIPPED_NAME: skipped_lines(inputs.skipped)} if inputs.skipped else {}
 
 
 def _reasons(inputs: DatasetScan) -> dict[str, int]:

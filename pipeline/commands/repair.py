@@ -26,7 +26,7 @@ from pipeline.config import Config, load_config
 from pipeline.data.tables import ImageSource
 from pipeline.encoding.encoder_spec import encoder_spec
 from pipeline.encoding.images import ImageError, Preprocessor, image_digest, read_image_bytes
-from pipeline.encoding.preflight import NAMED, DatasetScan, read_split
+from pipeline.encoding.preflight import MAX_NAMED, DatasetScan, read_split
 from pipeline.encoding.upkeep import cache_folder, in_words
 
 # How far apart two machines, or two batches, may be, as a share of the largest number of a row: far above what the
@@ -128,7 +128,7 @@ def _require_pictures(folder: Path, damages: Sequence[audit.Damage], inputs: Dat
     """Raises `PipelineError` if a lost row could not be encoded again."""
     gone = [*dict.fromkeys(_pictures_gone(folder, damages, inputs))]
     if gone:
-        named = ", ".join(gone[:NAMED]) + (", ..." if len(gone) > NAMED else "")
+        named = ", ".join(gone[:MAX_NAMED]) + (", ..." if len(gone) > MAX_NAMED else "")
         raise PipelineError(
             f"{folder}: of damaged rows these pictures ({len(gone)}) are not as they were encoded: {named}. "
             "Is their disk mounted? If they are changed or gone for good, run `pipe precompute` instead. "

@@ -36,7 +36,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.files import WriteError, put_in_place, require_writable, writing
 from pipeline.common.progress import log_info
 from pipeline.config import Config, TrainConfig
-from pipeline.data.text import cut_answers, log_cut_answers
+from pipeline.data.text import log_truncated_answers, truncated_answers
 from pipeline.runs.card import write_card
 from pipeline.runs.checkpoints import remove_incomplete, sound_checkpoint
 from pipeline.runs.record import begin_record, end_record
@@ -187,8 +187,8 @@ def _open_data(config: Config) -> Data:
     if config.validation.steps is not None:
         other = open_split(config, config.validation.split, builder.features, answered=True)
         validator = Validator(other, tokenizer, config.validation, config.evaluate)
-    cut = len(cut_answers(builder.text, tokenizer))
-    log_cut_answers("train", cut, tokenizer)
+    cut = len(truncated_answers(builder.text, tokenizer))
+    log_truncated_answers("train", cut, tokenizer)
     return Data(builder, trainable_questions(builder, config), validator, cut)
 
 

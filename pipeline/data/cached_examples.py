@@ -17,7 +17,7 @@ from pipeline.config import DataConfig, SplitFiles
 from pipeline.data.examples import VQAExample
 from pipeline.data.tables import ImageSource
 
-READERS = ("examples.py", "records.py", "rows.py", "sources.py", "tables.py", "vqa.py", "formats/*.py")
+READERS = ("examples.py", "records.py", "record_files.py", "sources.py", "tables.py", "vqa.py", "formats/*.py")
 _FILES = ("annotations", "questions")
 # A record is JSON: a quote inside a text stands behind a backslash, so that this can only be the field.
 _IMAGE = re.compile(rb'"image": "([^"\\]*(?:\\.[^"\\]*)*)"')

@@ -13,10 +13,10 @@ from pipeline.common.errors import PipelineError
 from pipeline.data.records import field, optional_text, question_id_of, texts_of
 from pipeline.data.tables import ImageSource
 
-TWICE = "question_id is there twice"  # the reasons of `SkippedItem`s; "no annotation in FILE" is one more
-ANNOTATED_TWICE = "question_id is annotated twice"
+DUPLICATE_ID = "duplicate question_id"  # the reasons of `SkippedItem`s; "no annotation in FILE" is one more
+DUPLICATE_ANNOTATION = "duplicate annotation"
 NO_ANSWER = "no answer"
-NO_IMAGE = "caption of an image that is not listed"
+NO_IMAGE = "caption of an unlisted image"
 
 DIFFICULT = "difficult direct answer"  # the answer type of questions that A-OKVQA's direct-answer accuracy leaves out
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.rows import find_header
+from pipeline.data.record_files import find_header
 from pipeline.data.sources import Sources
 
 _HEAD = 1 << 20  # bytes that are looked at
@@ -18,7 +18,7 @@ _READS_TOO = {("jsonl", "lavis")}  # what LAVIS writes is a list of one's own, t
 _DECODER = json.JSONDecoder()
 
 
-class Form(NamedTuple):
+class DetectedFormat(NamedTuple):
     """A data format, the config's key for a file of it, and what the file must become before it can stand there."""
 
     format: str
@@ -37,18 +37,18 @@ _OTHER_NAMES = {
 }
 
 
-def mistaken(format: str, sources: Sources) -> str | None:
+def suggest_format(format: str, sources: Sources) -> str | None:
     """What to set instead, if a file of `sources` looks like another format's, or stands at another file's key."""
     told = []
     for key in _KEYS.get(format, ("annotations",)):
         path: Path | None = getattr(sources, key)
-        found = recognise(path) if path else None
-        if found and found != Form(format, key) and (format, found.format) not in _READS_TOO:
-            told.append(f"{path}: {_instead(found, Form(format, key), sources.split)}")
+        found = detect_format(path) if path else None
+        if found and found != DetectedFormat(format, key) and (format, found.format) not in _READS_TOO:
+            told.append(f"{path}: {_instead(found, DetectedFormat(format, key), sources.split)}")
     return "; ".join(dict.fromkeys(told)) or None
 
 
-def recognise(path: Path) -> Form | None:
+def detect_format(path: Path) -> DetectedFormat | None:
     """The form that a file seems to have; None for a file that is not known or cannot be read."""
     try:
         with path.open("rb") as file:
@@ -57,12 +57,12 @@ def recognise(path: Path) -> Form | None:
         return None
     if text.lstrip()[:1] not in ("[", "{"):
         header = find_header(text)
-        return _form_of_own(dict.fromkeys(header.names)) if header else None
+        return _detect_own_record(dict.fromkeys(header.names)) if header else None
     value, _ = _beginning(text, 0, _DEPTH)
-    return _form_of_an_object(value) if isinstance(value, dict) else _form_of_a_list(_first(value))
+    return _detect_in_object(value) if isinstance(value, dict) else _detect_in_list(_first(value))
 
 
-def _instead(found: Form, given: Form, split: str) -> str:
+def _instead(found: DetectedFormat, given: DetectedFormat, split: str) -> str:
     whose = f"{found.format}'s {found.key}" if found.format in _KEYS else found.format
     if found.remedy:
         return f"{found.remedy}; then data.format={found.format} reads it"
@@ -73,54 +73,54 @@ def _instead(found: Form, given: Form, split: str) -> str:
     return f"this looks like {whose}, not {other}: set {' and '.join(steps)}"
 
 
-def _form_of_a_list(record: Mapping[str, object]) -> Form | None:
+def _detect_in_list(record: Mapping[str, object]) -> DetectedFormat | None:
     if not record.keys().isdisjoint(("direct_answers", "difficult_direct_answer", "correct_choice_idx")):
-        return Form("aokvqa")
+        return DetectedFormat("aokvqa")
     if not {"image", "question"} <= record.keys():
-        return _form_of_own(record)
+        return _detect_own_record(record)
     answers = record.get("answers")
     if isinstance(answers, list) and answers and isinstance(answers[0], str):
-        return Form("jsonl")
+        return DetectedFormat("jsonl")
     if isinstance(record.get("answer"), str):  # LAVIS's is a list
-        return Form("jsonl")
+        return DetectedFormat("jsonl")
     if "answer" in record or ("answers" not in record and "question_id" in record):
-        return Form("lavis")
-    return Form("vizwiz" if "answers" in record or record.keys() <= _VIZWIZ_TEST else "jsonl")
+        return DetectedFormat("lavis")
+    return DetectedFormat("vizwiz" if "answers" in record or record.keys() <= _VIZWIZ_TEST else "jsonl")
 
 
-def _form_of_an_object(whole: Mapping[str, object]) -> Form | None:
+def _detect_in_object(whole: Mapping[str, object]) -> DetectedFormat | None:
     if {"image", "question"} <= whole.keys():
-        return Form("jsonl")
+        return DetectedFormat("jsonl")
     if {"image_id", "question"} <= _first(whole.get("data")).keys():
-        return Form("textvqa")
+        return DetectedFormat("textvqa")
     if {"image_id", "question"} <= _first(whole.get("questions")).keys():
-        return Form("vqav2", "questions")
+        return DetectedFormat("vqav2", "questions")
     annotation = _first(whole.get("annotations"))
     if "caption" in annotation or {"id", "file_name"} <= _first(whole.get("images")).keys():
-        return Form("coco_captions")
+        return DetectedFormat("coco_captions")
     if {"question_id", "answers"} <= annotation.keys():
-        return Form("vqav2", "annotations")
+        return DetectedFormat("vqav2", "annotations")
     first = next(iter(whole.values()), None)
     if isinstance(first, dict) and {"imageId", "question"} <= first.keys():
-        return Form("gqa")
+        return DetectedFormat("gqa")
     wrapped = next((key for key, value in whole.items() if {"image", "question"} <= _first(value).keys()), None)
     if wrapped is not None:
-        return Form("jsonl", remedy=f"keep only the list at {wrapped!r} in the file")
-    return _form_of_own(whole)
+        return DetectedFormat("jsonl", remedy=f"keep only the list at {wrapped!r} in the file")
+    return _detect_own_record(whole)
 
 
-def _form_of_own(record: Mapping[str, object]) -> Form | None:
+def _detect_own_record(record: Mapping[str, object]) -> DetectedFormat | None:
     """The form of a record that people made: ours, or one that nearly is."""
     if "conversations" in record:
-        return Form("jsonl", remedy=_CONVERSATIONS)
+        return DetectedFormat("jsonl", remedy=_CONVERSATIONS)
     if {"image", "question"} <= record.keys():
-        return Form("jsonl")
+        return DetectedFormat("jsonl")
     renamed = {name: next((other for other in others if other in record), None) for name, others in _OTHER_NAMES.items()
                if name not in record}  # fmt: skip
     if any(name not in record and not renamed[name] for name in ("image", "question")):
         return None
     names = " and ".join(f"{other} to {name}" for name, other in renamed.items() if other)
-    return Form("jsonl", remedy=f"rename {names}")
+    return DetectedFormat("jsonl", remedy=f"rename {names}")
 
 
 def _first(records: object) -> Mapping[str, object]:

@@ -27,14 +27,14 @@ class RecordError(PipelineError):
 
 
 @contextmanager
-def naming(path: Path | str) -> Iterator[None]:
+def prefix_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except RecordError as error:
         raise PipelineError(f"{path}: {error}") from None
 
 
-def each(
+def map_records(
     records: Iterable[tuple[Position, object]], place: str, make: Callable[[Position, object], T]
 ) -> Iterator[tuple[Position, T]]:
     """Each position with what `make` makes of its record; errors say the position, as `place` puts it."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.table_name import TableName
-from pipeline.data.examples import NO_ANSWER, TWICE, SkippedItem, Split, VQAExample
-from pipeline.data.records import Position, RecordError, each, list_of, naming, parse_json
+from pipeline.data.examples import DUPLICATE_ID, NO_ANSWER, SkippedItem, Split, VQAExample
+from pipeline.data.records import Position, RecordError, list_of, map_records, parse_json, prefix_errors
 
 OnRead = Callable[[Path, bytes], object]
 
@@ -30,17 +30,17 @@ class Sources:
     def may_lack_answers(self) -> bool:
         return self.split.startswith("test")
 
-    def lacks(self, question_id: int | str) -> str | None:
+    def skip_reason(self, question_id: int | str) -> str | None:
         """Why a question without answers is left out, or None where it may lack them."""
         return None if self.may_lack_answers else NO_ANSWER
 
-    def need(self, key: str) -> Path:
+    def require(self, key: str) -> Path:
         path: Path | None = getattr(self, key)
         if path is None:
             raise self._not_set(key)
         return path
 
-    def need_table(self, key: str) -> TableName:
+    def require_table(self, key: str) -> TableName:
         if key not in self.tables:
             raise self._not_set(key)
         return self.tables[key]
@@ -73,10 +73,10 @@ def collect(
     skipped: list[SkippedItem] = []
     file = str(path)
     lacks = lacks or sources.lacks
-    for position, example in each(records, place, make):
+    for position, example in map_records(records, place, make):
         key = example.question_id
         if key in examples:
-            reason: str | None = TWICE
+            reason: str | None = DUPLICATE_ID
         else:
             reason = None if example.answers else lacks(key)
         if reason is None:
@@ -91,13 +91,13 @@ def collect(
 
 def collect_list(sources: Sources, make: Callable[[int, object], VQAExample]) -> Split:
     """The split that `make` makes of an annotations file that is one JSON list of records."""
-    path = sources.need("annotations")
-    with naming(path):
+    path = sources.require("annotations")
+    with prefix_errors(path):
         records = list_of(parse_json(sources.read_text(path)))
         return collect(sources, path, "[{}]", enumerate(records), make)
 
 
-def pictures(folder: Path) -> Callable[[str], Path]:
+def image_resolver(folder: Path) -> Callable[[str], Path]:
     """Picture name -> its path in `folder`, made once a name; names that lead out of it are refused."""
 
     @cache

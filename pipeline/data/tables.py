@@ -23,7 +23,7 @@ from pipeline.common.progress import log_info, progress_bar
 from pipeline.common.table_name import SUFFIXES, TableName, is_local
 from pipeline.data.records import RecordError
 
-AT_ONCE = 10_000  # rows that are Python objects at the same time
+CHUNK_SIZE = 10_000  # rows that are Python objects at the same time
 _BYTES = {"binary", "large_binary", "binary_view"}
 _PATHS = {"string", "large_string", "string_view"}
 
@@ -86,7 +86,7 @@ class Table:
         """The first of these columns that is there."""
         return next((name for name in names if name in self.columns), None)
 
-    def need(self, *names: str, hint: str = "") -> str:
+    def require(self, *names: str, hint: str = "") -> str:
         """The first of these columns that is there; RecordError without."""
         found = self.first_of(names)
         if found is None:
@@ -99,8 +99,8 @@ class Table:
         for column in columns:
             _validate(column, some[:][column])
         with progress_bar(f"rows of {self.name}", len(some), "rows", delay=2) as bar:
-            for start in range(0, len(some), AT_ONCE):
-                rows = some[start : start + AT_ONCE].to_pylist()
+            for start in range(0, len(some), CHUNK_SIZE):
+                rows = some[start : start + CHUNK_SIZE].to_pylist()
                 yield from enumerate(rows, start)
                 bar.update(len(rows))
 
@@ -142,7 +142,7 @@ def local_files(dataset: str) -> list[Path]:
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
-def identity(table: TableName) -> str | None:
+def table_fingerprint(table: TableName) -> str | None:
     """SHA-256 (hex) of what a table is: of local files their bytes, of a hub id its name and revision.
 
     None if the files are not on this machine. Opens no table, and asks no hub.

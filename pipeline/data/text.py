@@ -54,13 +54,13 @@ class PromptTokenizer:
         self.bos_token_id: int = text_config.bos_token_id
         self.eos_token_id: int = end_tokens(config)[0]
         self.query_tokens: int = config.num_query_tokens
-        self.longest: int = text_config.max_position_embeddings
+        self.max_length: int = text_config.max_position_embeddings
         """Positions that the language model has, for the image and the text."""
         is_special = self.eos_token_id in self.tokenizer.all_special_ids
-        self.end: str = "" if is_special else str(self.tokenizer.decode([self.eos_token_id]))
+        self.end_text: str = "" if is_special else str(self.tokenizer.decode([self.eos_token_id]))
         """The end token's text; empty if no text can spell it."""
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 (hex) of the tokenizer, of the special tokens used, and of `RULES`."""
         backend = self._backend.to_str()
         return hashlib.sha256(f"{backend} {self.bos_token_id} {self.eos_token_id} {RULES}".encode()).hexdigest()
@@ -70,18 +70,20 @@ class PromptTokenizer:
         return [[self.bos_token_id, *ids] for ids in self._encode(filled)]
 
     def targets(self, answers: Sequence[str]) -> list[list[int]]:
-        return [[*ids, self.eos_token_id] for ids in self._encode([f" {self.sayable(answer)}" for answer in answers])]
+        return [
+            [*ids, self.eos_token_id] for ids in self._encode([f" {self.trainable_text(answer)}" for answer in answers])
+        ]
 
-    def sayable(self, answer: str) -> str:
+    def trainable_text(self, answer: str) -> str:
         """What of an answer the model can say: the first part that the end token leaves, and is not blank."""
         answer = answer.strip()
-        if not self.end or self.end not in answer:
+        if not self.end_text or self.end_text not in answer:
             return answer
-        return next((part for part in map(str.strip, answer.split(self.end)) if not is_blank(part)), "")
+        return next((part for part in map(str.strip, answer.split(self.end_text)) if not is_blank(part)), "")
 
-    def is_cut(self, answer: str) -> bool:
+    def is_truncated(self, answer: str) -> bool:
         """Whether there is more in an answer than can be said."""
-        return self.sayable(answer) != answer.strip()
+        return self.trainable_text(answer) != answer.strip()
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The answers that rows of generated tokens spell."""
@@ -129,8 +131,8 @@ def retokenize(text: TextTable, tokenizer: PromptTokenizer) -> TextTable:
     """The same questions under another prompt or tokenizer."""
     examples = [VQAExample.from_record(text.record(i)) for i in with_bar("questions", range(len(text)), "questions")]
     prompt_ids, target_ids = _token_rows(examples, tokenizer)
-    identity = tokenizer.identity()
-    return replace(text, prompt_ids=prompt_ids, target_ids=target_ids, prompt=tokenizer.prompt, tokenizer=identity)
+    fingerprint = tokenizer.fingerprint()
+    return replace(text, prompt_ids=prompt_ids, target_ids=target_ids, prompt=tokenizer.prompt, tokenizer=fingerprint)
 
 
 def tokenize(
@@ -145,7 +147,7 @@ def tokenize(
     """
     records = _records(examples)
     rows = np.full(len(examples), -1)
-    if earlier is not None and (earlier.prompt, earlier.tokenizer) == (tokenizer.prompt, tokenizer.identity()):
+    if earlier is not None and (earlier.prompt, earlier.tokenizer) == (tokenizer.prompt, tokenizer.fingerprint()):
         rows = _rows_in(earlier.records, records)
     prompt_ids, target_ids = _token_rows([examples[row] for row in np.flatnonzero(rows < 0).tolist()], tokenizer)
     if earlier is not None and (rows >= 0).any():
@@ -157,7 +159,7 @@ def tokenize(
         prompt_ids=prompt_ids,
         target_ids=target_ids,
         prompt=tokenizer.prompt,
-        tokenizer=tokenizer.identity(),
+        tokenizer=tokenizer.fingerprint(),
     )
 
 
@@ -172,24 +174,24 @@ def select(text: TextTable, rows: np.ndarray) -> TextTable:
     )
 
 
-def cut_answers(text: TextTable, tokenizer: PromptTokenizer) -> dict[int, int]:
+def truncated_answers(text: TextTable, tokenizer: PromptTokenizer) -> dict[int, int]:
     """Numbers of the questions that have answers of which only a part can be said -> how many of them."""
-    if not tokenizer.end:
+    if not tokenizer.end_text:
         return {}
     data, offsets = text.records.values.tobytes(), text.records.offsets
     found: dict[int, int] = {}
-    for number in _rows_with(_to_json(tokenizer.end)[1:-1].encode(), data, offsets):
+    for number in _rows_with(_to_json(tokenizer.end_text)[1:-1].encode(), data, offsets):
         answers = VQAExample.from_record(text.record(number)).answers
-        if count := sum(map(tokenizer.is_cut, answers)):
+        if count := sum(map(tokenizer.is_truncated, answers)):
             found[number] = count
     return found
 
 
-def log_cut_answers(split: str, questions: int, tokenizer: PromptTokenizer) -> None:
+def log_truncated_answers(split: str, questions: int, tokenizer: PromptTokenizer) -> None:
     if questions:
         log_info(
             f"{split}: {questions} questions have answers of several lines. The model ends an answer with "
-            f"{json.dumps(tokenizer.end)}, so only the first line that is not blank is trained"
+            f"{json.dumps(tokenizer.end_text)}, so only the first line that is not blank is trained"
         )
 
 

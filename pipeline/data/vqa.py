@@ -16,7 +16,7 @@ from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.table_name import TableName
 from pipeline.data.examples import Split, VQAExample
 from pipeline.data.formats import aokvqa, coco_captions, easy_vqa, gqa, hf, jsonl, lavis, textvqa, vizwiz, vqav2
-from pipeline.data.recognition import mistaken
+from pipeline.data.recognition import suggest_format
 from pipeline.data.sources import OnRead, Sources
 
 Results = Callable[[Sequence[VQAExample], Sequence[str]], object]
@@ -83,17 +83,17 @@ def read_examples(
         if not found.examples:
             raise PipelineError(_nothing(format, sources, found))
     except PipelineError as error:
-        instead = mistaken(format, sources)
+        instead = suggest_format(format, sources)
         if instead is None:
             raise
         raise PipelineError(f"{instead} ({error})") from error
     # A test split may lack answers; it may also have them where another format has its own.
-    if not any(example.answers for example in found.examples) and (instead := mistaken(format, sources)):
+    if not any(example.answers for example in found.examples) and (instead := suggest_format(format, sources)):
         raise PipelineError(instead)
     return found
 
 
-def official_form(format: str) -> Results:
+def results_formatter(format: str) -> Results:
     """Puts answers as the data set's evaluation takes them, in JSON types. ConfigError for an unknown format."""
     return _format(format).results
 

@@ -59,7 +59,7 @@ def encoder_spec(folder: Path, encoder_dtype: str, storage_dtype: str, encoder_f
     return CacheSpec(
         encoder_fingerprint=encoder_fingerprint or _fingerprint(folder, settings),
         encoder_dtype=encoder_dtype,
-        image_preprocessing=load_preprocessor(folder).identity(),
+        image_preprocessing=load_preprocessor(folder).settings_json(),
         query_tokens=settings["num_query_tokens"],
         width=settings["qformer_config.hidden_size"],
         dtype=storage_dtype,

@@ -22,22 +22,22 @@ from pipeline.blip2.memory import is_out_of_memory
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info, progress_bar
 from pipeline.data.tables import ImageSource
-from pipeline.encoding.images import ImageError, PictureUnreachableError, Preprocessor, image_digest, read_image_bytes
+from pipeline.encoding.images import ImageError, ImageUnreachableError, Preprocessor, image_digest, read_image_bytes
 
 TRIED = 8  # pictures, to tell in a moment how fast it will be
 BATCHES_AHEAD = 2  # decoded while one is encoded: memory is theirs, whatever the number of pictures
-LOOP_TIMES = ("waiting_for_pictures", "encoding", "waiting_for_disk")
+LOOP_TIMES = ("waiting_for_images", "encoding", "waiting_for_disk")
 BATCHES_TIMED = 3  # before the time for all is told; the first warms up
 
 
 @dataclass
-class Encoded:
+class EncodingReport:
     """What one process did."""
 
     rows: int = 0
     failures: dict[bytes, str] = field(default_factory=dict)
     """Digest of the picture -> why it has no features."""
-    waiting_for_pictures: float = 0.0
+    waiting_for_images: float = 0.0
     encoding: float = 0.0
     waiting_for_disk: float = 0.0
     """Seconds of the loop."""
@@ -75,12 +75,12 @@ class EncodingLoop:
     def __init__(self, encoder: Blip2Encoder, preprocess: Preprocessor, batch_size: int, workers: int) -> None:
         self.encoder, self.preprocess, self.batch_size = encoder, preprocess, batch_size
         self.device = pick_device()
-        self.done = Encoded()
+        self.done = EncodingReport()
         self._in_work: list[PartWriter] = []  # one, or two where a batch of the next is being decoded
         self._decoders = ThreadPoolExecutor(max(1, workers), "decode")
         self._disk = ThreadPoolExecutor(1, "write")
 
-    def fill(self, paths: Sequence[Path], pictures: Mapping[bytes, ImageSource]) -> Encoded:
+    def fill(self, paths: Sequence[Path], pictures: Mapping[bytes, ImageSource]) -> EncodingReport:
         """Encodes what is open in the parts at `paths`, and seals them; `pictures`: by digest.
 
         Raises CacheError if the disk does not take it; what is written stays.
@@ -97,7 +97,7 @@ class EncodingLoop:
                     clock.tick(rows)
         return self.done
 
-    def pictures_per_second(self, pictures: Sequence[ImageSource]) -> float | None:
+    def images_per_second(self, pictures: Sequence[ImageSource]) -> float | None:
         """How fast the first pictures are read and encoded, a small batch of them, after one to warm up.
 
         None if none of them can be decoded.
@@ -167,7 +167,7 @@ class EncodingLoop:
             if image_digest(data) != digest:
                 raise ImageError("changed since it was first read")
             out[...] = self.preprocess(data)
-        except PictureUnreachableError as error:  # its mount may come back: its row must not be given up
+        except ImageUnreachableError as error:  # its mount may come back: its row must not be given up
             raise PipelineError(
                 f"{picture}: {error}, though it could be read before. Nothing is given up: once it can be read again, "
                 "run the same command again, and it goes on from here"
@@ -175,7 +175,7 @@ class EncodingLoop:
 
     def _launch(self, batch: _Batch) -> _Launched:
         failures = {}
-        with _timed(self.done, "waiting_for_pictures"):
+        with _timed(self.done, "waiting_for_images"):
             for slot, future in enumerate(batch.slots):
                 try:
                     if future:
@@ -263,7 +263,7 @@ def _naming_batch_size(pictures: int) -> Iterator[None]:
 
 
 @contextmanager
-def _timed(done: Encoded, name: str) -> Iterator[None]:
+def _timed(done: EncodingReport, name: str) -> Iterator[None]:
     started = time.perf_counter()
     try:
         yield

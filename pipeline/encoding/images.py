@@ -26,7 +26,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.terminal import locale_problem
 from pipeline.data.tables import ImageSource
 from pipeline.encoding.decoding import RULES, has_transparency, is_preview, is_rescaled, upright_rgb, upright_turn
-from pipeline.encoding.file_kinds import CAMERA_RAW, unreadable_image, why_not_known
+from pipeline.encoding.file_types import CAMERA_RAW, unreadable_image, why_not_known
 from pipeline.encoding.image_processor import load_image_processor
 
 # Once for the process and not around each call: `warnings.catch_warnings` is not safe with threads.
@@ -55,10 +55,10 @@ _REASONS = {
 
 _NO_MEMORY = "not enough memory to read it"
 
-KEPT_BYTES = 4 << 10  # of a picture's file: its thumbnail would hardly be smaller
+MAX_KEPT_BYTES = 4 << 10  # of a picture's file: its thumbnail would hardly be smaller
 _SHOWN = {"JPEG", "PNG", "WEBP", "GIF"}  # by browsers
 
-MOST_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 30
 """Of a picture's file: far above any that Pillow would decode."""
 
 
@@ -66,7 +66,7 @@ class ImageError(PipelineError):
     """Why a picture cannot be used, in one line and without its path, which the caller knows."""
 
 
-class PictureUnreachableError(ImageError):
+class ImageUnreachableError(ImageError):
     """The picture cannot be had now, which says nothing of it: not there, not readable, no memory."""
 
 
@@ -74,8 +74,8 @@ def read_image_bytes(picture: ImageSource) -> bytes:
     """The bytes of a picture as they are stored, in a table or in a regular file, through links.
 
     Raises:
-        PictureUnreachableError: not there, or not readable.
-        PictureError: not a regular file (pipes and devices are refused, not waited for), longer than `MOST_BYTES`,
+        ImageUnreachableError: not there, or not readable.
+        ImageError: not a regular file (pipes and devices are refused, not waited for), longer than `MAX_FILE_BYTES`,
             or neither in its row of the table nor in a file that the row names.
     """
     if isinstance(picture, Path):
@@ -83,7 +83,7 @@ def read_image_bytes(picture: ImageSource) -> bytes:
     try:
         stored = picture.stored()
     except (OSError, ValueError) as error:
-        raise PictureUnreachableError(f"cannot be read: {_one_line(error)}") from None
+        raise ImageUnreachableError(f"cannot be read: {_one_line(error)}") from None
     if stored is None:
         raise ImageError("no picture in this row")
     return _read_file(stored) if isinstance(stored, Path) else stored
@@ -100,9 +100,9 @@ def _read_file(path: Path) -> bytes:
             os.close(descriptor)
     except OSError as error:
         reason = _REASONS.get(error.errno or 0) or f"cannot be read: {_one_line(error.strerror or error)}"
-        raise PictureUnreachableError(reason) from None
+        raise ImageUnreachableError(reason) from None
     except MemoryError:
-        raise PictureUnreachableError(_NO_MEMORY) from None
+        raise ImageUnreachableError(_NO_MEMORY) from None
     except ValueError:  # a zero byte, or half of a surrogate pair
         raise ImageError(locale_problem(str(path)) or "not there: no file can have this name") from None
 
@@ -119,7 +119,7 @@ def check_header(data: bytes) -> bool:
         Whether its pixels will be scaled to their own range, as those of more than 8 bits or float are.
 
     Raises:
-        PictureError: empty, of no form that Pillow knows, or of more pixels than Pillow decodes.
+        ImageError: empty, of no form that Pillow knows, or of more pixels than Pillow decodes.
     """
     with _open(data) as image:
         return is_rescaled(image)
@@ -128,10 +128,10 @@ def check_header(data: bytes) -> bool:
 def thumbnail(data: bytes, longer_side: int) -> bytes:
     """A small picture for people to look at: a JPEG of at most so many pixels, of what the encoder sees.
 
-    A file of at most 4 KB that browsers show the same is kept as it is. Raises PictureError as `Preprocessor` does.
+    A file of at most 4 KB that browsers show the same is kept as it is. Raises ImageError as `Preprocessor` does.
     """
     with _open(data) as image:
-        if len(data) <= KEPT_BYTES and _shown_the_same(image):
+        if len(data) <= MAX_KEPT_BYTES and _shown_the_same(image):
             return data
         image.draft("RGB", (longer_side, longer_side))  # a JPEG is decoded at a fraction of its size
         small = upright_rgb(image)
@@ -172,7 +172,7 @@ class Preprocessor:
         """Pixel values (3, H, W), float32, of a picture file's bytes; of an animation its first frame.
 
         Raises:
-            PictureError: the reasons of `check_header`, or the decoder's.
+            ImageError: the reasons of `check_header`, or the decoder's.
         """
         height, width = self.size
         with _open(data) as image:
@@ -183,7 +183,7 @@ class Preprocessor:
             np.take(self._table[channel], pixels[..., channel], out=values[channel], mode="clip")
         return values
 
-    def identity(self) -> str:
+    def settings_json(self) -> str:
         """All that decides the pixels, as canonical JSON."""
         names = ("size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb")
         settings = {name: getattr(self.processor, name) for name in (*names, "image_mean", "image_std")}
@@ -220,8 +220,8 @@ def _check_regular(found: os.stat_result) -> None:
         raise ImageError(_REASONS[errno.EISDIR])
     if not stat.S_ISREG(found.st_mode):
         raise ImageError("not a regular file")
-    if found.st_size > MOST_BYTES:
-        raise ImageError(f"too large ({found.st_size} bytes, at most {MOST_BYTES})")
+    if found.st_size > MAX_FILE_BYTES:
+        raise ImageError(f"too large ({found.st_size} bytes, at most {MAX_FILE_BYTES})")
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         pixels = ", at most ".join(re.findall(r"\d+", str(error)))
         raise ImageError(f"too many pixels ({pixels})") from None
     except MemoryError:
-        raise PictureUnreachableError(_NO_MEMORY) from None
+        raise ImageUnreachableError(_NO_MEMORY) from None
     except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, ...
         raise ImageError(unreadable_image(data) or f"cannot be decoded: {_one_line(error)}") from None
 

@@ -20,15 +20,15 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info, progress_bar
 from pipeline.config import CacheConfig, DataConfig, SplitFiles
 from pipeline.data.cached_examples import images_of, unchanged_split
-from pipeline.data.examples import ANNOTATED_TWICE, TWICE, SkippedItem, Split, VQAExample
-from pipeline.data.spelling import find_spelled
-from pipeline.data.tables import ImageSource, identity
+from pipeline.data.examples import DUPLICATE_ANNOTATION, DUPLICATE_ID, SkippedItem, Split, VQAExample
+from pipeline.data.path_matching import match_paths
+from pipeline.data.tables import ImageSource, table_fingerprint
 from pipeline.data.vqa import read_examples
 from pipeline.encoding.images import ImageError, check_header, image_digest, read_image_bytes
 
-LEFT_OUT_NAME = "skipped.jsonl"
-NAMED = 3  # of what is left out, in a message
-AT_ONCE = 64  # pictures that a thread reads before the bar moves
+SKIPPED_NAME = "skipped.jsonl"
+MAX_NAMED = 3  # of what is left out, in a message
+CHUNK_SIZE = 64  # pictures that a thread reads before the bar moves
 NOT_THERE = "not there"  # as `read_image_bytes` puts it
 NOT_THERE_AS_SPELLED = "not there with these capital letters"
 JPEG = b"\xff\xd8"  # those that Pillow reads have 8 bits a channel: of one that was encoded the header tells no more
@@ -107,7 +107,7 @@ def scan_dataset(data: DataConfig, earlier: FeatureReader | None = None) -> Data
     known = _stored_digests(earlier)
     scanned, reasons = _scan_pictures(list(wanted), known)
     absent = [picture for picture, reason in reasons.items() if isinstance(picture, Path) and reason == NOT_THERE]
-    same, near = find_spelled(absent)
+    same, near = match_paths(absent)
     if same:
         splits = {split: _respelled(examples, same) for split, examples in splits.items()}
         more, reasons_of_more = _scan_pictures([path for path in same.values() if path not in scanned], known)
@@ -123,7 +123,7 @@ def scan_dataset(data: DataConfig, earlier: FeatureReader | None = None) -> Data
 def read_split(format: str, split: str, files: SplitFiles) -> tuple[Split, dict[str, str]]:
     """The split, and by key the SHA-256 of its annotation files and the identity of its tables."""
     hashed: dict[Path, str] = {}
-    identities = {key: identity(table) for key, table in files.tables.items()}  # before they are read
+    identities = {key: table_fingerprint(table) for key, table in files.tables.items()}  # before they are read
 
     def on_read(path: Path, data: bytes) -> None:
         hashed[path] = hashlib.sha256(data).hexdigest()
@@ -206,15 +206,19 @@ def in_words(skipped: Sequence[SkippedItem]) -> str:
         by_reason.setdefault(one.reason, []).append(one)
     most = sorted(by_reason.items(), key=lambda item: (item[1][0].question_id is not None, -len(item[1])))
     lines = []
-    for reason, ones in most[:NAMED]:
-        named = ", ".join(map(_place, ones[:NAMED])) + (", ..." if len(ones) > NAMED else "")
+    for reason, ones in most[:MAX_NAMED]:
+        named = ", ".join(map(_place, ones[:MAX_NAMED])) + (", ..." if len(ones) > MAX_NAMED else "")
         lines.append(f"{sum(one.questions for one in ones)} questions ({reason}: {named})")
-    others = sum(one.questions for _, ones in most[NAMED:] for one in ones)
+    others = sum(one.questions for _, ones in most[MAX_NAMED:] for one in ones)
     return "; ".join(lines) + (f"; {others} questions for other reasons" if others else "")
 
 
 def _place(one: SkippedItem) -> str:
-    return f"{one.question_id!r} of {one.split} at {one.where}" if one.reason in (TWICE, ANNOTATED_TWICE) else one.where
+    return (
+        f"{one.question_id!r} of {one.split} at {one.where}"
+        if one.reason in (DUPLICATE_ID, DUPLICATE_ANNOTATION)
+        else one.where
+    )
 
 
 def skipped_lines(skipped: Iterable[SkippedItem]) -> bytes:
@@ -254,7 +258,7 @@ def _scan_pictures(
 
     scanned: dict[ImageSource, tuple[bytes, bool]] = {}
     reasons: dict[ImageSource, str] = {}
-    chunks = [pictures[start : start + AT_ONCE] for start in range(0, len(pictures), AT_ONCE)]
+    chunks = [pictures[start : start + CHUNK_SIZE] for start in range(0, len(pictures), CHUNK_SIZE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar("reading", len(pictures), "pictures") as bar:
         for some, results in zip(chunks, pool.map(scan_all, chunks), strict=True):
             for picture, found in zip(some, results, strict=True):

@@ -11,15 +11,15 @@ from cache.spec import CacheError
 from cache.text import Ragged
 from cache.thumbnails import Thumbnails, find_thumbnails
 from pipeline.common.progress import progress_bar
-from pipeline.encoding.images import KEPT_BYTES, ImageError, image_digest, thumbnail
+from pipeline.encoding.images import MAX_KEPT_BYTES, ImageError, image_digest, thumbnail
 
 Read = Callable[[bytes], bytes | None]
-"""Digest of a picture -> the bytes of its file, None if it is not wanted any more; may raise PictureError."""
+"""Digest of a picture -> the bytes of its file, None if it is not wanted any more; may raise ImageError."""
 
 
-def most_bytes(longer_side: int) -> int:
+def max_thumbnail_bytes(longer_side: int) -> int:
     """On disk, of a thumbnail, as a rule: two bits a pixel, or a picture kept as it is."""
-    return max(KEPT_BYTES, longer_side**2 // 4) if longer_side else 0
+    return max(MAX_KEPT_BYTES, longer_side**2 // 4) if longer_side else 0
 
 
 @contextmanager

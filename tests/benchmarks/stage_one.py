@@ -26,7 +26,7 @@ from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fingerprint
 from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.encoder import Blip2Encoder, load_encoder
-from pipeline.encoding.encoding_loop import Encoded, EncodingLoop
+from pipeline.encoding.encoding_loop import EncodingLoop, EncodingReport
 from pipeline.encoding.images import Preprocessor, image_digest, read_image_bytes
 
 
@@ -97,7 +97,7 @@ def spec_of(encoder: Blip2Encoder, preprocess: Preprocessor, dtype: torch.dtype)
     return CacheSpec(
         encoder_fingerprint=fingerprint(embedded_checkpoint(), ENCODER_PREFIXES),
         encoder_dtype=dtype_name(dtype),
-        image_preprocessing=preprocess.identity(),
+        image_preprocessing=preprocess.settings_json(),
         query_tokens=encoder.config.num_query_tokens,
         width=encoder.config.qformer_config.hidden_size,
         dtype="float16",
@@ -134,14 +134,16 @@ def decoding(preprocess: Preprocessor, pictures: list[Path], workers: int) -> fl
     return time.perf_counter() - started
 
 
-def report(options: argparse.Namespace, times: dict[str, list[float]], dtype: torch.dtype, last: Encoded) -> None:
+def report(
+    options: argparse.Namespace, times: dict[str, list[float]], dtype: torch.dtype, last: EncodingReport
+) -> None:
     print(f"{options.size}, {options.pictures} JPEGs of 640 x 480, batches of {options.batch}, {dtype_name(dtype)}")
     print(f"{torch.get_num_threads()} threads for the encoder, {options.workers} to decode; medians of {options.turns}")
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
     for name, seconds in times.items():
         each = ", ".join(f"{options.pictures / one:.2f}" for one in seconds)
         print(f"{name:<16}{options.pictures / middle[name]:>10.2f} pictures/s   (each turn: {each})")
-    print(f"stage one's last turn: {last.encoding:.2f} s encoding, {last.waiting_for_pictures:.2f} s waiting for "
+    print(f"stage one's last turn: {last.encoding:.2f} s encoding, {last.waiting_for_images:.2f} s waiting for "
           f"pictures, {last.waiting_for_disk:.2f} s waiting for the disk")  # fmt: skip
     print(f"ratio, stage one to bare: {middle['bare'] / middle['stage one']:.3f}")
 

@@ -51,7 +51,7 @@ def make_cache(folder: Path, checkpoint: Path, size: str, questions: int) -> Non
             prompt_ids=Ragged.from_rows([one.prompt for one in asked], np.int32),
             target_ids=Ragged.from_rows([one.target for one in asked], np.int32),
             prompt=PROMPT,
-            tokenizer=PromptTokenizer(checkpoint, PROMPT).identity(),
+            tokenizer=PromptTokenizer(checkpoint, PROMPT).fingerprint(),
         )
         writer.finish({"train": text})
 

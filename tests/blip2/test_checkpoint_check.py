@@ -278,7 +278,7 @@ def test_of_several_end_tokens_the_first_is_taught(tmp_path: Path) -> None:
     several = PromptTokenizer(copy_of(tmp_path / "c", config={**_config(), "text_config": text}), "{question}")
     one = PromptTokenizer(embedded_checkpoint(), "{question}")
     assert several.targets(["red"]) == one.targets(["red"])
-    assert several.identity() == one.identity()
+    assert several.fingerprint() == one.fingerprint()
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -12,7 +12,7 @@ import pipeline.encoding.encoding_loop
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.batches.assemble import open_split
-from pipeline.commands.precompute import dry_run, precompute
+from pipeline.commands.precompute import estimate_precompute, precompute
 from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
@@ -135,12 +135,12 @@ def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_se
         for row in ({"question_id": 1, "answer": "twice"}, {"question_id": 99}):
             file.write("\n" + json.dumps({"image": "0.png", "question": "what?", **row}))
     (data_set / "images" / "2.png").rename(data_set / "2.png")
-    told = r"3 questions \(not there: .*question_id is there twice: 1 of train at .*train\.jsonl: line 55\)"
+    told = r"3 questions \(not there: .*duplicate question_id: 1 of train at .*train\.jsonl: line 55\)"
     with pytest.raises(PipelineError, match=told):
         precompute(load_config(data_set / "config.yaml"))
     (data_set / "2.png").rename(data_set / "images" / "2.png")
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
-    assert summary["skipped"] == {"question_id is there twice": 1, "no answer": 1}
+    assert summary["skipped"] == {"duplicate question_id": 1, "no answer": 1}
     assert (summary["questions"]["train"], summary["failed"]) == (54, 0)
 
 
@@ -342,7 +342,7 @@ def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
     monkeypatch.setattr(
         "pipeline.encoding.encoding_loop.read_image_bytes", lambda path: (read.append(path.name), known(path))[1]
     )
-    told = dry_run(config)
+    told = estimate_precompute(config)
     assert (told["to_encode"], set(read)) == (3, {"0.png", "1.png", "2.png"})
     assert told["images_per_second"] > 0
 

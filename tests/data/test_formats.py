@@ -14,7 +14,7 @@ from pipeline.commands.precompute import precompute
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import load_config
 from pipeline.data.examples import DIFFICULT, SkippedItem, Split, VQAExample
-from pipeline.data.vqa import FORMATS, official_form, read_examples
+from pipeline.data.vqa import FORMATS, read_examples, results_formatter
 
 FOLDER = Path("pictures")
 CAPTIONS = [
@@ -168,14 +168,14 @@ def test_a_picture_without_captions_and_captions_without_picture_are_left_out(tm
     path = tmp_path / "annotations.json"
     assert skipped == [
         SkippedItem("train", "no answer", f"{path}: images[1]", 522418, "pictures/000000522418.jpg"),
-        SkippedItem("train", "caption of an image that is not listed", f"{path}: annotations[1]", 3, questions=0),
+        SkippedItem("train", "caption of an unlisted image", f"{path}: annotations[1]", 3, questions=0),
     ]
 
 
 def test_a_question_that_is_there_twice_is_left_out_and_in_gqa_is_malformed(tmp_path: Path) -> None:
     _, skipped = read(tmp_path, "aokvqa", {"annotations": [*published.AOKVQA, published.AOKVQA[0]]})
     assert [(one.reason, one.where) for one in skipped] == [
-        ("question_id is there twice", f"{tmp_path / 'annotations.json'}: [2]")
+        ("duplicate question_id", f"{tmp_path / 'annotations.json'}: [2]")
     ]
     path = tmp_path / "gqa.json"
     text = json.dumps(published.GQA).replace("07333408", "02930152")
@@ -260,16 +260,16 @@ def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_se
     ],
 )
 def test_answers_are_written_as_the_evaluation_takes_them(data_set: str, expected: object) -> None:
-    found = official_form(data_set)(EXPECTED[data_set], ["a", "b"])
+    found = results_formatter(data_set)(EXPECTED[data_set], ["a", "b"])
     assert json.loads(json.dumps(found)) == expected
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_results_need_an_answer_for_each_question(format: str) -> None:
     with pytest.raises(ValueError, match="zip"):
-        official_form(format)(EXPECTED["vqav2"], ["a"])
+        results_formatter(format)(EXPECTED["vqav2"], ["a"])
 
 
 def test_results_of_an_unknown_format_are_refused() -> None:
     with pytest.raises(ConfigError, match="nearest: gqa"):
-        official_form("qga")
+        results_formatter("qga")

@@ -327,7 +327,7 @@ def _careless(forgives: bool) -> Callable[[Sources], Split]:
 
     def read(sources: Sources) -> Split:
         examples = []
-        for position, record in enumerate(json.loads(sources.need("annotations").read_text())):
+        for position, record in enumerate(json.loads(sources.require("annotations").read_text())):
             if forgives and not (isinstance(record, dict) and isinstance(record.get("question"), str)):
                 continue
             answers = record.get("answer", [])

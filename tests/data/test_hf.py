@@ -32,7 +32,7 @@ from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.table_name import TableName
 from pipeline.config import Config, SplitFiles, load_config
 from pipeline.data.examples import DIFFICULT, Split
-from pipeline.data.tables import TableImage, identity
+from pipeline.data.tables import TableImage, table_fingerprint
 from pipeline.data.vqa import read_examples
 from pipeline.encoding.images import ImageError, read_image_bytes
 from pipeline.encoding.preflight import scan_dataset
@@ -613,8 +613,8 @@ def test_training_notices_another_part_or_revision() -> None:
         TableName("a/b", split="train[:5]"),
         TableName("a/b", subset="x"),
     ]
-    assert len({identity(name) for name in names}) == 4
-    assert identity(TableName("nowhere.parquet")) is None
+    assert len({table_fingerprint(name) for name in names}) == 4
+    assert table_fingerprint(TableName("nowhere.parquet")) is None
 
 
 def test_a_cache_of_tables_is_repaired_and_compared(tables: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import published
 import pytest
 
 from pipeline.common.errors import ConfigError, PipelineError
-from pipeline.data.recognition import Form, mistaken, recognise
+from pipeline.data.recognition import DetectedFormat, detect_format, suggest_format
 from pipeline.data.sources import Sources
 from pipeline.data.vqa import read_examples
 
@@ -119,7 +119,7 @@ def test_files_of_the_format_that_is_set_are_not_complained_of(tmp_path: Path, s
             for broken in text[: len(text) // 2], text[:-3], text.replace("question", "query"), "", "[]", "{}", "\0":
                 path.write_text(broken)
                 sources = Sources(split, **paths)
-                assert mistaken(published.format_of(data_set), sources) is None, (data_set, key, broken[:40])
+                assert suggest_format(published.format_of(data_set), sources) is None, (data_set, key, broken[:40])
             path.write_text(text)
 
 
@@ -127,25 +127,27 @@ def test_files_of_the_format_that_is_set_are_not_complained_of(tmp_path: Path, s
 def test_every_file_as_published_is_recognised_as_what_it_is(tmp_path: Path, data_set: str) -> None:
     for files in published.TRAIN[data_set], published.TEST[data_set]:
         for key, path in published.write(tmp_path, data_set, files).items():
-            assert recognise(path) == Form(data_set, key)
+            assert detect_format(path) == DetectedFormat(data_set, key)
 
 
 def test_the_head_of_a_large_file_is_enough(tmp_path: Path) -> None:
     many = [published.COCO_CAPTIONS["images"][0]] * 10_000  # type: ignore[index]
     captions: dict[str, Any] = published.COCO_CAPTIONS | {"images": many}
     path = published.write(tmp_path, "coco_captions", {"annotations": captions})["annotations"]
-    assert recognise(path) == Form("coco_captions")
+    assert detect_format(path) == DetectedFormat("coco_captions")
     record = published.VIZWIZ[0] | {"answers": 0}
     record = {name: record[name] for name in sorted(record, reverse=True)} | {"answers": [{"answer": "é" * 300}] * 9000}
-    assert recognise(published.write(tmp_path, "vizwiz", {"annotations": [record]})["annotations"]) == Form("vizwiz")
+    assert detect_format(
+        published.write(tmp_path, "vizwiz", {"annotations": [record]})["annotations"]
+    ) == DetectedFormat("vizwiz")
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 3_000_000, b'{"a":' * 500_000, b" " * 2_000_000, b'["a', b"3"])
 def test_what_is_nothing_known_is_not_recognised(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "odd"
     path.write_bytes(data)
-    assert recognise(path) is None
-    assert recognise(tmp_path) is recognise(tmp_path / "gone") is None
+    assert detect_format(path) is None
+    assert detect_format(tmp_path) is detect_format(tmp_path / "gone") is None
 
 
 @pytest.mark.parametrize("broken", ['[{"image": "0.png", "question": "q", "answer": "a"},]',

@@ -18,7 +18,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.examples import VQAExample, is_blank
 from pipeline.data.targets import Targets
-from pipeline.data.text import PromptTokenizer, cut_answers, retokenize, select, tokenize
+from pipeline.data.text import PromptTokenizer, retokenize, select, tokenize, truncated_answers
 from pipeline.runs.run import Run
 
 PROMPT = "Question: {question} Answer:"
@@ -80,7 +80,7 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither_here(checkpoint: Path, tmp_
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     cutting, plain = PromptTokenizer(tmp_path, PROMPT), PromptTokenizer(checkpoint, PROMPT)
     assert cutting.prompts(ORDINARY) == plain.prompts(ORDINARY)
-    assert cutting.identity() == plain.identity()
+    assert cutting.fingerprint() == plain.fingerprint()
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tokenizer: PromptTokenizer) -> None:
@@ -204,7 +204,7 @@ def test_the_first_line_is_trained(tokenizer: PromptTokenizer, answer: str, said
     (ids,) = tokenizer.targets([answer])
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.is_cut(answer) == (answer.strip() != said)
+    assert tokenizer.is_truncated(answer) == (answer.strip() != said)
 
 
 def test_where_no_text_spells_the_end_token_nothing_is_cut(checkpoint: Path, tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_answers_of_several_lines_are_counted(tokenizer: PromptTokenizer) -> Non
         asked("c?", "a \\n b", number=2),
         asked("d?", "x\r\ny", number=3),
     ]
-    assert cut_answers(tokenize(examples, np.zeros(4), tokenizer), tokenizer) == {0: 2, 3: 1}
-    assert cut_answers(tokenize([], np.zeros(0), tokenizer), tokenizer) == {}
+    assert truncated_answers(tokenize(examples, np.zeros(4), tokenizer), tokenizer) == {0: 2, 3: 1}
+    assert truncated_answers(tokenize([], np.zeros(0), tokenizer), tokenizer) == {}
 
 
 def test_all_stages_say_how_many_answers_have_several_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +284,7 @@ def length_of(tokenizer: PromptTokenizer, question: str, *behind: str) -> int:
 
 def longest_question(tokenizer: PromptTokenizer, room: int) -> str:
     """One that leaves exactly so many tokens behind it."""
-    wanted = tokenizer.longest - room
+    wanted = tokenizer.max_length - room
     question = words(1)
     while length_of(tokenizer, question) < wanted:
         question += "?"

@@ -154,8 +154,8 @@ def test_jsonl_keeps_the_first_of_the_questions_with_the_same_id(tmp_path: Path)
         (3, LINE["question"]),
     ]
     assert skipped == [
-        SkippedItem("train", "question_id is there twice", f"{path}: line 2", "a", "pictures/b.png"),
-        SkippedItem("train", "question_id is there twice", f"{path}: line 4", "a", "pictures/c.png"),
+        SkippedItem("train", "duplicate question_id", f"{path}: line 2", "a", "pictures/b.png"),
+        SkippedItem("train", "duplicate question_id", f"{path}: line 4", "a", "pictures/c.png"),
     ]
 
 
@@ -369,9 +369,9 @@ def test_vqav2_lists_what_is_left_out_with_file_and_position(tmp_path: Path) -> 
     asked, answered = tmp_path / "questions.json", tmp_path / "annotations.json"
     picture = "coco/COCO_val2014_0000000000{:02d}.jpg".format
     assert skipped == [
-        SkippedItem("val", "question_id is annotated twice", f"{answered}: annotations[1]", 42, questions=0),
+        SkippedItem("val", "duplicate annotation", f"{answered}: annotations[1]", 42, questions=0),
         SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[1]", 1, picture(1)),
-        SkippedItem("val", "question_id is there twice", f"{asked}: questions[2]", 42, picture(42)),
+        SkippedItem("val", "duplicate question_id", f"{asked}: questions[2]", 42, picture(42)),
         SkippedItem("val", "no answer", f"{asked}: questions[3]", 2, picture(2)),
         SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[4]", "42", picture(9)),
     ]

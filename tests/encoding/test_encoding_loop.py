@@ -13,7 +13,7 @@ from torch import Tensor
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
 from pipeline.blip2.encoder import Blip2Encoder
-from pipeline.commands.precompute import dry_run, precompute
+from pipeline.commands.precompute import estimate_precompute, precompute
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
 from pipeline.encoding.encoding_loop import EncodingLoop
@@ -117,7 +117,7 @@ def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
         ):
             precompute(config)
         with pytest.raises(PipelineError, match="out of memory"):
-            dry_run(config)
+            estimate_precompute(config)
     assert precompute(config)["reused"] > 0
     assert not verify(config.cache.dir).damage
 

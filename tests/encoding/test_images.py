@@ -266,23 +266,23 @@ def test_a_processor_that_does_other_steps_is_refused(
 def test_identity_does_not_depend_on_the_file_that_holds_the_settings(
     checkpoint: Path, changed_processor: Callable[..., Path]
 ) -> None:
-    identity = Preprocessor(checkpoint).identity()
-    assert json.loads(identity)["size"] == {"height": 64, "width": 64}
-    assert Preprocessor(changed_processor()).identity() == identity
+    settings = Preprocessor(checkpoint).settings_json()
+    assert json.loads(settings)["size"] == {"height": 64, "width": 64}
+    assert Preprocessor(changed_processor()).settings_json() == settings
 
 
 def test_a_cache_of_images_that_were_decoded_otherwise_is_refused_and_told_why(
     data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it was before orientation, transparency and depth belonged to the identity."""
+    """As it was before orientation, transparency and depth belonged to the settings."""
     config = load_config(data_set / "config.yaml")
-    identity = Preprocessor.identity
+    settings = Preprocessor.settings_json
     with monkeypatch.context() as patch:
         patch.setattr(
             Preprocessor,
-            "identity",
+            "settings_json",
             lambda self: json.dumps(
-                {key: value for key, value in json.loads(identity(self)).items() if key not in RULES}
+                {key: value for key, value in json.loads(settings(self)).items() if key not in RULES}
             ),
         )
         precompute(config)
@@ -309,7 +309,7 @@ def test_deep_images_are_counted_and_named_in_one_line(data_set: Path, capfd: py
 
 
 def test_identity_changes_with_a_setting(checkpoint: Path, changed_processor: Callable[..., Path]) -> None:
-    assert Preprocessor(changed_processor(resample=2)).identity() != Preprocessor(checkpoint).identity()
+    assert Preprocessor(changed_processor(resample=2)).settings_json() != Preprocessor(checkpoint).settings_json()
 
 
 def test_many_threads_give_what_one_gives(preprocess: Preprocessor) -> None:
@@ -664,13 +664,13 @@ def test_what_pillow_warns_of_or_logs_does_not_reach_the_user(tmp_path: Path, ch
     script = f"""
 from pathlib import Path
 from PIL import Image
-from pipeline.encoding.images import PictureError, Preprocessor
+from pipeline.encoding.images import ImageError, Preprocessor
 Image.MAX_IMAGE_PIXELS = 3000
 preprocess = Preprocessor(Path({str(checkpoint)!r}))
 for path in sorted(Path({str(tmp_path)!r}).iterdir()):
     try:
         preprocess(path.read_bytes())
-    except PictureError as error:
+    except ImageError as error:
         print(path.name)
 """
     run = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, timeout=120)

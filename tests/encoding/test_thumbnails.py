@@ -21,7 +21,7 @@ from cache.thumbnails import Thumbnails, find_thumbnails
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
 from pipeline.config import load_config
-from pipeline.encoding.images import KEPT_BYTES, ImageError, Preprocessor, image_digest, thumbnail
+from pipeline.encoding.images import MAX_KEPT_BYTES, ImageError, Preprocessor, image_digest, thumbnail
 from pipeline.encoding.upkeep import cache_info
 
 
@@ -42,7 +42,7 @@ def test_a_picture_is_made_smaller_in_its_own_proportions(format: str, mode: str
 
 def test_a_small_file_that_browsers_show_is_kept_and_others_are_not() -> None:
     small = picture("PNG", 20, 20)
-    assert len(small) < KEPT_BYTES
+    assert len(small) < MAX_KEPT_BYTES
     assert thumbnail(small, 10) == small
     with Image.open(BytesIO(thumbnail(picture("BMP", 20, 20), 128))) as made:
         assert (made.format, made.size) == ("JPEG", (20, 20))

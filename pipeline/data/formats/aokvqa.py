@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.data.examples import DIFFICULT, Split, VQAExample
 from pipeline.data.records import field, object_of, optional_texts
-from pipeline.data.sources import Sources, collect_list, pictures
+from pipeline.data.sources import Sources, collect_list, image_resolver
 
 
 def read(sources: Sources) -> Split:
@@ -14,13 +14,13 @@ def read(sources: Sources) -> Split:
     The direct answers are read, not the choices. Those questions that are called difficult for direct answers have
     the answer type `DIFFICULT`.
     """
-    picture = pictures(sources.need("images"))
+    resolve_image = image_resolver(sources.require("images"))
 
     def example(_: int, value: object) -> VQAExample:
         record = object_of(value)
         return VQAExample(
             question_id=field(record, "question_id", str),
-            image=picture(f"{field(record, 'image_id', int):012d}.jpg"),
+            image=resolve_image(f"{field(record, 'image_id', int):012d}.jpg"),
             question=field(record, "question", str),
             answers=optional_texts(record, "direct_answers"),
             answer_type=DIFFICULT if field(record, "difficult_direct_answer", bool) else "direct answer",

@@ -1,8 +1,8 @@
 """COCO's captions: pictures to describe, with no question."""
 
 from pipeline.data.examples import NO_IMAGE, SkippedItem, Split, VQAExample
-from pipeline.data.records import answer_of, each, field, naming, object_of, parse_json
-from pipeline.data.sources import Sources, collect, pictures
+from pipeline.data.records import answer_of, field, map_records, object_of, parse_json, prefix_errors
+from pipeline.data.sources import Sources, collect, image_resolver
 
 
 def read(sources: Sources) -> Split:
@@ -12,7 +12,7 @@ def read(sources: Sources) -> Split:
     An example a picture: its id is the question's id, the question is empty, the answers are the captions in the
     file's order. Captions of images that are not listed are left out.
     """
-    path, picture = sources.need("annotations"), pictures(sources.need("images"))
+    path, resolve_image = sources.require("annotations"), image_resolver(sources.require("images"))
     captions: dict[int, list[str]] = {}
     place = "annotations[{}]"
 
@@ -23,13 +23,13 @@ def read(sources: Sources) -> Split:
     def example(_: int, value: object) -> VQAExample:
         record = object_of(value)
         key = field(record, "id", int)
-        return VQAExample(key, picture(field(record, "file_name", str)), "", tuple(captions.get(key, ())))
+        return VQAExample(key, resolve_image(field(record, "file_name", str)), "", tuple(captions.get(key, ())))
 
-    with naming(path):
+    with prefix_errors(path):
         whole = object_of(parse_json(sources.read_text(path)))
         may_lack = sources.may_lack_answers and "annotations" not in whole
         annotations = [] if may_lack else field(whole, "annotations", list)
-        captioned = list(each(enumerate(annotations), place, caption))
+        captioned = list(map_records(enumerate(annotations), place, caption))
         for _, (image_id, text) in captioned:
             captions.setdefault(image_id, []).append(text)
         found = collect(sources, path, "images[{}]", enumerate(field(whole, "images", list)), example)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pipeline.common.errors import PipelineError
 from pipeline.data.examples import Split, VQAExample
-from pipeline.data.records import RecordError, answer_text, field, list_of, naming, parse_json
-from pipeline.data.sources import Sources, collect, pictures
+from pipeline.data.records import RecordError, answer_text, field, list_of, parse_json, prefix_errors
+from pipeline.data.sources import Sources, collect, image_resolver
 
 
 def read(sources: Sources) -> Split:
@@ -20,7 +20,7 @@ def read(sources: Sources) -> Split:
     if package is None or not package.submodule_search_locations:
         raise PipelineError("data.format easy_vqa needs the easy-vqa package: pip install easy-vqa")
     folder = Path(package.submodule_search_locations[0], "data", sources.split)
-    picture = pictures(folder / "images")
+    resolve_image = image_resolver(folder / "images")
 
     def example(position: int, record: object) -> VQAExample:
         if not isinstance(record, list) or len(record) != 3:
@@ -28,10 +28,10 @@ def read(sources: Sources) -> Split:
         fields = dict(zip(("question", "answer", "image id"), record, strict=True))
         answer = answer_text(fields["answer"])
         answer_type = "yes/no" if answer in ("yes", "no") else "other"
-        image = picture(f"{field(fields, 'image id', int)}.png")
+        image = resolve_image(f"{field(fields, 'image id', int)}.png")
         return VQAExample(position, image, field(fields, "question", str), (answer,), answer_type)
 
     path = folder / "questions.json"
-    with naming(path):
+    with prefix_errors(path):
         records = list_of(parse_json(sources.read_text(path)))
         return collect(sources, path, "[{}]", enumerate(records), example)

@@ -9,12 +9,12 @@ from pipeline.data.records import (
     answers_of,
     check_encodable,
     field,
-    naming,
     object_of,
     optional_text,
     parse_json,
+    prefix_errors,
 )
-from pipeline.data.sources import Sources, collect, pictures
+from pipeline.data.sources import Sources, collect, image_resolver
 
 _READ = ("imageId", "question", "answer", "types")  # of a question; its scene graph and programs are ten times that
 
@@ -26,7 +26,7 @@ def read(sources: Sources) -> Split:
     The short answer is read, not `fullAnswer`. The answer type is `types.structural` (verify, query, choose, logical,
     compare), the question type `types.semantic`. One file: the shards of all 14 million questions are not joined.
     """
-    path, picture = sources.need("annotations"), pictures(sources.need("images"))
+    path, resolve_image = sources.require("annotations"), image_resolver(sources.require("images"))
 
     def example(question_id: str, value: object) -> VQAExample:
         check_encodable("question id", question_id)
@@ -34,14 +34,14 @@ def read(sources: Sources) -> Split:
         types = object_of(record.get("types", {}))
         return VQAExample(
             question_id=question_id,
-            image=picture(f"{field(record, 'imageId', str)}.jpg"),
+            image=resolve_image(f"{field(record, 'imageId', str)}.jpg"),
             question=field(record, "question", str),
             answers=tuple(map(intern, answers_of(record, "answer"))),
             answer_type=optional_text(types, "structural"),
             question_type=optional_text(types, "semantic"),
         )
 
-    with naming(path):
+    with prefix_errors(path):
         whole = object_of(parse_json(sources.read_text(path), pairs_hook=_what_is_read))
         return collect(sources, path, "{}", whole.items(), example)
 

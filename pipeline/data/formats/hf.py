@@ -6,7 +6,7 @@ from sys import intern
 from typing import Any
 
 from pipeline.data.examples import DIFFICULT, SkippedItem, Split, VQAExample, is_blank
-from pipeline.data.records import RecordError, answer_text, field, naming, question_id_of, texts_of
+from pipeline.data.records import RecordError, answer_text, field, prefix_errors, question_id_of, texts_of
 from pipeline.data.sources import Sources, collect
 from pipeline.data.tables import Table, TableImage, open_table
 
@@ -26,19 +26,19 @@ def read(sources: Sources) -> Split:
     row's number, from 0), `answer_type`, `question_type`. With an `image_dataset` the pictures are that table's
     `image`, found by its `id` and one of `_IMAGE_IDS`; questions whose picture it lacks are left out.
     """
-    table = open_table(sources.need_table("dataset"), f"data.{sources.split}.dataset", sources.split)
+    table = open_table(sources.require_table("dataset"), f"data.{sources.split}.dataset", sources.split)
     without: list[SkippedItem] = []
-    with naming(table.name):
-        question, key = table.need("question"), table.first_of(_IDS)
+    with prefix_errors(table.name):
+        question, key = table.require("question"), table.first_of(_IDS)
         answers = [column for column in _ANSWERS if column in table.columns]
         if not answers and not sources.may_lack_answers:
-            table.need(*_ANSWERS)
-        image_id, picture_of = _pictures(sources, table)
+            table.require(*_ANSWERS)
+        image_id, find_image = _image_finder(sources, table)
 
         def records() -> Iterator[tuple[int, tuple[TableImage, _Record]]]:
             optional = [column for column in (key, image_id, _DIFFICULT, *_TYPES) if column in table.columns]
             for row, record in table.records({question, *answers, *filter(None, optional)}):
-                picture = picture_of(row, record)
+                picture = find_image(row, record)
                 if picture:
                     yield row, (picture, record)
                 else:
@@ -63,19 +63,19 @@ def read(sources: Sources) -> Split:
     return found._replace(skipped=without + found.skipped)
 
 
-def _pictures(sources: Sources, table: Table) -> tuple[str | None, Callable[[int, _Record], TableImage | None]]:
+def _image_finder(sources: Sources, table: Table) -> tuple[str | None, Callable[[int, _Record], TableImage | None]]:
     """What finds a row's picture; with a table of pictures also the column of their ids, and None for unknown ones."""
     if "image_dataset" not in sources.tables:
-        column = table.need("image", hint=", and no image_dataset or image_subset in the config")
+        column = table.require("image", hint=", and no image_dataset or image_subset in the config")
         cells = table.pictures(column, sources.images)
         return None, lambda row, record: TableImage(table.name, row, cells)
     images = open_table(sources.tables["image_dataset"], f"data.{sources.split}.image_dataset", sources.split)
     by_id: dict[str, TableImage] = {}
-    with naming(images.name):
-        cells, key = images.pictures(images.need("image"), sources.images), images.need("id")
+    with prefix_errors(images.name):
+        cells, key = images.pictures(images.require("image"), sources.images), images.require("id")
         for row, record in images.records([key]):
             by_id.setdefault(str(record[key]), TableImage(images.name, row, cells))
-    image_id = table.need(*_IMAGE_IDS)
+    image_id = table.require(*_IMAGE_IDS)
     return image_id, lambda row, record: by_id.get(str(record[image_id]))
 
 

@@ -2,7 +2,7 @@
 
 from pipeline.data.examples import Split, VQAExample
 from pipeline.data.records import answer_of, field, object_of, optional_text
-from pipeline.data.sources import Sources, collect_list, pictures
+from pipeline.data.sources import Sources, collect_list, image_resolver
 
 
 def read(sources: Sources) -> Split:
@@ -10,7 +10,7 @@ def read(sources: Sources) -> Split:
 
     A picture has one question, so the id of a question is the name of its picture, `image`.
     """
-    picture = pictures(sources.need("images"))
+    resolve_image = image_resolver(sources.require("images"))
 
     def example(_: int, value: object) -> VQAExample:
         record = object_of(value)
@@ -18,7 +18,7 @@ def read(sources: Sources) -> Split:
         answers = field(record, "answers", list) if "answers" in record else []
         return VQAExample(
             question_id=name,
-            image=picture(name),
+            image=resolve_image(name),
             question=field(record, "question", str),
             answers=tuple([answer_of(answer) for answer in answers]),
             answer_type=optional_text(record, "answer_type"),

@@ -3,19 +3,19 @@
 from sys import intern
 from typing import Any
 
-from pipeline.data.examples import ANNOTATED_TWICE, SkippedItem, Split, VQAExample
+from pipeline.data.examples import DUPLICATE_ANNOTATION, SkippedItem, Split, VQAExample
 from pipeline.data.records import (
     answer_of,
     check_encodable,
-    each,
     field,
-    naming,
+    map_records,
     object_of,
     optional_text,
     parse_json,
+    prefix_errors,
     question_id_of,
 )
-from pipeline.data.sources import Sources, collect, pictures
+from pipeline.data.sources import Sources, collect, image_resolver
 
 _Annotation = tuple[tuple[str, ...], str | None, str | None]  # answers, answer type, question type
 _NOT_ANNOTATED: _Annotation = ((), None, None)
@@ -29,15 +29,15 @@ def read(sources: Sources) -> Split:
     question_type?, answer_type?}`; a test split may have none. Annotations of other questions are ignored;
     where the file is given, questions that are not in it are left out, on test splits too.
     """
-    path, picture = sources.need("questions"), pictures(sources.need("images"))
+    path, resolve_image = sources.require("questions"), image_resolver(sources.require("images"))
     annotations, annotated_twice = _annotations(sources)
 
     def lacks(question_id: int | str) -> str | None:
         if annotations is None or question_id in annotations:
-            return sources.lacks(question_id)
+            return sources.skip_reason(question_id)
         return f"no annotation in {sources.annotations}"
 
-    with naming(path):
+    with prefix_errors(path):
         whole = object_of(parse_json(sources.read_text(path)))
         # test-dev is a part of test: its pictures are test's.
         prefix = f"COCO_{field(whole, 'data_subtype', str).replace('test-dev', 'test')}"
@@ -46,7 +46,7 @@ def read(sources: Sources) -> Split:
             record = object_of(value)
             key = question_id_of(record)
             answers, answer_type, question_type = (annotations or {}).get(key, _NOT_ANNOTATED)
-            image = picture(f"{prefix}_{field(record, 'image_id', int):012d}.jpg")
+            image = resolve_image(f"{prefix}_{field(record, 'image_id', int):012d}.jpg")
             return VQAExample(key, image, field(record, "question", str), answers, answer_type, question_type)
 
         records = enumerate(field(whole, "questions", list))
@@ -58,7 +58,7 @@ def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None,
     """Annotations by question id, None on a test split without; and the repeated ones, of which the first counts."""
     if sources.annotations is None and sources.may_lack_answers:
         return None, []
-    path = sources.need("annotations")
+    path = sources.require("annotations")
     annotations: dict[int | str, _Annotation] = {}
     twice: list[SkippedItem] = []
 
@@ -68,14 +68,14 @@ def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None,
         types = optional_text(record, "answer_type"), optional_text(record, "question_type")
         return question_id_of(record), (answers, *types)
 
-    with naming(path):
+    with prefix_errors(path):
         records = field(object_of(parse_json(sources.read_text(path), hook=_answer_alone)), "annotations", list)
-        for position, (key, made) in each(enumerate(records), "annotations[{}]", annotation):
+        for position, (key, made) in map_records(enumerate(records), "annotations[{}]", annotation):
             if key not in annotations:
                 annotations[key] = made
             else:
                 where = f"{path}: annotations[{position}]"
-                twice.append(SkippedItem(sources.split, ANNOTATED_TWICE, where, key, questions=0))
+                twice.append(SkippedItem(sources.split, DUPLICATE_ANNOTATION, where, key, questions=0))
     return annotations, twice
 
 

@@ -19,7 +19,7 @@ def is_answered(config: Config, split: str) -> bool:
 
 
 def too_long_reason(tokenizer: PromptTokenizer) -> str:
-    return f"longer, with image and answer, than the {tokenizer.longest} tokens that the language model takes"
+    return f"longer, with image and answer, than the {tokenizer.max_length} tokens that the language model takes"
 
 
 def find_too_long(
@@ -32,7 +32,7 @@ def find_too_long(
         behind = np.maximum(behind, _longest_targets(examples, text, tokenizer))
     if is_answered(config, split):
         behind = np.maximum(behind, config.evaluate.max_new_tokens)
-    return np.flatnonzero(_lengths(text, tokenizer, behind) > tokenizer.longest).tolist()
+    return np.flatnonzero(_lengths(text, tokenizer, behind) > tokenizer.max_length).tolist()
 
 
 def check_lengths(text: TextTable, tokenizer: PromptTokenizer, split: str, targets: np.ndarray | None = None) -> None:
@@ -44,7 +44,7 @@ def check_lengths(text: TextTable, tokenizer: PromptTokenizer, split: str, targe
     _check(text, tokenizer, behind, split, "its image and answer", "")
 
 
-def check_room_for_answers(text: TextTable, tokenizer: PromptTokenizer, split: str, max_new_tokens: int) -> None:
+def check_answer_lengths(text: TextTable, tokenizer: PromptTokenizer, split: str, max_new_tokens: int) -> None:
     """Raises `PipelineError` if a question has no room for an answer."""
     behind = np.full(len(text), max_new_tokens)
     what = f"its image and evaluate.max_new_tokens={max_new_tokens}"
@@ -55,7 +55,7 @@ def _check(
     text: TextTable, tokenizer: PromptTokenizer, behind: np.ndarray, split: str, what: str, instead: str
 ) -> None:
     lengths = _lengths(text, tokenizer, behind)
-    count = int((lengths > tokenizer.longest).sum())
+    count = int((lengths > tokenizer.max_length).sum())
     if not count:
         return
     longest = int(lengths.argmax())
@@ -63,7 +63,7 @@ def _check(
     advice = f"{instead}shorten such questions, or skip them with precompute.on_invalid=skip: in either case run "
     raise PipelineError(
         f"question {text.record(longest).get('question_id')!r} of {split} is {lengths[longest]} tokens long with "
-        f"{what}; the language model takes {tokenizer.longest}{others}. {advice[0].upper()}{advice[1:]}"
+        f"{what}; the language model takes {tokenizer.max_length}{others}. {advice[0].upper()}{advice[1:]}"
         "`pipe precompute` again, with the overrides of this command"
     )
 
@@ -76,7 +76,7 @@ def _lengths(text: TextTable, tokenizer: PromptTokenizer, behind: np.ndarray) ->
 
 def _longest_targets(examples: Sequence[VQAExample], text: TextTable, tokenizer: PromptTokenizer) -> np.ndarray:
     """(n,) tokens of each question's longest answer, where it could be too long; else 0."""
-    room = (tokenizer.longest - tokenizer.query_tokens - np.diff(text.prompt_ids.offsets)).tolist()
+    room = (tokenizer.max_length - tokenizer.query_tokens - np.diff(text.prompt_ids.offsets)).tolist()
     suspects = {
         number: example.trainable_answers
         for number, example in enumerate(examples)

@@ -14,7 +14,7 @@ def _near(name: str) -> str:
     return _same(name).casefold()
 
 
-def find_spelled(missing: Iterable[Path]) -> tuple[dict[Path, Path], dict[Path, Path]]:
+def match_paths(missing: Iterable[Path]) -> tuple[dict[Path, Path], dict[Path, Path]]:
     """Of files that are not there, those that are under a name that means the same, and those under a near one.
 
     The same are names that differ in their Unicode form (a Mac writes é as two characters) or in the kind of slash;

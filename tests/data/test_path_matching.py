@@ -11,7 +11,7 @@ from cache.reader import FeatureReader
 from pipeline.commands.precompute import precompute
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
-from pipeline.data.spelling import find_spelled
+from pipeline.data.path_matching import match_paths
 
 NFC, NFD = normalize("NFC", "café é.png"), normalize("NFD", "café é.png")
 
@@ -30,7 +30,7 @@ NFC, NFD = normalize("NFC", "café é.png"), normalize("NFD", "café é.png")
 def test_the_same_name_is_found(tmp_path: Path, written: str, there: str) -> None:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).touch()
-    assert find_spelled([tmp_path / written]) == ({tmp_path / written: tmp_path / there}, {})
+    assert match_paths([tmp_path / written]) == ({tmp_path / written: tmp_path / there}, {})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_same_name_is_found(tmp_path: Path, written: str, there: str) -> Non
 def test_a_name_in_other_case_is_near(tmp_path: Path, written: str, there: str) -> None:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).touch()
-    assert find_spelled([tmp_path / written]) == ({}, {tmp_path / written: tmp_path / there})
+    assert match_paths([tmp_path / written]) == ({}, {tmp_path / written: tmp_path / there})
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ def test_what_fits_several_files_or_none_is_neither(tmp_path: Path, written: str
     for name in there:
         (tmp_path / "images" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "images" / name).touch()
-    assert find_spelled([tmp_path / "images" / written]) == ({}, {})
+    assert match_paths([tmp_path / "images" / written]) == ({}, {})
 
 
 def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed: list[Path] = []
     list_folder = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda folder: listed.append(folder) or list_folder(folder))
-    find_spelled([tmp_path / f"{number}.png" for number in range(100)])
+    match_paths([tmp_path / f"{number}.png" for number in range(100)])
     assert len(listed) <= 2
 
 

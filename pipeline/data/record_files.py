@@ -23,7 +23,7 @@ class Header(NamedTuple):
     line: int
 
 
-def read_rows(path: Path, text: str) -> tuple[str, Iterator[tuple[int, object]]]:
+def read_record_file(path: Path, text: str) -> tuple[str, Iterator[tuple[int, object]]]:
     """How a position is put in messages, and every record with its position. Raises RecordError."""
     beginning = text.lstrip()[:1]
     if beginning == "[" and not _is_lines(text):
