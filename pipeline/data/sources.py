@@ -72,7 +72,7 @@ def collect(
     examples: dict[int | str, VQAExample] = {}
     skipped: list[SkippedItem] = []
     file = str(path)
-    lacks = lacks or sources.lacks
+    lacks = lacks or sources.skip_reason
     for position, example in map_records(records, place, make):
         key = example.question_id
         if key in examples:
