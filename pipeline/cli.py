@@ -74,10 +74,10 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
 
 @contextmanager
 def _ending_process() -> Iterator[None]:
-    """`ending_process`, imported when a command runs."""
-    from pipeline.common.distributed import ending_process
+    """`exit_without_group_teardown`, imported when a command runs."""
+    from pipeline.common.distributed import exit_without_group_teardown
 
-    with ending_process():
+    with exit_without_group_teardown():
         yield
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cache.manifest import _load_signed, _save_signed
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_split
+from pipeline.batches.split import open_split
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode
 from pipeline.common.errors import PipelineError
@@ -105,7 +105,7 @@ def test_what_of_the_config_decides_nothing_is_no_difference(made: Path) -> None
 def test_the_settings_are_compared_where_the_encoders_tensors_are_not(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.batches.assemble.has_half", lambda *_: False)
+    monkeypatch.setattr("pipeline.batches.split.has_half", lambda *_: False)
     open_split(config_of(made), "train")
     change_config(made, "vision_config", num_attention_heads=2)
     with pytest.raises(PipelineError, match=r"vision_config\.num_attention_heads: cache has 4, wanted 2"):

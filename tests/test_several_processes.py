@@ -175,7 +175,7 @@ def test_a_process_in_a_group_ends_without_freeing_anything(tmp_path: Path, end:
     script = f"""
 import atexit, sys
 from torch import distributed
-from pipeline.common.distributed import ending_process
+from pipeline.common.distributed import exit_without_group_teardown
 
 class Freed:
     def __del__(self):
@@ -184,7 +184,7 @@ class Freed:
 freed = Freed()
 atexit.register(print, "exit function")
 distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-with ending_process():
+with exit_without_group_teardown():
     print("done")
     {end}
 """

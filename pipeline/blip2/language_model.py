@@ -26,14 +26,14 @@ from pipeline.blip2.attention import TREE_ATTENTION, additive_masks
 from pipeline.blip2.checkpoint import LANGUAGE_MODEL_PREFIXES
 from pipeline.blip2.checkpoint_check import end_tokens, model_tensors
 from pipeline.blip2.loading import load_half, require_finite
-from pipeline.blip2.lora import compute_with_float_biases, require_all_saved, targets_in_full_model, targets_of
+from pipeline.blip2.lora import compute_with_float_biases, require_all_saved, resolve_targets, targets_in_full_model
 from pipeline.blip2.memory import give_back_memory, is_out_of_memory, keep_no_freed_memory
 from pipeline.common.compat import cache_argument
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import replacing_folder
 from pipeline.common.library_errors import one_line
 
-TREES = ("query_features", "input_ids", "text_lengths", "position_ids", "block_masks")
+TREE_INPUTS = ("query_features", "input_ids", "text_lengths", "position_ids", "block_masks")
 """What describes token trees, by the names of `Blip2LanguageHalf.forward`."""
 
 
@@ -66,7 +66,7 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         text_lengths: list[int],
         position_ids: Tensor,
         block_masks: list[Tensor],
-        label_nodes: Tensor,
+        label_indices: Tensor,
         labels: Tensor,
         label_weights: Tensor,
         num_items_in_batch: Tensor | int | None = None,
@@ -82,12 +82,12 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             text_lengths: text nodes of each tree.
             position_ids: (N,).
             block_masks: (S, S) bool, of one tree or some neighbours, whether node i sees node j; none sees beyond.
-            label_nodes: (L,), of all N, whose output is to be the label.
+            label_indices: (L,), of all N, whose output is to be the label.
             labels: (L,) token ids.
             label_weights: (L,), of each in the sum.
             num_items_in_batch: what the sum is divided by; None is that of the weights.
         """
-        logits = self.logits(query_features, input_ids, text_lengths, position_ids, block_masks, label_nodes)
+        logits = self.logits(query_features, input_ids, text_lengths, position_ids, block_masks, label_indices)
         loss = (functional.cross_entropy(logits, labels, reduction="none") * label_weights).sum()
         return CausalLMOutput(loss=loss / (label_weights.sum() if num_items_in_batch is None else num_items_in_batch))
 
@@ -98,11 +98,11 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         text_lengths: list[int],
         position_ids: Tensor,
         block_masks: list[Tensor],
-        label_nodes: Tensor,
+        label_indices: Tensor,
     ) -> Tensor:
-        """(L, vocabulary) float32: what the model expects behind the nodes at `label_nodes`, all as in `forward`."""
+        """(L, vocabulary) float32: what the model expects behind the nodes at `label_indices`, all as in `forward`."""
         hidden = self._read(query_features, input_ids, text_lengths, position_ids, block_masks)
-        logits: Tensor = self.get_output_embeddings()(hidden[0, label_nodes]).float()
+        logits: Tensor = self.get_output_embeddings()(hidden[0, label_indices]).float()
         return logits
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
             last_tokens: (B,) the prompts' last tokens.
             inputs: those of `forward` that describe the trees, and settings of the library's `generate`.
         """
-        trees = {name: inputs.pop(name) for name in TREES}
+        trees = {name: inputs.pop(name) for name in TREE_INPUTS}
         ends, padding = end_tokens(self.config), self.config.text_config.pad_token_id
         padding = ends[0] if padding is None else padding
         cache = DynamicCache()
@@ -251,7 +251,7 @@ def add_lora(
     Raises:
         ConfigError: a name in `target_modules` does not fit the model, or `bias` the installed PEFT.
     """
-    targets = targets_of(model, target_modules)
+    targets = resolve_targets(model, target_modules)
     on_full_model = targets_in_full_model(model, targets, encoder_modules(model.config))
     dtype = model.dtype
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias=bias)
@@ -285,7 +285,7 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def readable_as(path: Path, folder: Path) -> None:
+def copy_permissions(path: Path, folder: Path) -> None:
     """Gives the files in `folder` the permissions of one written the usual way: safetensors makes them its owner's."""
     for file in folder.iterdir():
         file.chmod(path.stat().st_mode)
@@ -306,7 +306,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
             "parent_library": Blip2ForConditionalGeneration.__module__,
         }
         path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        readable_as(path, partial)
+        copy_permissions(path, partial)
 
 
 def load_adapter(model: Blip2LanguageHalf, adapter: Path) -> PeftModel:

@@ -19,7 +19,7 @@ ALL_LINEAR = "all-linear"
 DECODER = "language_model.model.decoder."
 
 
-def targets_of(model: nn.Module, names: Sequence[str]) -> list[str]:
+def resolve_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The `names`, with what `all-linear` stands for, each of which matches linear layers of `model`.
 
     Raises:

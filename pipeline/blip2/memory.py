@@ -59,7 +59,7 @@ class ActivationMemoryCounter:
         return tensor
 
 
-def free_bytes(device: torch.device) -> int:
+def free_memory_bytes(device: torch.device) -> int:
     """Memory that can still be taken on `device`: of a GPU, also what torch holds and does not use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -107,7 +107,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-def in_parts(compute: Callable[[Sequence[int]], T], questions: Sequence[int], advice: str) -> list[T]:
+def split_on_out_of_memory(compute: Callable[[Sequence[int]], T], questions: Sequence[int], advice: str) -> list[T]:
     """`compute(questions)` as a list of one; where memory is out, what it gives for two halves, or smaller parts.
 
     Raises `PipelineError` with `advice` if memory is too short for a single question.
@@ -122,7 +122,9 @@ def in_parts(compute: Callable[[Sequence[int]], T], questions: Sequence[int], ad
     torch.cuda.empty_cache()  # and the error, which holds on to memory, is gone
     log_info(f"out of memory with {len(questions)} questions at a time: they are computed in two halves")
     half = len(questions) // 2
-    return in_parts(compute, questions[:half], advice) + in_parts(compute, questions[half:], advice)
+    return split_on_out_of_memory(compute, questions[:half], advice) + split_on_out_of_memory(
+        compute, questions[half:], advice
+    )
 
 
 def _free_in_container() -> int | Any:

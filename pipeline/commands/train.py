@@ -18,15 +18,10 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from pipeline.batches.assemble import (
-    check_lora,
-    load_base,
-    load_tokenizer,
-    open_split,
-    trainable_questions,
-    training_batches,
-)
 from pipeline.batches.sequences import SequenceBuilder
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.batches.training import trainable_questions, training_batches
+from pipeline.blip2.base_model import check_lora, load_base
 from pipeline.blip2.device import check_devices, dtype_name, pick_device
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.blip2.memory import peak_bytes, reset_peak
@@ -44,7 +39,7 @@ from pipeline.runs.run import Run, read_jsonl
 from pipeline.training.lora_monitor import LoraMonitorCallback
 from pipeline.training.metrics import MetricsCallback
 from pipeline.training.stopping import GracefulStopCallback, StopRequest
-from pipeline.training.trainer import Batches, StageTwoTrainer
+from pipeline.training.trainer import StageTwoTrainer
 from pipeline.training.validation import BestAdapterCallback, Validator
 
 LoadBase = Callable[[Config], Blip2LanguageHalf]
@@ -258,15 +253,13 @@ def _trainer(
     base_dtype: torch.dtype,
     callbacks: list[TrainerCallback],
 ) -> StageTwoTrainer:
-    order, build_sequences, micro_batch = training_batches(config, data.builder, data.trainable)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     try:
         trainer = StageTwoTrainer(
             model,
             _arguments(config.train, run.checkpoints, base_dtype),
-            Batches(len(data.trainable), build_sequences),
-            order,
-            micro_batch,
+            training_batches(config, data.builder, data.trainable),
+            None if config.train.micro_batch == "auto" else config.train.micro_batch,
             config.train.on_nonfinite == "skip",
             data.validator,
             callbacks,

@@ -47,7 +47,7 @@ def local_world_size() -> int:
 
 
 @contextmanager
-def ending_process() -> Iterator[None]:
+def exit_without_group_teardown() -> Iterator[None]:
     """End the process behind the block, if it is in a process group by then.
 
     The group's threads need the interpreter's lock to free what they worked on, and whoever frees the group waits for
@@ -98,7 +98,9 @@ class DistributedContext:
             from torch import distributed
             from torch.cuda import is_available
 
-            if not distributed.is_initialized():  # by an earlier stage in this process; see `ending_process`
+            if (
+                not distributed.is_initialized()
+            ):  # by an earlier stage in this process; see `exit_without_group_teardown`
                 backend = "cpu:gloo,cuda:nccl" if is_available() else "gloo"
                 distributed.init_process_group(backend, timeout=GROUP_TIMEOUT)
             if self.timeout != GROUP_TIMEOUT:

@@ -15,8 +15,8 @@ from plain_model import wake_lora
 from safetensors.torch import load_file
 from transformers import Blip2ForConditionalGeneration
 
-from pipeline.batches.assemble import load_base
 from pipeline.batches.sequences import SequenceBuilder, pack, pack_prompts
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_adapter, load_language_half, save_adapter
 from pipeline.blip2.lora import require_all_saved
 from pipeline.cli import main
@@ -181,7 +181,7 @@ def test_biases_are_trained_in_float32_in_every_dtype(
 
 @pytest.fixture(scope="module")
 def builder(cached: Config) -> SequenceBuilder:
-    from pipeline.batches.assemble import open_split
+    from pipeline.batches.split import open_split
 
     return open_split(cached, "train")
 

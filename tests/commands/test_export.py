@@ -25,7 +25,8 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 import pipeline.commands.export
 from cache.reader import FeatureReader
-from pipeline.batches.assemble import load_base, load_tokenizer
+from pipeline.batches.split import load_tokenizer
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.checkpoint import INDEX, WEIGHTS
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_adapter, save_adapter
 from pipeline.blip2.merge import write_merged
@@ -313,7 +314,7 @@ def test_without_a_cache_or_memory_the_models_are_not_compared(
     done = pipe("export", run.path, tmp_path / "one", "--merge", "cache.dir=/no/such/cache", "--json")
     assert (done.exit_code, json.loads(done.stdout)["differences"]) == (0, None)
     assert "the merged model is not compared with the run: no cache at /no/such/cache" in done.stderr
-    monkeypatch.setattr(pipeline.commands.export, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(pipeline.commands.export, "free_memory_bytes", lambda device: 1_000_000)
     done = pipe("export", run.path, tmp_path / "two", "--merge")
     assert done.exit_code == 0
     assert "is not compared with the run: that takes 8.81 MB of memory, and 1.00 MB are free" in done.stderr

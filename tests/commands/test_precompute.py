@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import pipeline.encoding.encoding_loop
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_split
+from pipeline.batches.split import open_split
 from pipeline.commands.precompute import dry_run, precompute
 from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError

@@ -23,7 +23,7 @@ from PIL import Image
 
 from cache.audit import verify
 from cache.reader import FeatureReader
-from pipeline.batches.assemble import open_split
+from pipeline.batches.split import open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode, repair
