@@ -69,7 +69,7 @@ def _check_features(features: FeatureReader, config: Config, folder: Path) -> No
     cached: dict[str, Any] = features.manifest.provenance.get("encoder", {})
     expected = encoder_settings(folder)
     differences = [
-        f"{key}: cache has {cached[key]}, config expects {expected[key]}"
+        f"{key}: cache has {cached[key]}, wanted {expected[key]}"
         for key in expected
         if cached.get(key, expected[key]) != expected[key]
     ]

@@ -23,9 +23,10 @@ from pipeline.batches.split import load_tokenizer, open_split
 from pipeline.blip2.base_model import load_base
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
-from pipeline.blip2.language_model import TREE_INPUTS, copy_permissions, keep_trainable, load_adapter
+from pipeline.blip2.language_model import TREE_INPUTS, copy_permissions, load_adapter
 from pipeline.blip2.memory import free_memory_bytes, give_back_memory, is_out_of_memory
 from pipeline.blip2.merge import merged_bytes, write_merged
+from pipeline.common.compat import keep_weights_trainable
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_utf8, require_writable, sync_files, write_text, writing
 from pipeline.common.hub import check_repo_name, push
@@ -185,7 +186,7 @@ def _say_all(
     model: PreTrainedModel = load_base(config)
     if adapter:
         model = load_adapter(model, adapter)
-        keep_trainable(model)
+        keep_weights_trainable(model)
     found = answer_questions(model, builder, questions, tokenizer, config.evaluate)
     answers = [found[number].text for number in questions.tolist()]
     targets = dict(zip(questions.tolist(), tokenizer.targets(wanted or answers), strict=True))

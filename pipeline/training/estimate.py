@@ -11,7 +11,6 @@ import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Blip2Config
 
 from pipeline.batches.sequences import ImageSequence, micro_batches, pack
@@ -22,7 +21,7 @@ from pipeline.blip2.checkpoint import LANGUAGE_MODEL_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora
 from pipeline.blip2.memory import ActivationMemoryCounter, free_memory_bytes
-from pipeline.common.compat import enable_activation_checkpointing
+from pipeline.common.compat import enable_activation_checkpointing, fake_tensor_mode
 from pipeline.config import Config, QuantizationConfig
 from pipeline.training.trainer import max_tokens_that_fit
 
@@ -86,18 +85,18 @@ def _without_storage(config: Config, dtype: torch.dtype) -> PeftModel:
     if config.train.dropout is not None:
         architecture.text_config.dropout = config.train.dropout
     with torch.device("meta"):
-        half = Blip2LanguageHalf._from_config(architecture, dtype=dtype).requires_grad_(False)
+        half = Blip2LanguageHalf(architecture).to(dtype).requires_grad_(False)
         model = add_lora(half, **config.lora.model_dump())
     if config.train.gradient_checkpointing:
         enable_activation_checkpointing(model)
-    mode, fakes = FakeTensorMode(), {}
+    mode, fakes = fake_tensor_mode(), {}
     for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None and weight not in fakes:  # some are tied
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight not in fakes:  # some are tied
                 with mode:
                     content = torch.empty(weight.shape, dtype=weight.dtype)
                 fakes[weight] = nn.Parameter(content, weight.requires_grad)
-            module._parameters[name] = fakes.get(weight)
+            setattr(module, name, fakes[weight])
     return model.train()
 
 
@@ -122,7 +121,7 @@ def _saved_bytes(model: PeftModel, group: list[ImageSequence]) -> int:
     return saved.bytes
 
 
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
+def _fake(value: Any, mode: Any) -> Any:
     if isinstance(value, list):
         return [_fake(one, mode) for one in value]
     return mode.from_tensor(value) if isinstance(value, Tensor) else value

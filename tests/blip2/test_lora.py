@@ -46,15 +46,15 @@ def adapted(model: torch.nn.Module) -> set[str]:
     ("targets", "message"),
     [
         (("q_proj", "v_projj"), "'v_projj' matches nothing in the language model; did you mean v_proj?"),
-        (("nothing",), "'nothing' matches nothing in the language model. There are fc1, fc2, k_proj,"),
+        (("nothing",), "'nothing' matches nothing in the language model. Allowed: fc1, fc2, k_proj,"),
         (("q_proj", "layers.9.self_attn.q_proj"), "'layers.9.self_attn.q_proj' matches nothing"),
         (("proj",), "'proj' matches nothing"),  # PEFT compares whole words of a path
         (("",), "'' matches nothing"),
         (("qkv",), "'qkv' matches nothing"),  # of the vision model
         (("query",), "'query' matches nothing"),  # of the Q-Former
-        (("q_proj", "self_attn"), "'self_attn' is no linear layer"),
-        (("embed_tokens",), "'embed_tokens' is no linear layer"),
-        (("final_layer_norm",), "'final_layer_norm' is no linear layer"),
+        (("q_proj", "self_attn"), "'self_attn' is not a linear layer"),
+        (("embed_tokens",), "'embed_tokens' is not a linear layer"),
+        (("final_layer_norm",), "'final_layer_norm' is not a linear layer"),
         (("all_linear",), "did you mean all-linear?"),
     ],
 )

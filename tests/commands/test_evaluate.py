@@ -130,7 +130,7 @@ def test_out_of_memory_halves_the_batch(
     assert {number: answer.text for number, answer in found.items()} == {
         number: answer.text for number, answer in expected.items()
     }
-    assert "out of memory with 18 questions at a time: they are computed in two halves" in capsys.readouterr().err
+    assert "out of memory with 18 questions at a time; retrying in two halves" in capsys.readouterr().err
     limit[0] = 0
     with pytest.raises(PipelineError, match=r"out of memory with one question .* fewer evaluate\.num_beams"):
         answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
