@@ -1,7 +1,6 @@
 """The command: words in, one call, a summary out. What the stages do is imported when it is asked for."""
 
 import json
-import logging
 import os
 import re
 import sys
@@ -74,10 +73,10 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
 
 @contextmanager
 def _ending_process() -> Iterator[None]:
-    """`ending_process`, imported when a command runs."""
-    from pipeline.common.distributed import ending_process
+    """`exit_without_group_teardown`, imported when a command runs."""
+    from pipeline.common.distributed import exit_without_group_teardown
 
-    with ending_process():
+    with exit_without_group_teardown():
         yield
 
 
@@ -133,22 +132,13 @@ def _quiet_transformers() -> None:
 
 
 def _load_bitsandbytes() -> None:
-    """Import it without `torch.compile`, a quarter of the time that the command takes to start.
+    """Import bitsandbytes without its warning about an optional kernel."""
+    from pipeline.common.compat import silence_optional_kernel_warning
 
-    At its import it compiles two functions that neither the CPU nor CUDA uses; where that fails, it keeps
-    them as they are, but the attempt loads all of torch's compiler.
-    """
-    from unittest.mock import patch
+    silence_optional_kernel_warning()
+    import bitsandbytes  # noqa: F401
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
-    with patch("torch.compile", side_effect=RuntimeError):
-        import bitsandbytes  # noqa: F401
     _quiet_transformers()
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not that an optional kernel for the CPU is missing: without it the weights are dequantised, as they should be."""
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
 @main.command()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cache.manifest import _load_checksummed, _save_checksummed
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_split
+from pipeline.batches.split import open_split
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode
 from pipeline.common.errors import PipelineError
@@ -105,7 +105,7 @@ def test_what_of_the_config_decides_nothing_is_no_difference(made: Path) -> None
 def test_the_settings_are_compared_where_the_encoders_tensors_are_not(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.batches.assemble.has_half", lambda *_: False)
+    monkeypatch.setattr("pipeline.batches.split.has_half", lambda *_: False)
     open_split(config_of(made), "train")
     change_config(made, "vision_config", num_attention_heads=2)
     with pytest.raises(PipelineError, match=r"vision_config\.num_attention_heads: cache has 4, wanted 2"):
@@ -184,7 +184,7 @@ def test_an_edited_annotation_stops_training_and_costs_the_text_alone(made: Path
     path = made / "train.jsonl"
     answer = json.loads(path.read_text().splitlines()[0])["answer"]
     path.write_text(path.read_text().replace(f'"{answer}"', '"changed"', 1))
-    with pytest.raises(PipelineError, match=r"train\.jsonl \(data.train.annotations\) is not what .* was made of"):
+    with pytest.raises(PipelineError, match=r"train\.jsonl \(data.train.annotations\) has changed since .* was made"):
         open_split(config_of(made), "train")
     open_split(config_of(made), "val")
     summary = precompute(config_of(made))
@@ -201,7 +201,7 @@ def test_an_annotation_edited_while_pictures_are_encoded_stops_training(
         lambda *_: (path.write_text("\n" + path.read_text()), EncodingReport())[1],
     )
     precompute(config_of(made))
-    with pytest.raises(PipelineError, match=r"train\.jsonl .* is not what .* was made of"):
+    with pytest.raises(PipelineError, match=r"train\.jsonl .* has changed since .* was made"):
         open_split(config_of(made), "train")
 
 
@@ -211,7 +211,7 @@ def test_another_folder_of_pictures_is_told_and_not_used(made: Path, capsys: pyt
     assert "other" not in capsys.readouterr().err  # it is not on this machine
     (made / "other").mkdir()
     open_split(config_of(made, other), "train")
-    assert f"holds the pictures of {made}/images, and these are used" in capsys.readouterr().err
+    assert f"holds the images of {made}/images; using these" in capsys.readouterr().err
     (made / "link").symlink_to(made / "images")
     open_split(config_of(made, f"data.train.images={made}/link"), "train")
     assert "these are used" not in capsys.readouterr().err
@@ -231,11 +231,11 @@ def test_another_prompt_costs_the_tokens_alone(made: Path, capsys: pytest.Captur
     config = config_of(made, 'data.prompt="Q: {question} A:"')
     before = open_split(config_of(made), "train").text
     after = open_split(config, "train").text
-    assert "making the tokens of train again" in capsys.readouterr().err
+    assert "tokenizing train again" in capsys.readouterr().err
     assert list(before.prompt_ids[0]) != list(after.prompt_ids[0])
     assert precompute(config)["encoded"] == 0
     open_split(config, "train")
-    assert "making the tokens" not in capsys.readouterr().err
+    assert "tokenizing train" not in capsys.readouterr().err
 
 
 def test_another_tokenizer_costs_the_tokens_alone(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from pipeline.batches.sequences import SequenceBuilder, pack_prompts
-from pipeline.blip2.memory import in_parts
+from pipeline.blip2.memory import split_on_out_of_memory
 from pipeline.config import EvaluateConfig
 from pipeline.data.text import PromptTokenizer
 
@@ -38,7 +38,9 @@ def answer_questions(
     answers: dict[int, Answer] = {}
     advice = f"{settings.num_beams} beams are kept for it: try fewer evaluate.num_beams"
     for batch in _batches(builder, questions, settings.batch_size):
-        for part in in_parts(lambda some: _generate(model, builder, some, tokenizer, settings), batch, advice):
+        for part in split_on_out_of_memory(
+            lambda some: _generate(model, builder, some, tokenizer, settings), batch, advice
+        ):
             answers |= part
         on_done(len(batch))
     return answers

@@ -1,1 +1,1 @@
-"""Cache rows and tokens -> batches: which questions, in which order, in which sequences."""
+"""Batches from cached features and tokens: opening a split, sampling questions, building sequences."""

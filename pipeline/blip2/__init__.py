@@ -1,1 +1,1 @@
-"""The model: checkpoint files, its two halves, attention, prefix tree, merging, device and memory."""
+"""The BLIP-2 model: checkpoints, the two half-models, attention, prefix tree, LoRA, merging, device and memory."""

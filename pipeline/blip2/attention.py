@@ -1,7 +1,7 @@
-"""Attention within blocks that lie one behind the other in one sequence, none of which sees another.
+"""Block-diagonal attention over concatenated sequences, registered with transformers as an attention implementation.
 
-A block is a token tree or a few small ones, some hundred nodes: a matrix product a block, and no padding, is less work
-than one padded or masked product for all. Registered with transformers as an attention implementation.
+A block is one prefix tree or a few small ones, some hundred tokens. One matrix product per block, without padding, is
+less work than one padded or masked product over all of them.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-TREE_ATTENTION = "token_trees"
+TREE_ATTENTION = "prefix_tree"
 
 
 def additive_masks(masks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """(S, S) bool each -> (S, S) of `dtype`: 0 where a node sees another, minus infinity where not."""
+    """Convert (S, S) boolean masks to (S, S) of `dtype`: 0 where a token attends to another, else minus infinity."""
     return [torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf")) for mask in masks]
 
 
@@ -30,15 +30,17 @@ def tree_attention(
     block_biases: list[Tensor] | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """(1, heads, N, d) each -> (1, N, heads, d); without blocks what `sdpa` does, with (B, heads, S, d).
+    """Attend within each block: (1, heads, N, d) each -> (1, N, heads, d).
 
-    On a CPU the products are spelled out where gradients are wanted: forward and backward take half of the time of
-    torch's fused attention, which is made for longer sequences. Forward alone, the fused one is faster.
+    Without blocks it is transformers' `sdpa`: (B, heads, S, d) each -> (B, S, heads, d).
+
+    On a CPU with gradients, explicit matrix products take half the time of torch's fused attention, which is tuned for
+    longer sequences. Without gradients the fused one is faster.
     """
     if block_biases is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    spelled_out = query.device.type == "cpu" and torch.is_grad_enabled()
-    attend = _eager_attention if spelled_out else functional.scaled_dot_product_attention
+    eager = query.device.type == "cpu" and torch.is_grad_enabled()
+    attend = _eager_attention if eager else functional.scaled_dot_product_attention
     by_block = (torch.split(tensor, [len(bias) for bias in block_biases], 2) for tensor in (query, key, value))
     outputs = [
         attend(q, k, v, bias, settings["dropout"], scale=settings["scaling"])

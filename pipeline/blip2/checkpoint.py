@@ -1,4 +1,4 @@
-"""A BLIP-2 checkpoint in Hugging Face form, and of its files only those that one half of the model needs."""
+"""BLIP-2 checkpoints in Hugging Face format, of which only the files that one half of the model needs are fetched."""
 
 import hashlib
 import json
@@ -15,19 +15,26 @@ from pipeline.blip2.embedded import EMBEDDED, embedded_checkpoint
 from pipeline.common.errors import PipelineError
 from pipeline.common.fingerprint_cache import file_states, recall, remember
 
-# The parameters of the two half-models, by the checkpoint's own names.
 ENCODER_PREFIXES = ("vision_model.", "qformer.", "query_tokens")
+"""Prefixes of the parameter names of the encoder half."""
 LANGUAGE_MODEL_PREFIXES = ("language_projection.", "language_model.")
+"""Prefixes of the parameter names of the language half."""
 
 
 def fetch_checkpoint(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> Path:
-    """The local folder of a checkpoint, with at least the weight files that `half` needs in it.
+    """Return the local folder of a checkpoint that holds at least the weight files of one half.
 
-    `checkpoint` is `embedded`, a folder, or a hub id, of which only the small files and the shards that
-    hold a tensor of `half` are downloaded. Raises `PipelineError` if it cannot be had, is no BLIP-2
-    with a decoder-only language model in safetensors, or lacks a tensor that its config asks for.
+    Args:
+        checkpoint: `embedded`, a folder, or a hub id. From the hub, only the small files and the shards that hold a
+            tensor of `half` are downloaded.
+        revision: revision on the hub; None for the default branch.
+        half: name prefixes of the tensors that are needed.
+
+    Raises:
+        PipelineError: the checkpoint cannot be found or downloaded, is not BLIP-2 with OPT in safetensors, or is
+            missing a tensor that its config requires.
     """
-    _require_plausible(checkpoint)
+    _check_checkpoint_name(checkpoint)
     local = Path(public_name(checkpoint))
     folder = local if local.is_dir() else _download(checkpoint, revision, half)
     check_checkpoint(folder, half)
@@ -35,11 +42,12 @@ def fetch_checkpoint(checkpoint: str, revision: str | None, half: tuple[str, ...
 
 
 def fetch_small_files(checkpoint: str, revision: str | None, half: tuple[str, ...]) -> Path:
-    """The local folder of a checkpoint with its config and tokenizer, before anything long is begun.
+    """Return the local folder of a checkpoint with at least its config and tokenizer.
 
-    Raises `PipelineError` as `fetch_checkpoint` does, of a hub id as far as is known without its weight files.
+    Raises:
+        PipelineError: as `fetch_checkpoint`; for a hub id, only what can be checked without its weight files.
     """
-    _require_plausible(checkpoint)
+    _check_checkpoint_name(checkpoint)
     if Path(public_name(checkpoint)).is_dir():
         return fetch_checkpoint(checkpoint, revision, half)
     folder = _download(checkpoint, revision)
@@ -47,8 +55,8 @@ def fetch_small_files(checkpoint: str, revision: str | None, half: tuple[str, ..
     return folder
 
 
-def _require_plausible(checkpoint: str) -> None:
-    """Raises `PipelineError` for what is plainly no checkpoint, before anything is read or downloaded."""
+def _check_checkpoint_name(checkpoint: str) -> None:
+    """Raise `PipelineError` for a missing folder or a misspelled `embedded` before asking the hub."""
     if checkpoint == EMBEDDED or Path(checkpoint).is_dir():
         return
     if checkpoint.startswith(("/", "./", "../", "~")):
@@ -58,7 +66,7 @@ def _require_plausible(checkpoint: str) -> None:
 
 
 def public_name(checkpoint: str) -> str:
-    """What plain `from_pretrained` finds the checkpoint by: its folder's absolute path, or its hub id."""
+    """Return the name by which `from_pretrained` finds the checkpoint: an absolute path or a hub id."""
     if checkpoint == EMBEDDED:
         return str(embedded_checkpoint())
     return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
@@ -66,12 +74,12 @@ def public_name(checkpoint: str) -> str:
 
 @contextmanager
 def checkpoint_view(folder: Path, half: tuple[str, ...]) -> Iterator[Path]:
-    """A folder for `from_pretrained` that shows the small files of `folder` and the weight files of `half` alone.
+    """Provide a folder for `from_pretrained` with the small files of `folder` and the weight files of one half.
 
-    `from_pretrained` opens every shard that an index names; here the index names those of one half.
+    `from_pretrained` opens every shard that the index names. Here the index names the shards of `half` only.
     """
     if (folder / WEIGHTS).exists():
-        yield folder  # one file: `from_pretrained` reads from it just the tensors that the model has
+        yield folder  # `from_pretrained` reads only the tensors of the model from a single file
         return
     index = read_json(folder / INDEX)
     index["weight_map"] = {name: path.name for name, path in _files(folder, half).items()}
@@ -87,63 +95,63 @@ def checkpoint_view(folder: Path, half: tuple[str, ...]) -> Iterator[Path]:
                 (view / shard).symlink_to(folder / shard)
         except OSError as error:
             raise PipelineError(
-                f"the folder for temporary files cannot be written ({error}); make room there, or set TMPDIR to "
+                f"cannot write to the folder for temporary files ({error}); free some space there, or set TMPDIR to "
                 "another folder"
             ) from error
         yield view
 
 
 def has_half(folder: Path, half: tuple[str, ...]) -> bool:
-    """Whether every weight file of `half` is in the folder; of a hub checkpoint, the other half's may be missing."""
+    """Return whether the folder has every weight file of one half; a hub download may have the other half only."""
     return all(path.exists() for path in set(_files(folder, half).values()))
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of every tensor of both halves -> the file that holds it."""
+    """Return the file that holds each tensor of the model, by tensor name."""
     return _files(folder, (*ENCODER_PREFIXES, *LANGUAGE_MODEL_PREFIXES))
 
 
 def fingerprint(folder: Path, half: tuple[str, ...]) -> str:
-    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor of `half`, in the order of their names.
+    """Return the SHA-256 (hex) over name, dtype, shape and bytes of every tensor of one half, ordered by name.
 
-    Remembered for files that have not changed since: the tensors of ViT-g take seconds to read.
+    Cached until a file changes, because reading the tensors of ViT-g takes seconds.
     """
-    where = _files(folder, half)
-    state = file_states(sorted(set(where.values())))
-    known = recall(state)
-    return known or remember(state, _fingerprint(where))
+    files = _files(folder, half)
+    state = file_states(sorted(set(files.values())))
+    return recall(state) or remember(state, _fingerprint(files))
 
 
-def _fingerprint(where: dict[str, Path]) -> str:
-    headers = {path: safetensors_header(path) for path in set(where.values())}
+def _fingerprint(files: dict[str, Path]) -> str:
+    headers = {path: safetensors_header(path) for path in set(files.values())}
     digest = hashlib.sha256()
-    for name in sorted(where):
-        data_start, header = headers[where[name]]
+    for name in sorted(files):
+        data_start, header = headers[files[name]]
         tensor = header[name]
         digest.update(f"{name} {tensor['dtype']} {tensor['shape']}\n".encode())
         begin, end = tensor["data_offsets"]
-        _hash_range(digest, where[name], data_start + begin, end - begin)
+        for block in _read_range(files[name], data_start + begin, end - begin):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def _files(folder: Path, half: tuple[str, ...]) -> dict[str, Path]:
-    """Name of each tensor of `half` -> the file that holds it."""
+    """Return the file that holds each tensor of one half, by tensor name."""
     return {name: path for name, path in weight_files(folder).items() if name.startswith(half)}
 
 
-def _hash_range(digest: "hashlib._Hash", path: Path, start: int, length: int) -> None:
+def _read_range(path: Path, start: int, length: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         file.seek(start)
         while length > 0 and (block := file.read(min(length, 1 << 22))):
-            digest.update(block)
+            yield block
             length -= len(block)
     if length:
-        raise PipelineError(f"{path}: the file ends before its last tensor; get the checkpoint again")
+        raise PipelineError(f"{path}: the file is truncated; download the checkpoint again")
 
 
-@cache  # a stage asks several times, each would ask the hub
+@cache  # called several times per command, and each call would contact the hub
 def _download(checkpoint: str, revision: str | None, half: tuple[str, ...] | None = None) -> Path:
-    """The small files, and the weight files of `half`."""
+    """Download the small files and, with `half`, its weight files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -156,6 +164,7 @@ def _download(checkpoint: str, revision: str | None, half: tuple[str, ...] | Non
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PipelineError(
-            f"checkpoint {checkpoint!r} (model.checkpoint) is neither a folder here nor to be had from the hub"
-            f"{f' at revision {revision!r}' if revision else ''}: {reason} Check the name, the network and your access."
+            f"checkpoint {checkpoint!r} (model.checkpoint) is not a local folder, and downloading it from the hub"
+            f"{f' at revision {revision!r}' if revision else ''} failed: {reason} Check the name, the network and your "
+            "access."
         ) from None

@@ -1,9 +1,9 @@
-"""Which device to compute on, and in which number format."""
+"""Selects the device and the dtype to compute with."""
 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -13,97 +13,107 @@ from pipeline.common.progress import log_info
 
 
 def pick_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU; of several processes on a machine each has its own GPU.
+    """Return this rank's GPU if there is one, else the CPU.
 
-    The GPU becomes torch's current one: events, pinned memory and libraries that are not told a device take that.
-    Raises `PipelineError` if torch's build holds no code for it.
+    The GPU becomes torch's current device, which events, pinned memory and libraries use by default.
+
+    Raises:
+        PipelineError: this build of torch has no code for the GPU.
     """
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
-        return torch.device("cpu")  # the second: `accelerate launch --cpu`
+    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # `accelerate launch --cpu`
+    if forced_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
     device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-    _require_code_for(device)
+    _check_architecture(device)
     torch.cuda.set_device(device)
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`name` as a torch dtype; `auto` is bfloat16 if `device` computes in it, else float16 or, on a CPU, float32.
+    """Return the torch dtype of a name.
 
-    A CPU without bfloat16 instructions emulates them, hundreds of times slower than float32.
+    `auto` is bfloat16 if the device has instructions for it, else float16 on a GPU and float32 on a CPU. A CPU that
+    emulates bfloat16 is hundreds of times slower than in float32.
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    capabilities = torch.cpu.get_capabilities()
+    has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_tile")
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float16` -> "float16"."""
+    """Return the name of a dtype: `torch.float16` -> "float16"."""
     return str(dtype).removeprefix("torch.")
 
 
-def check_devices(team: DistributedContext, training_dtype: str | None = None) -> None:
-    """Compare the devices of all processes; each must call it.
+def check_devices(dist: DistributedContext, training_dtype: str | None = None) -> None:
+    """Compare the devices of all ranks. All ranks must call it.
 
-    Processes that share a GPU are slow in stage one, which is logged. They cannot train together, nor can processes
-    that compute in different number formats: with `training_dtype`, the config's, process 0 raises `PipelineError`.
+    Args:
+        dist: the ranks.
+        training_dtype: `quantization.compute_dtype` of the config; None in stage one, where ranks that share a GPU are
+            slow but work.
+
+    Raises:
+        PipelineError: in training, on rank 0, if ranks share a GPU or compute in different dtypes.
     """
     device = pick_device()
     dtype = dtype_name(pick_dtype(training_dtype, device)) if training_dtype else ""
-    found = team.gather((_identity_of(device), dtype))
-    shared = _shared(gpu for gpu, _ in found)
-    if shared:
-        what = f"processes {' and '.join(map(str, shared))} compute on the same GPU"
+    gathered = dist.gather((_gpu_uuid(device), dtype))
+    sharing = _ranks_that_share([uuid for uuid, _ in gathered])
+    if sharing:
+        problem = f"ranks {' and '.join(map(str, sharing))} use the same GPU"
         if training_dtype:
-            raise PipelineError(f"{what}, which NCCL refuses: start at most one process for each GPU of a machine")
-        log_info(f"{what}; one process for each GPU is faster")
-    dtypes = [dtype for _, dtype in found]
+            raise PipelineError(f"{problem}, which NCCL does not support: start at most one rank per GPU")
+        log_info(f"{problem}; one rank per GPU is faster")
+    dtypes = [dtype for _, dtype in gathered]
     if len({*dtypes}) > 1:
         raise PipelineError(
-            f"quantization.compute_dtype={training_dtype} is {', '.join(dtypes)} in processes 0 to {len(dtypes) - 1}, "
-            "whose devices differ; name one that all of them have, as in quantization.compute_dtype=float16"
+            f"quantization.compute_dtype={training_dtype} is {', '.join(dtypes)} on ranks 0 to {len(dtypes) - 1}, "
+            "whose devices differ; set one that all of them support, such as quantization.compute_dtype=float16"
         )
 
 
-def _identity_of(device: torch.device) -> str | None:
-    """What a GPU is known by on any machine; None for a CPU."""
+def _gpu_uuid(device: torch.device) -> str | None:
+    """Return the UUID of a GPU, or None for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
-def _shared(gpus: Iterable[str | None]) -> list[int]:
-    """The first processes found on one GPU; none if each has its own. `gpus`: by process."""
-    processes = defaultdict(list)
-    for process, gpu in enumerate(gpus):
-        if gpu is not None:
-            processes[gpu].append(process)
-    return next((on_it for on_it in processes.values() if len(on_it) > 1), [])
+def _ranks_that_share(uuids: Sequence[str | None]) -> list[int]:
+    """Return the ranks of the first GPU that several ranks use, given the GPU of each rank."""
+    ranks = defaultdict(list)
+    for rank, uuid in enumerate(uuids):
+        if uuid is not None:
+            ranks[uuid].append(rank)
+    return next((sharing for sharing in ranks.values() if len(sharing) > 1), [])
 
 
-def _require_code_for(device: torch.device) -> None:
-    built = torch.cuda.get_arch_list() if torch.version.cuda else []  # ROCm has names of another kind
+def _check_architecture(device: torch.device) -> None:
+    built = torch.cuda.get_arch_list() if torch.version.cuda else []  # ROCm has other names
     capability = torch.cuda.get_device_capability(device)
-    if built and not _runs_on(capability, built):
+    if built and not _is_supported(capability, built):
         raise PipelineError(
             f"{device} ({torch.cuda.get_device_name(device)}) has compute capability {capability[0]}.{capability[1]}, "
-            f"and torch {torch.__version__} holds code for {', '.join(built)} only. Install a build of torch that has "
-            "it (https://pytorch.org/get-started/previous-versions), choose another GPU with CUDA_VISIBLE_DEVICES, or "
-            "compute on the CPU with CUDA_VISIBLE_DEVICES= (nothing behind it)"
+            f"but torch {torch.__version__} was built for {', '.join(built)} only. Install a build of torch that "
+            "supports it (https://pytorch.org/get-started/previous-versions), choose another GPU with "
+            "CUDA_VISIBLE_DEVICES, or use the CPU with an empty CUDA_VISIBLE_DEVICES="
         )
 
 
-def _runs_on(capability: tuple[int, int], built: Iterable[str]) -> bool:
-    """Whether one of `built`, as torch lists them, runs on a GPU of this compute capability.
+def _is_supported(capability: tuple[int, int], built: Iterable[str]) -> bool:
+    """Return whether code built for one of these architectures runs on a GPU of this compute capability.
 
-    Machine code (sm_80) runs on the same major version, from its minor version on; PTX (compute_80) is compiled by the
-    driver for what came later too. With the suffix a both run on that very capability alone, with f on its major
-    version. See "Compute capabilities" in the CUDA C++ programming guide.
+    Machine code (sm_80) runs on the same major version from its minor version on; PTX (compute_80) is compiled by the
+    driver for later ones too. With the suffix "a" both run on exactly that capability, with "f" on its major version.
+    See "Compute capabilities" in the CUDA C++ programming guide.
     """
     for kind, number, suffix in re.findall(r"\b(sm|compute)_(\d+)([af]?)\b", " ".join(built)):
         code = divmod(int(number), 10)
-        carries_on = (kind, suffix) == ("compute", "") or (code[0] == capability[0] and suffix != "a")
-        if code == capability or (code < capability and carries_on):
+        is_forward_compatible = (kind, suffix) == ("compute", "") or (code[0] == capability[0] and suffix != "a")
+        if code == capability or (code < capability and is_forward_compatible):
             return True
     return False

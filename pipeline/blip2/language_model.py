@@ -1,4 +1,4 @@
-"""The trained half: frozen projection, 4-bit OPT, LoRA."""
+"""Language half: frozen projection, 4-bit OPT and the LoRA adapter that is trained."""
 
 import gc
 import json
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
@@ -26,26 +25,25 @@ from pipeline.blip2.attention import TREE_ATTENTION, additive_masks
 from pipeline.blip2.checkpoint import LANGUAGE_MODEL_PREFIXES
 from pipeline.blip2.checkpoint_check import end_tokens, model_tensors
 from pipeline.blip2.loading import load_half, require_finite
-from pipeline.blip2.lora import compute_with_float_biases, require_all_saved, targets_in_full_model, targets_of
+from pipeline.blip2.lora import compute_with_float_biases, require_all_saved, resolve_targets, targets_in_full_model
 from pipeline.blip2.memory import give_back_memory, is_out_of_memory, keep_no_freed_memory
-from pipeline.common.compat import cache_argument
+from pipeline.common.compat import cache_argument, keep_weights_trainable
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import replacing_folder
 from pipeline.common.library_errors import one_line
 
-TREES = ("query_features", "input_ids", "text_lengths", "position_ids", "block_masks")
-"""What describes token trees, by the names of `Blip2LanguageHalf.forward`."""
+TREE_INPUTS = ("query_features", "input_ids", "text_lengths", "position_ids", "block_masks")
+"""Arguments of `Blip2LanguageHalf.forward` that describe the prefix trees."""
 
 
 class Blip2LanguageHalf(Blip2PreTrainedModel):
-    """`Blip2ForConditionalGeneration` without its encoder, under the same parameter names.
+    """`Blip2ForConditionalGeneration` without its encoder, with the same parameter names.
 
     A LoRA adapter trained on it therefore has the keys that PEFT expects on the full model.
     """
 
     main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # the Trainer passes the number of labels of the whole optimizer step
-    _keys_to_ignore_on_load_unexpected = (r"^vision_model\.", r"^qformer\.", r"^query_tokens$")
+    accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
 
     def __init__(self, config: Blip2Config):
         super().__init__(config)
@@ -54,9 +52,11 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
         return self.language_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
+        """Return the output layer."""
         return self.language_model.get_output_embeddings()
 
     def forward(
@@ -66,28 +66,29 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         text_lengths: list[int],
         position_ids: Tensor,
         block_masks: list[Tensor],
-        label_nodes: Tensor,
+        label_indices: Tensor,
         labels: Tensor,
         label_weights: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutput:
-        """The labels' weighted mean cross-entropy; logits are computed at these alone.
+        """Compute the weighted mean cross-entropy of the labels. Logits are computed only where labels are.
 
-        The sequences are token trees, one behind the other and without padding, N nodes in all: of each the Q query
-        tokens, then its text nodes. See `pipeline.blip2.prefix_tree`.
+        The input is a concatenation of prefix trees without padding, N tokens in total: for each tree its Q query
+        tokens, then its text tokens. See `pipeline.blip2.prefix_tree`.
 
         Args:
             query_features: (trees, Q, D).
-            input_ids: (text nodes,), tree by tree.
-            text_lengths: text nodes of each tree.
+            input_ids: text tokens of all trees, concatenated.
+            text_lengths: number of text tokens of each tree.
             position_ids: (N,).
-            block_masks: (S, S) bool, of one tree or some neighbours, whether node i sees node j; none sees beyond.
-            label_nodes: (L,), of all N, whose output is to be the label.
+            block_masks: (S, S) bool each: whether token i of a block attends to token j. A block is one tree or
+                several consecutive ones; no token attends to another block.
+            label_indices: (L,) index, among all N tokens, of the token whose output predicts the label.
             labels: (L,) token ids.
-            label_weights: (L,), of each in the sum.
-            num_items_in_batch: what the sum is divided by; None is that of the weights.
+            label_weights: (L,) weight of each label in the sum.
+            num_items_in_batch: divisor of the sum; by default the sum of the weights.
         """
-        logits = self.logits(query_features, input_ids, text_lengths, position_ids, block_masks, label_nodes)
+        logits = self.logits(query_features, input_ids, text_lengths, position_ids, block_masks, label_indices)
         loss = (functional.cross_entropy(logits, labels, reduction="none") * label_weights).sum()
         return CausalLMOutput(loss=loss / (label_weights.sum() if num_items_in_batch is None else num_items_in_batch))
 
@@ -98,57 +99,59 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         text_lengths: list[int],
         position_ids: Tensor,
         block_masks: list[Tensor],
-        label_nodes: Tensor,
+        label_indices: Tensor,
     ) -> Tensor:
-        """(L, vocabulary) float32: what the model expects behind the nodes at `label_nodes`, all as in `forward`."""
-        hidden = self._read(query_features, input_ids, text_lengths, position_ids, block_masks)
-        logits: Tensor = self.get_output_embeddings()(hidden[0, label_nodes]).float()
+        """Return the float32 logits (L, vocabulary) at `label_indices`. The arguments are those of `forward`."""
+        hidden = self._hidden_states(query_features, input_ids, text_lengths, position_ids, block_masks)
+        logits: Tensor = self.get_output_embeddings()(hidden[0, label_indices]).float()
         return logits
 
     @torch.no_grad()
     def generate(self, paths: Tensor, last_tokens: Tensor, num_beams: int = 1, **inputs: Any) -> "Generated":
-        """What follows B prompts, the most probable by beam search, or greedily with one beam.
+        """Generate continuations of B prompts by beam search, or greedily with one beam.
 
-        All but a prompt's last token is read as token trees, so that what prompts have in common is read once; then
-        each prompt goes its own way from the keys and values of the nodes on its path.
+        All but the last token of each prompt is prefilled as prefix trees, so that shared prefixes are computed once.
+        Each prompt then continues from the keys and values of the tokens on its path.
 
         Args:
-            paths: (B, P) nodes, of all N, that a prompt's last token sees, in order; shorter ones begin with -1.
-            last_tokens: (B,) the prompts' last tokens.
-            inputs: those of `forward` that describe the trees, and settings of the library's `generate`.
+            paths: (B, P) indices, among all N tokens, of the tokens that the last token of a prompt attends to, in
+                order; left-padded with -1.
+            last_tokens: (B,) last token of each prompt.
+            num_beams: number of beams.
+            inputs: the arguments of `forward` in `TREE_INPUTS`, and settings of transformers' `generate`.
         """
-        trees = {name: inputs.pop(name) for name in TREES}
+        trees = {name: inputs.pop(name) for name in TREE_INPUTS}
         ends, padding = end_tokens(self.config), self.config.text_config.pad_token_id
         padding = ends[0] if padding is None else padding
         cache = DynamicCache()
-        self._read(**trees, cache=cache)
+        self._hidden_states(**trees, cache=cache)
         for layer in cache.layers:
-            layer.keys, layer.values = _along(paths, layer.keys), _along(paths, layer.values)
+            layer.keys, layer.values = _select_paths(paths, layer.keys), _select_paths(paths, layer.values)
         cache.batch_repeat_interleave(num_beams)
-        seen = functional.pad(paths >= 0, (0, 1), value=True)
-        prompts = torch.where(seen, last_tokens[:, None], padding)
-        found = self.language_model.generate(
-            input_ids=prompts,  # of these the last alone is read: the others are in the cache
-            attention_mask=seen.long(),
+        attended = functional.pad(paths >= 0, (0, 1), value=True)
+        prompts = torch.where(attended, last_tokens[:, None], padding)
+        output = self.language_model.generate(
+            input_ids=prompts,  # only the last token is computed: the others are in the cache
+            attention_mask=attended.long(),
             eos_token_id=ends,
             pad_token_id=padding,
             do_sample=False,
             num_beams=num_beams,
-            use_cache=True,  # a config that training has saved often says false
+            use_cache=True,  # configs saved in training often disable it
             return_dict_in_generate=True,
             output_scores=True,
             **{cache_argument(self.language_model): cache},
             **inputs,
         )
-        tokens = found.sequences[:, prompts.shape[1] :]
-        steps = self.language_model.compute_transition_scores(
-            found.sequences, found.scores, found.get("beam_indices"), normalize_logits=num_beams == 1
+        tokens = output.sequences[:, prompts.shape[1] :]
+        log_probabilities = self.language_model.compute_transition_scores(
+            output.sequences, output.scores, output.get("beam_indices"), normalize_logits=num_beams == 1
         )
         ended = torch.isin(tokens, tokens.new_tensor(ends)).cumsum(1)
-        ended = functional.pad(ended, (1, 0))[:, :-1]  # the end token itself counts
-        return Generated(tokens, steps.masked_fill(ended > 0, 0.0).sum(1))
+        ended = functional.pad(ended, (1, 0))[:, :-1]  # the end token itself is included
+        return Generated(tokens, log_probabilities.masked_fill(ended > 0, 0.0).sum(1))
 
-    def _read(
+    def _hidden_states(
         self,
         query_features: Tensor,
         input_ids: Tensor,
@@ -157,11 +160,11 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         block_masks: list[Tensor],
         cache: DynamicCache | None = None,
     ) -> Tensor:
-        """(1, N, H): the language model's last hidden states, behind the last norm."""
+        """Return the last hidden states of the language model, (1, N, H), after the final norm."""
         embedded = self._embed_trees(query_features, input_ids, text_lengths)
         hidden: Tensor = self.language_model.base_model(
             inputs_embeds=embedded,
-            attention_mask=block_masks[0].new_ones(1, 1, 1, 1),  # four-dimensional: the library leaves masks to us
+            attention_mask=block_masks[0].new_ones(1, 1, 1, 1),  # transformers passes a 4-D mask on unchanged
             position_ids=position_ids[None],
             use_cache=cache is not None,
             block_biases=additive_masks(block_masks, embedded.dtype),
@@ -170,7 +173,7 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
         return hidden
 
     def _embed_trees(self, query_features: Tensor, input_ids: Tensor, text_lengths: list[int]) -> Tensor:
-        """(1, N, H): the projected query features of each tree, then the embeddings of its text nodes."""
+        """Embed each tree as its projected query features followed by its text tokens: (1, N, H)."""
         images = self.language_projection(query_features.to(self.language_projection.weight.dtype))
         texts = self.get_input_embeddings()(input_ids)
         pairs = zip(images.to(texts.dtype), torch.split(texts, text_lengths), strict=True)
@@ -178,16 +181,16 @@ class Blip2LanguageHalf(Blip2PreTrainedModel):
 
 
 class Generated(NamedTuple):
-    """What was said to B prompts."""
+    """Generated continuations of B prompts."""
 
     tokens: Tensor
-    """(B, new tokens) ids; the end token and what fills shorter ones included."""
+    """(B, new tokens) token ids, with the end token and padding."""
     log_probability: Tensor
-    """(B,) of the tokens up to the end token."""
+    """(B,) sum of the log probabilities of the tokens up to the end token."""
 
 
-def _along(paths: Tensor, states: Tensor) -> Tensor:
-    """(B, P), (1, heads, N, d) -> (B, heads, P, d): of each prompt the keys or values of the nodes on its path."""
+def _select_paths(paths: Tensor, states: Tensor) -> Tensor:
+    """Select the keys or values on the path of each prompt: (B, P), (1, heads, N, d) -> (B, heads, P, d)."""
     return states[0].transpose(0, 1)[paths.clamp(min=0)].transpose(1, 2)
 
 
@@ -200,10 +203,16 @@ def load_language_half(
     double_quant: bool = True,
     dropout: float | None = None,
 ) -> Blip2LanguageHalf:
-    """The language half of the checkpoint in `folder`, frozen; no tensor of the other half is read.
+    """Load the language half of the checkpoint in `folder`, frozen. No tensor of the encoder half is read.
 
-    With `bits=4` the linear layers of OPT's decoder are quantised by bitsandbytes, nothing else is;
-    the rest is held in `compute_dtype`. `dropout` replaces the checkpoint's own.
+    Args:
+        folder: the checkpoint.
+        device: device of the model.
+        compute_dtype: dtype of the computation and of all weights that are not quantized.
+        bits: 4 quantizes the linear layers of OPT's decoder with bitsandbytes; None quantizes nothing.
+        quant_type: 4-bit format, `nf4` or `fp4`.
+        double_quant: quantize the scales too.
+        dropout: replaces the dropout of the checkpoint.
     """
     config = Blip2Config.from_pretrained(folder)
     if dropout is not None:
@@ -227,17 +236,17 @@ def load_language_half(
     )
     require_finite(model, folder)
     if device.type == "cpu":
-        _let_go_of_files(model)
+        _copy_out_of_mapped_files(model)
     return model.eval().requires_grad_(False)
 
 
-def _let_go_of_files(model: nn.Module) -> None:
-    """Copies weights that lie in mapped files, so that the maps go.
+def _copy_out_of_mapped_files(model: nn.Module) -> None:
+    """Copy the weights that are views of memory-mapped files, and release the maps.
 
-    With what the allocator hoards, a process holds 10.6 GB after loading blip2-opt-2.7b in 4 bits, and 2.0 GB so.
+    After loading blip2-opt-2.7b in 4 bits, a process holds 10.6 GB without this and 2.0 GB with it.
     """
     for weight in model.parameters():
-        if weight.is_floating_point():  # what is quantised was made in memory
+        if weight.is_floating_point():  # quantized weights are in memory already
             weight.data = weight.data.clone()
     gc.collect()
     give_back_memory()
@@ -246,12 +255,20 @@ def _let_go_of_files(model: nn.Module) -> None:
 def add_lora(
     model: Blip2LanguageHalf, r: int, alpha: float, dropout: float, target_modules: tuple[str, ...], bias: str
 ) -> PeftModel:
-    """`model` with a fresh LoRA adapter; what is trained, biases included, is float32.
+    """Add a new LoRA adapter to `model`. Trained weights, biases included, are float32.
+
+    Args:
+        model: the language half.
+        r: rank.
+        alpha: scale, of which PEFT applies alpha / r.
+        dropout: dropout of the adapter's inputs.
+        target_modules: names of the adapted modules, or `all-linear`.
+        bias: trained biases: `none`, `all` or `lora_only`.
 
     Raises:
-        ConfigError: a name in `target_modules` does not fit the model, or `bias` the installed PEFT.
+        ConfigError: a name in `target_modules` matches no linear layer, or the installed PEFT does not support `bias`.
     """
-    targets = targets_of(model, target_modules)
+    targets = resolve_targets(model, target_modules)
     on_full_model = targets_in_full_model(model, targets, encoder_modules(model.config))
     dtype = model.dtype
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias=bias)
@@ -259,42 +276,34 @@ def add_lora(
     adapted.active_peft_config.target_modules = set(on_full_model)
     for weight in adapted.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.float()  # a gradient scaler takes no float16
+            weight.data = weight.data.float()  # gradient scaling does not support float16 weights
     if bias != "none":
         require_all_saved(adapted)
     if dtype != torch.float32:
         compute_with_float_biases(adapted)
-    keep_trainable(adapted)
+    keep_weights_trainable(adapted)
     return adapted
 
 
 def encoder_modules(config: Blip2Config) -> set[str]:
-    """Names of the full model's modules that are not of the language half, and have weights."""
+    """Return the names of the modules of the encoder half that have weights."""
     tensors, _ = model_tensors(config)
     return {name.rpartition(".")[0] for name in tensors if not name.startswith(LANGUAGE_MODEL_PREFIXES)}
 
 
-def keep_trainable(model: nn.Module) -> None:
-    """Has answering leave the 4-bit weights as they are.
-
-    On CPUs with bfloat16 instructions bitsandbytes repacks them, with rounded scales, when they first answer: for good,
-    and into a form that does not train.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def readable_as(path: Path, folder: Path) -> None:
-    """Gives the files in `folder` the permissions of one written the usual way: safetensors makes them its owner's."""
+def copy_permissions(path: Path, folder: Path) -> None:
+    """Give all files in `folder` the permissions of `path`: safetensors makes its files readable by the owner only."""
     for file in folder.iterdir():
         file.chmod(path.stat().st_mode)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT's form, for the full model; `folder` appears, or is replaced, when it is whole.
+    """Write the adapter in PEFT's format for the full model, replacing `folder` atomically.
 
-    The same adapter gives the same bytes: PEFT would write the set of target modules in any order. Raises `WriteError`.
+    The same adapter gives the same bytes: target modules are sorted, which PEFT writes in the order of a set.
+
+    Raises:
+        WriteError: a file cannot be written.
     """
     with replacing_folder(folder) as partial:
         model.save_pretrained(partial)
@@ -306,27 +315,27 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
             "parent_library": Blip2ForConditionalGeneration.__module__,
         }
         path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        readable_as(path, partial)
+        copy_permissions(path, partial)
 
 
 def load_adapter(model: Blip2LanguageHalf, adapter: Path) -> PeftModel:
-    """`model` with the adapter that `pipe train` wrote to `adapter`, for answering.
+    """Add the adapter that `pipe train` wrote to `adapter`, for inference.
 
     Raises:
-        PipelineError: it cannot be read, is of another model, lacks a tensor, or holds one that is not finite.
+        PipelineError: the adapter cannot be read, belongs to another model, or has a missing or non-finite tensor.
     """
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
         saved = load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
-        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    except Exception as error:  # of a damaged file each release of the library raises something else
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    except Exception as error:  # the exception for a damaged file depends on the release of PEFT
         if is_out_of_memory(error):
             raise
         raise PipelineError(
             f"{adapter}: not an adapter of this model ({one_line(error)}); train the run again"
         ) from None
-    if lacking := sorted(wanted - saved.keys()):  # PEFT takes fresh ones in their place, and warns
-        raise PipelineError(f"{adapter}: lacks {lacking[0]} ({len(lacking)} tensors in all); train the run again")
+    if missing := sorted(expected - saved.keys()):  # PEFT initializes these and warns
+        raise PipelineError(f"{adapter}: missing {missing[0]} ({len(missing)} tensors in total); train the run again")
     for name, tensor in sorted(saved.items()):
         if not tensor.isfinite().all():
             raise PipelineError(f"{adapter}: {name} is not finite; train the run again")

@@ -1,4 +1,4 @@
-"""One half of a checkpoint -> a model, of which nothing was filled in."""
+"""Loads one half of a checkpoint into a model and refuses to fill in missing weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,41 +18,51 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def load_half(model_class: type[Model], folder: Path, half: tuple[str, ...], **settings: Any) -> Model:
-    """Load what `model_class` is of the checkpoint in `folder`, whose weights of `half` it takes.
+    """Load `model_class` from the tensors of the checkpoint in `folder` whose names start with one of `half`.
+
+    Args:
+        model_class: the half-model.
+        folder: the checkpoint.
+        half: name prefixes of its tensors.
+        settings: further arguments of `from_pretrained`.
 
     Raises:
-        PipelineError: a tensor is missing, of another shape, or not finite; or the library takes the config for none
-            that it can load. `check_checkpoint`, which reads no weights, finds the first two earlier.
+        PipelineError: a tensor is missing or has another shape, or transformers cannot load the config.
+            `check_checkpoint`, which reads no weights, finds this earlier.
     """
     with checkpoint_view(folder, half) as view, _errors_only():
         try:
-            model, found = model_class.from_pretrained(
+            model, info = model_class.from_pretrained(
                 view, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
         except (ValueError, TypeError, AttributeError, KeyError, ImportError, OSError) as error:
             raise PipelineError(
                 f"{folder}: the checkpoint cannot be loaded: {one_line(error)}; see its {CONFIG}"
             ) from error
-    filled = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    filled = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if filled:
         raise PipelineError(
-            f"{folder}: the checkpoint does not have, or not in the shape of its config.json: "
-            f"{', '.join(sorted(filled))}; get it again"
+            f"{folder}: these tensors are missing from the checkpoint, or have another shape than its {CONFIG} says: "
+            f"{', '.join(sorted(filled))}; download it again"
         )
     return model
 
 
 def require_finite(model: PreTrainedModel, folder: Path) -> None:
-    """Raises `PipelineError`, naming the tensor, if a loaded weight is NaN or too large for its dtype."""
+    """Check that all loaded weights are finite.
+
+    Raises:
+        PipelineError: a weight is NaN, or too large for its dtype.
+    """
     for name, weight in model.named_parameters():
-        if not _numbers(weight).isfinite().all():
+        if not _values(weight).isfinite().all():
             dtype = str(model.dtype).removeprefix("torch.")
-            raise PipelineError(f"{folder}: {name} is not finite in {dtype}; get the checkpoint again, or compute in "
-                                "float32")  # fmt: skip
+            raise PipelineError(f"{folder}: {name} is not finite in {dtype}; download the checkpoint again, or compute "
+                                "in float32")  # fmt: skip
 
 
-def _numbers(weight: Tensor) -> Tensor:
-    """The weight itself, of a 4-bit one its scales, which are not finite either then."""
+def _values(weight: Tensor) -> Tensor:
+    """Return the weight, or the scales of a 4-bit weight, which are not finite if the weight was not."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight
@@ -61,7 +71,7 @@ def _numbers(weight: Tensor) -> Tensor:
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Keep the library's own report of what was not found out of ours."""
+    """Silence transformers' loading report: tensors of the other half are unexpected, and missing ones raise."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much of it a training step takes, by measure."""
+"""Measures free memory, peak memory and the activation memory of a forward pass; retries when memory runs out."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cache import portability
+from pipeline.common.compat import storage_id
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 
@@ -23,41 +24,46 @@ _OUT_OF_MEMORY = re.compile(
     r"|_ALLOC_FAILED|ErrorMemoryAllocation|ErrorOutOfMemory|OUT_OF_HOST_MEMORY|bad_?alloc",
     re.IGNORECASE,
 )
-"""The words of torch (CUDA, HIP, CPU), cuBLAS, cuDNN and cuSPARSE (CUBLAS_STATUS_ALLOC_FAILED), NCCL, bitsandbytes."""
+"""Messages of torch (CUDA, HIP, CPU), cuBLAS, cuDNN and cuSPARSE (CUBLAS_STATUS_ALLOC_FAILED), NCCL, bitsandbytes."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 class ActivationMemoryCounter:
-    """Counts the bytes that a forward pass within it keeps for the backward pass, `known` tensors apart.
+    """Context manager that counts the bytes which a forward pass keeps for the backward pass.
 
-    Storage that is kept several times counts once.
+    A storage that is kept several times counts once.
+
+    Args:
+        known: tensors that do not count, such as the weights.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
-        self._kept: list[Tensor] = []  # alive, so that no address is used twice
+        self._seen = {storage_id(tensor) for tensor in known}
+        self._kept: list[Tensor] = []  # kept alive, so that no id is used twice
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
         self.bytes = 0
 
     def __enter__(self) -> "ActivationMemoryCounter":
+        """Start counting."""
         self._hooks.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Stop counting."""
         self._hooks.__exit__(kind, error, tb)
         self._kept.clear()
 
     def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
+        storage = storage_id(tensor)
+        if storage not in self._seen:
+            self._seen.add(storage)
             self._kept.append(tensor)
-            self.bytes += storage.nbytes()
+            self.bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on `device`: of a GPU, also what torch holds and does not use."""
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory that can be allocated on `device`, including what torch has reserved but not allocated."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -65,7 +71,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begins to count `peak_bytes` anew."""
+    """Reset `peak_bytes`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -73,7 +79,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory in use since `reset_peak`: torch's on a GPU, else resident in this process."""
+    """Return the peak memory since `reset_peak`: allocated by torch on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return portability.peak_resident_bytes() or psutil.Process().memory_info().rss
@@ -93,16 +99,17 @@ def give_back_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory is out, of a GPU or the host; mostly that is a RuntimeError like any other."""
+    """Return whether `error` means that a GPU or the host is out of memory; often it is a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-def in_parts(compute: Callable[[Sequence[int]], T], questions: Sequence[int], advice: str) -> list[T]:
-    """`compute(questions)` as a list of one; where memory is out, what it gives for two halves, or smaller parts.
+def split_on_out_of_memory(compute: Callable[[Sequence[int]], T], questions: Sequence[int], advice: str) -> list[T]:
+    """Return `[compute(questions)]`; when out of memory, split the questions in halves until each part fits.
 
-    Raises `PipelineError` with `advice` if memory is too short for a single question.
+    Raises:
+        PipelineError: a single question does not fit; the message ends with `advice`.
     """
     try:
         return [compute(questions)]
@@ -111,14 +118,16 @@ def in_parts(compute: Callable[[Sequence[int]], T], questions: Sequence[int], ad
             raise
         if len(questions) == 1:
             raise PipelineError(f"out of memory with one question at a time; {advice}") from None
-    torch.cuda.empty_cache()  # and the error, which holds on to memory, is gone
-    log_info(f"out of memory with {len(questions)} questions at a time: they are computed in two halves")
-    half = len(questions) // 2
-    return in_parts(compute, questions[:half], advice) + in_parts(compute, questions[half:], advice)
+    torch.cuda.empty_cache()  # here the error, which keeps tensors alive, is released
+    log_info(f"out of memory with {len(questions)} questions at a time; retrying in two halves")
+    middle = len(questions) // 2
+    return split_on_out_of_memory(compute, questions[:middle], advice) + split_on_out_of_memory(
+        compute, questions[middle:], advice
+    )
 
 
 def _free_in_container() -> int | Any:
-    """What a container's own limit leaves; without one, all."""
+    """Return the memory below the limit of the container, or infinity without a limit."""
     with suppress(OSError, ValueError):
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         return limit - used

@@ -1,12 +1,12 @@
-"""A full BLIP-2 in float16 with a run's adapter folded into its weights, written tensor by tensor.
+"""Merges an adapter into a full BLIP-2 in float16, written tensor by tensor.
 
-The adapter was trained on top of the dequantised 4-bit weights; it is these that it is folded into, not the
-checkpoint's. All else is the checkpoint's.
+The adapter was trained on the dequantized 4-bit weights, so it is merged into these and not into the weights of the
+checkpoint. All other weights are those of the checkpoint.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -24,125 +24,123 @@ from transformers import Blip2Config
 
 from pipeline.blip2.checkpoint import tensor_files
 from pipeline.blip2.checkpoint_check import model_tensors
-from pipeline.blip2.checkpoint_files import INDEX, SMALL_FILES, WEIGHTS
+from pipeline.blip2.checkpoint_files import INDEX, SMALL_FILES, WEIGHTS, group_into_shards
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import progress_bar
 
-SHARD_BYTES = 1 << 30
-"""Of a file, unless one tensor has more."""
-_BYTES = 2  # of a number in float16
+MAX_SHARD_BYTES = 1 << 30
+_BYTES = 2  # per float16 number
 _TIED = ("language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight")
 
-Folded = dict[str, Callable[[], Tensor]]
+MergedWeights = dict[str, Callable[[], Tensor]]
+"""Name in the full model -> function that computes the float32 weight."""
 
 
 def merged_bytes(checkpoint: Path) -> int:
-    """Of the weights that `write_merged` writes, to a few kilobytes."""
+    """Return the size of the weights that `write_merged` writes, to within a few kilobytes."""
     return _BYTES * sum(map(prod, _shapes(_merged_config(checkpoint, {})).values()))
 
 
 @torch.no_grad()
 def write_merged(checkpoint: Path, model: PeftModel, folder: Path) -> None:
-    """Writes into `folder` what plain `from_pretrained` takes: weights, config, tokenizer and image processor.
+    """Write the merged model for `from_pretrained`: weights, config, tokenizer and image processor.
 
     Args:
-        checkpoint: all of what `model` is a half of.
-        model: the language half with its adapter; one that has not answered yet, for on CPUs with bfloat16
-            instructions that rounds the scales of 4-bit weights.
-        folder: there, and empty.
+        checkpoint: folder of the full checkpoint.
+        model: the language half with its adapter.
+        folder: an empty folder.
 
     Raises:
-        PipelineError: a tensor is missing, or has a value that float16 cannot hold.
+        PipelineError: a tensor is missing, or has a value outside the range of float16.
     """
-    folded = merged_weights(model)
-    config = _merged_config(checkpoint, folded)
+    merged = merged_weights(model)
+    config = _merged_config(checkpoint, merged)
     shapes = _shapes(config)
-    source = _Source(checkpoint, folded)
-    shards = list(_shards(shapes))
-    where: dict[str, str] = {}
+    tensors = _MergedTensors(checkpoint, merged)
+    shards = group_into_shards({name: _BYTES * prod(shape) for name, shape in shapes.items()}, MAX_SHARD_BYTES)
+    weight_map: dict[str, str] = {}
     with progress_bar("merging", sum(map(prod, shapes.values())), "", scaled=True) as bar:
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WEIGHTS
-            save_file({name: source[name] for name in names}, folder / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(names, file)
+            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
             bar.update(sum(prod(shapes[name]) for name in names))
     if len(shards) > 1:
         total = _BYTES * sum(map(prod, shapes.values()))
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(folder / "config.json", config)
     for path in _small_files(checkpoint):
         shutil.copyfile(path, folder / path.name)
 
 
-def merged_weights(model: PeftModel) -> Folded:
-    """Name in the full model -> what makes the float32 weight, of all that is not the checkpoint's own.
+def merged_weights(model: PeftModel) -> MergedWeights:
+    """Return the weights that differ from the checkpoint.
 
-    These are the 4-bit weights, dequantised; those with an adapter, and it folded in; and biases, where they were
-    trained.
+    These are the dequantized 4-bit weights, those of adapted layers with the adapter merged in, and trained biases.
     """
     half = model.get_base_model()
-    folded: Folded = {}
+    merged: MergedWeights = {}
     for name, module in half.named_modules():
         if isinstance(module, LoraLayer):
-            folded[f"{name}.weight"] = partial(_fold, module)
+            merged[f"{name}.weight"] = partial(_merge_layer, module)
         elif isinstance(module, Linear4bit) and not name.endswith(".base_layer"):
-            folded[f"{name}.weight"] = partial(_dequantised, module)
+            merged[f"{name}.weight"] = partial(_dequantize, module)
     if model.active_peft_config.bias != "none":
         biases = {name.replace(".base_layer", ""): bias for name, bias in half.named_parameters()}
-        folded |= {name: bias.float for name, bias in biases.items() if name.endswith(".bias")}
-    return folded
+        merged |= {name: bias.float for name, bias in biases.items() if name.endswith(".bias")}
+    return merged
 
 
-def _fold(module: Any) -> Tensor:
-    weight = _dequantised(module.get_base_layer())
+def _merge_layer(module: Any) -> Tensor:
+    weight = _dequantize(module.get_base_layer())
     for adapter in module.active_adapters:
         weight += module.get_delta_weight(adapter).float()
     return weight
 
 
-def _dequantised(module: nn.Module) -> Tensor:
-    """Rounded to the dtype that it is computed in, as in training."""
+def _dequantize(module: nn.Module) -> Tensor:
+    """Dequantize to the compute dtype, as training does, and return it as float32."""
     return dequantize_module_weight(module).detach().to(torch.float32, copy=True)
 
 
-class _Source:
-    """Tensors of the merged model by name, in float16 and on the CPU, made when they are asked for."""
+class _MergedTensors:
+    """Tensors of the merged model by name, in float16 on the CPU, computed on access."""
 
-    def __init__(self, checkpoint: Path, folded: Folded):
-        self.checkpoint, self.folded, self.files = checkpoint, folded, tensor_files(checkpoint)
+    def __init__(self, checkpoint: Path, merged: MergedWeights):
+        self.checkpoint, self.merged, self.files = checkpoint, merged, tensor_files(checkpoint)
 
     def __getitem__(self, name: str) -> Tensor:
-        make = self.folded.get(name)
-        tensor = make() if make else self._read(name)
-        half = tensor.to(torch.float16).cpu()
-        if not half.isfinite().all():
+        compute = self.merged.get(name)
+        tensor = compute() if compute else self._read(name)
+        rounded = tensor.to(torch.float16).cpu()
+        if not rounded.isfinite().all():
             raise PipelineError(
-                f"{name}: its largest value is {tensor.abs().max():g}, and float16 ends at "
+                f"{name}: its largest value is {tensor.abs().max():g}, but the maximum of float16 is "
                 f"{torch.finfo(torch.float16).max:g}; export the adapter without --merge"
             )
-        return half.contiguous()
+        return rounded.contiguous()
 
     def _read(self, name: str) -> Tensor:
         if name not in self.files and name in _TIED:
-            [name] = set(_TIED) - {name}  # a checkpoint may hold either
+            [name] = set(_TIED) - {name}  # a checkpoint may contain either one
         if name not in self.files:
-            raise PipelineError(f"{self.checkpoint}: the checkpoint is not whole, it lacks {name}; get it again")
+            raise PipelineError(f"{self.checkpoint}: the checkpoint is incomplete: missing {name}; download it again")
         return _tensor(self.files[name], name)
 
 
-def _merged_config(checkpoint: Path, folded: Folded) -> dict[str, Any]:
-    """The checkpoint's `config.json`, of float16; untied, where one of two tied weights is not as the other."""
+def _merged_config(checkpoint: Path, merged: MergedWeights) -> dict[str, Any]:
+    """Return the checkpoint's config for float16, without weight tying if the two tied weights differ."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype", "quantization_config"):
             section.pop(key, None)
-    if folded.keys() & set(_TIED) or _differ(checkpoint):
+    if merged.keys() & set(_TIED) or _tied_weights_differ(checkpoint):
         config.setdefault("text_config", {})["tie_word_embeddings"] = False
     return {**config, "dtype": "float16"}
 
 
-def _differ(checkpoint: Path) -> bool:
-    """Whether the checkpoint has two weights where its config says one: plain `from_pretrained` then ties nothing."""
+def _tied_weights_differ(checkpoint: Path) -> bool:
+    """Return whether the checkpoint has two different weights where its config ties them: they are loaded untied."""
     files = tensor_files(checkpoint)
     if not files.keys() >= set(_TIED):
         return False
@@ -157,25 +155,13 @@ def _tensor(file: Path, name: str) -> Tensor:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
-    """Of each tensor that the full model is loaded from."""
+    """Return the shape of each tensor in the files of the full model."""
     shapes, tied = model_tensors(Blip2Config.from_dict(config))
     return {name: shape for name, shape in shapes.items() if not (name in tied and name == _TIED[0])}
 
 
-def _shards(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
-    names: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        if names and size + _BYTES * prod(shape) > SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += _BYTES * prod(shape)
-    yield names
-
-
 def _small_files(checkpoint: Path) -> list[Path]:
-    """Tokenizer, image processor, generation config; not what is about the weights."""
+    """Return the files of the tokenizer, the image processor and the generation config."""
     found = [path for pattern in SMALL_FILES for path in checkpoint.glob(pattern)]
     return [path for path in found if path.name != "config.json" and not path.name.endswith(".index.json")]
 

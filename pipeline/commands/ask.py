@@ -20,8 +20,9 @@ from cache.manifest import Manifest
 from cache.spec import CacheError
 from cache.text import TextTable
 from pipeline.answers.generation import answer_questions
-from pipeline.batches.assemble import load_base, load_tokenizer
 from pipeline.batches.sequences import SequenceBuilder
+from pipeline.batches.split import load_tokenizer
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
 from pipeline.blip2.encoder import Blip2Encoder, load_encoder

@@ -55,7 +55,7 @@ class Question:
     target: list[int]
 
 
-def ask(count: int, config: Blip2Config, seed: int = 0) -> list[Question]:
+def make_questions(count: int, config: Blip2Config, seed: int = 0) -> list[Question]:
     """`count` questions, image by image."""
     rng = np.random.default_rng(seed)
     vocabulary = config.text_config.vocab_size
@@ -147,7 +147,7 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None = None)
             write_random_checkpoint(checkpoint, size)
         seconds, peaks = _take_turns(checkpoint, questions, turns)
     config = config_of(size)
-    operations = count_operations(ask(questions, config), config)
+    operations = count_operations(make_questions(questions, config), config)
     peak = matrix_product_peak(device, dtype)
     rate = {way: questions / median(times) for way, times in seconds.items()}
     return {
@@ -227,7 +227,7 @@ def _padded_chains(questions: list[Question], config: Blip2Config) -> dict[str, 
     padded = [Question(one.image, one.prompt, [0] * (longest + 1 - len(one.prompt))) for one in questions]
     inputs = pack(sequences_of(padded, config, share=False))
     nodes = len(inputs["position_ids"])
-    everywhere = {"label_nodes": torch.arange(nodes), "labels": torch.zeros(nodes, dtype=torch.long)}
+    everywhere = {"label_indices": torch.arange(nodes), "labels": torch.zeros(nodes, dtype=torch.long)}
     return inputs | everywhere | {"label_weights": torch.ones(nodes)}
 
 
@@ -295,7 +295,7 @@ def _step(way: str, checkpoint: Path, questions: int) -> Callable[[], tuple[floa
     load, inputs_of = WAYS[way]
     model = load(checkpoint, device, dtype).train()
     config = Blip2Config.from_pretrained(checkpoint)
-    inputs = inputs_of(ask(questions, config), config, dtype)
+    inputs = inputs_of(make_questions(questions, config), config, dtype)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
 
     def step() -> tuple[float, int]:

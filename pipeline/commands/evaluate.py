@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.answers.generation import Answer, answer_questions
 from pipeline.answers.scores import check_metric, score, summarise
-from pipeline.batches.assemble import load_base, load_tokenizer, open_split
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import load_adapter
 from pipeline.common.distributed import world_size
 from pipeline.common.errors import PipelineError

@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 from cache.files import fsync_folder
 from cache.spec import CacheError
 from pipeline.answers.generation import answer_questions
-from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from pipeline.batches.sequences import SequenceBuilder, pack
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
-from pipeline.blip2.language_model import TREES, keep_trainable, load_adapter, readable_as
-from pipeline.blip2.memory import free_bytes, give_back_memory, is_out_of_memory
+from pipeline.blip2.language_model import TREE_INPUTS, copy_permissions, load_adapter
+from pipeline.blip2.memory import free_memory_bytes, give_back_memory, is_out_of_memory
 from pipeline.blip2.merge import merged_bytes, write_merged
+from pipeline.common.compat import keep_weights_trainable
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_utf8, require_writable, sync_files, write_text, writing
 from pipeline.common.hub import check_repo_name, push
@@ -62,7 +64,7 @@ def export(
         else:
             _copy_files(run.adapter, folder)
         write_text(folder / "README.md", model_card(run, config, merge))
-        readable_as(folder / "README.md", folder)
+        copy_permissions(folder / "README.md", folder)
     summary["bytes"] = sum(path.stat().st_size for path in destination.rglob("*"))
     if merge:
         summary["differences"] = differences(run, config, destination)
@@ -167,7 +169,7 @@ def differences(run: Run, config: Config, merged: Path) -> dict[str, float] | No
 def _check_memory(config: Config, merged: Path) -> None:
     device = pick_device()
     itemsize = pick_dtype(config.quantization.compute_dtype, device).itemsize
-    needed, free = merged_bytes(merged) * itemsize // 2, free_bytes(device)
+    needed, free = merged_bytes(merged) * itemsize // 2, free_memory_bytes(device)
     if needed > free:
         raise PipelineError(f"that takes {size(needed)} of memory, and {size(free)} are free")
 
@@ -184,7 +186,7 @@ def _say_all(
     model: PreTrainedModel = load_base(config)
     if adapter:
         model = load_adapter(model, adapter)
-        keep_trainable(model)
+        keep_weights_trainable(model)
     found = answer_questions(model, builder, questions, tokenizer, config.evaluate)
     answers = [found[number].text for number in questions.tolist()]
     targets = dict(zip(questions.tolist(), tokenizer.targets(wanted or answers), strict=True))
@@ -192,7 +194,7 @@ def _say_all(
     for start in range(0, len(questions), config.evaluate.batch_size):
         some = questions[start : start + config.evaluate.batch_size]
         inputs = pack(builder.for_training(some, targets=lambda number: [(np.array(targets[number]), 1.0)]))
-        asked = {name: inputs[name] for name in (*TREES, "label_nodes")}
+        asked = {name: inputs[name] for name in (*TREE_INPUTS, "label_indices")}
         with torch.inference_mode():
             logits.append(model.logits(**send_to_device(asked, next(model.parameters()).device)).cpu())
     return _Said(answers, torch.cat(logits))

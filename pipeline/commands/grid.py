@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.spec import CacheError
-from pipeline.batches.assemble import check_lora
+from pipeline.blip2.base_model import check_lora
 from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.commands.train import StoppedError, load_for_training, train
 from pipeline.common.distributed import world_size

@@ -86,11 +86,11 @@ def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | Non
     set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
     `CacheError`; what is written stays good.
     """
-    with DistributedContext(ENCODING_TIMEOUT) as team:
-        check_devices(team)
-        if team.rank == 0:
-            return _run_main(config, team, mend)
-        _run_worker(config, team)
+    with DistributedContext(ENCODING_TIMEOUT) as dist:
+        check_devices(dist)
+        if dist.rank == 0:
+            return _run_main(config, dist, mend)
+        _run_worker(config, dist)
         return None
 
 
@@ -121,7 +121,7 @@ def estimate_precompute(config: Config) -> dict[str, Any] | None:
     }
 
 
-def _run_main(config: Config, team: DistributedContext, mend: Mend | None) -> dict[str, Any]:
+def _run_main(config: Config, dist: DistributedContext, mend: Mend | None) -> dict[str, Any]:
     """Process 0: prepares, takes its share, and finishes."""
     started = time.perf_counter()
     check_not_locked(config.cache.dir)
@@ -139,9 +139,9 @@ def _run_main(config: Config, team: DistributedContext, mend: Mend | None) -> di
             max(1, config.precompute.num_workers),
         ) as thumbnails,
     ):
-        share = team.scatter(_shares(writer.parts, spec, pictures, team.size))
+        share = dist.scatter(_shares(writer.parts, spec, pictures, dist.world_size))
         prepared_at = time.perf_counter()
-        reports = team.gather(_encode(share, prepared.checkpoint, config.precompute))
+        reports = dist.gather(_encode(share, prepared.checkpoint, config.precompute))
         encoded_at = time.perf_counter()
         failures = {digest: why for report in reports for digest, why in report.failures.items()}
         if failures:
@@ -184,11 +184,11 @@ def _run_main(config: Config, team: DistributedContext, mend: Mend | None) -> di
     }
 
 
-def _run_worker(config: Config, team: DistributedContext) -> None:
+def _run_worker(config: Config, dist: DistributedContext) -> None:
     """A process that is not 0: encodes its share."""
-    share = team.receive(Share)  # first: what is wrong with the checkpoint, process 0 has said
+    share: Share = dist.scatter()  # first: what is wrong with the checkpoint, process 0 has said
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_PREFIXES)
-    team.gather(_encode(share, checkpoint, config.precompute))
+    dist.gather(_encode(share, checkpoint, config.precompute))
 
 
 def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:

@@ -18,15 +18,10 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from pipeline.batches.assemble import (
-    check_lora,
-    load_base,
-    load_tokenizer,
-    open_split,
-    trainable_questions,
-    training_batches,
-)
 from pipeline.batches.sequences import SequenceBuilder
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.batches.training import trainable_questions, training_batches
+from pipeline.blip2.base_model import check_lora, load_base
 from pipeline.blip2.device import check_devices, dtype_name, pick_device
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.blip2.memory import peak_bytes, reset_peak
@@ -44,7 +39,7 @@ from pipeline.runs.run import Run, read_jsonl
 from pipeline.training.lora_monitor import LoraMonitorCallback
 from pipeline.training.metrics import MetricsCallback
 from pipeline.training.stopping import GracefulStopCallback, StopRequest
-from pipeline.training.trainer import Batches, StageTwoTrainer
+from pipeline.training.trainer import StageTwoTrainer
 from pipeline.training.validation import BestAdapterCallback, Validator
 
 LoadBase = Callable[[Config], Blip2LanguageHalf]
@@ -103,10 +98,10 @@ def _explaining_writes(run: Run) -> Iterator[None]:
 
 def _train(config: Config, run: Run, resume: bool, load: LoadBase, holding: ExitStack) -> dict[str, Any] | None:
     started = time.perf_counter()
-    with DistributedContext() as team:
-        check_devices(team, config.quantization.compute_dtype)
+    with DistributedContext() as dist:
+        check_devices(dist, config.quantization.compute_dtype)
         checkpoint: Path | None = None
-        if team.rank == 0:
+        if dist.rank == 0:
             if resume:
                 run.check_resumable(config)
                 checkpoint = _hold_to_resume(run, config, holding)
@@ -115,9 +110,8 @@ def _train(config: Config, run: Run, resume: bool, load: LoadBase, holding: Exit
             require_writable(run.path)
         check_lora(config)
         data = _open_data(config)
-        shared = (run.path, checkpoint)
-        shared = team.scatter([shared] * team.size) if team.rank == 0 else team.receive(tuple)
-        run, checkpoint = Run(shared[0]), shared[1]
+        path, checkpoint = dist.broadcast((run.path, checkpoint))
+        run = Run(path)
         base = load(config)
         set_seed(config.train.seed)
         model = add_lora(base, **config.lora.model_dump())
@@ -130,25 +124,25 @@ def _train(config: Config, run: Run, resume: bool, load: LoadBase, holding: Exit
         log = MetricsCallback(run, config.train.save_total_limit)
         callbacks = [GracefulStopCallback(stop, config.train.save_minutes), watch, log]
         callbacks += [keep_best] if keep_best else []
-        if team.rank == 0 and not resume:
+        if dist.rank == 0 and not resume:
             holding.enter_context(_held(run))
             run.check_new()  # another process may have begun it meanwhile
         trainer = _trainer(config, model, data, run, base.dtype, callbacks)
-        if team.rank == 0:
+        if dist.rank == 0:
             run.start(config)
             begin_record(run, config, data.builder.features, trainer.args.device.type, dtype_name(base.dtype))
         _log_warmup(config.train, len(data.trainable))
         log_info(f"run {run.path}; if it is stopped: {run.resume_command}")
         reset_peak(trainer.args.device)
         ready = time.perf_counter()
-        with stop, closing(log), team.others(f"it goes on with {run.resume_command}"):
+        with stop, closing(log), dist.handle_lost_ranks(f"resume with {run.resume_command}"):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds, peak = time.perf_counter() - ready, peak_bytes(trainer.args.device)
-        computed = team.gather((trainer.questions, trainer.nodes, result.training_loss))
+        computed = dist.gather((trainer.questions, trainer.nodes, result.training_loss))
     if stop.made and result.global_step < trainer.state.max_steps:
         done = f"step {result.global_step} of {trainer.state.max_steps}"
         raise StoppedError(f"stopped at {done}, saved; it goes on with: {run.resume_command}")
-    if team.rank > 0:
+    if dist.rank > 0:
         return None
     questions, nodes = sum(one[0] for one in computed), sum(one[1] for one in computed)
     loss = fmean(one[2] for one in computed)  # of the steps since the last log the library has each process's own
@@ -258,15 +252,13 @@ def _trainer(
     base_dtype: torch.dtype,
     callbacks: list[TrainerCallback],
 ) -> StageTwoTrainer:
-    order, build_sequences, micro_batch = training_batches(config, data.builder, data.trainable)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     try:
         trainer = StageTwoTrainer(
             model,
             _arguments(config.train, run.checkpoints, base_dtype),
-            Batches(len(data.trainable), build_sequences),
-            order,
-            micro_batch,
+            training_batches(config, data.builder, data.trainable),
+            None if config.train.micro_batch == "auto" else config.train.micro_batch,
             config.train.on_nonfinite == "skip",
             data.validator,
             callbacks,
@@ -279,8 +271,17 @@ def _trainer(
     return trainer
 
 
+class SingleDeviceArguments(TrainingArguments):
+    """Arguments of a Trainer that uses one GPU per rank: `DataParallel` cannot copy 4-bit weights."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs that this rank uses."""
+        return min(super().n_gpu, 1)
+
+
 def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype) -> TrainingArguments:
-    arguments = TrainingArguments(
+    return SingleDeviceArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -306,6 +307,3 @@ def _arguments(settings: TrainConfig, checkpoints: Path, base_dtype: torch.dtype
         run_name=checkpoints.parent.name,
         disable_tqdm=True,
     )
-    if arguments.n_gpu > 1:  # several GPUs are for torchrun; DataParallel cannot copy 4-bit weights
-        arguments._n_gpu = 1
-    return arguments

@@ -1,6 +1,5 @@
-"""The processes that `torchrun` or `accelerate launch` started together; one process is a team of one."""
+"""The ranks of a distributed run, as `torchrun` or `accelerate launch` start them. A single process is rank 0 of 1."""
 
-import atexit
 import os
 import sys
 import traceback
@@ -15,90 +14,98 @@ from pipeline.common.errors import PipelineError
 T = TypeVar("T")
 
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""For the processes to find each other, and for a collective of training.
+"""Timeout of the rendezvous and of the collectives of training.
 
-Between two collectives a process computes its part of a step, answers its share of the validation's questions, loads
-the model or writes a checkpoint: they take about as long in each.
+Between two collectives a rank computes its part of a step or of the validation, loads the model or writes a checkpoint,
+which takes about equally long on all ranks.
 """
 ENCODING_TIMEOUT = timedelta(days=30)
-"""In stage one: all wait while process 0 reads the data set, and the first to finish for the last.
+"""Timeout in stage one: all ranks wait while rank 0 reads the data set, and the first to finish waits for the last.
 
-A process that dies meanwhile closes its connections, which ends the others' wait at once.
+A rank that dies closes its connections, which ends the wait of the others at once.
 """
+_FAILED = "rank 0 failed"
 
 
 def rank() -> int:
-    """Number of this process among those started together, from 0."""
+    """Return the rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Number of this process among those on this machine, from 0."""
+    """Return the rank of this process among those on this machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """How many of the processes run on this machine."""
+    """Return the number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
-def ending_process() -> Iterator[None]:
-    """End the process behind the block, if it is in a process group by then.
+def exit_without_group_teardown() -> Iterator[None]:
+    """End the process after the block if a process group was initialized in it, without freeing the group.
 
-    The group's threads need the interpreter's lock to free what they worked on, and whoever frees the group waits for
-    its threads. Where that is done under the lock, each waits for the other for ever: seldom, in
-    `destroy_process_group`, in the destructor of DDP's reducer, or at the interpreter's end. So the group is never
-    freed; it ends with its process.
+    The threads of a process group need the GIL to free their work, and freeing the group waits for its threads. If that
+    happens under the GIL, the two wait for each other forever. This is rare, but happens in `destroy_process_group`, in
+    the destructor of DDP's reducer and at the interpreter's exit. So the group ends with its process.
     """
     try:
         yield
     except BaseException as error:
-        _end_process(error)
+        _exit_if_in_group(error)
         raise
-    _end_process(None)
+    _exit_if_in_group(None)
 
 
-def _end_process(error: BaseException | None) -> None:
-    """As Python ends a process, exit functions included, but without freeing anything; returns if in no group."""
+def _exit_if_in_group(error: BaseException | None) -> None:
+    """Exit as Python does, with the exit functions, but without freeing anything. Return if there is no group."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
         return
+    from pipeline.common.compat import run_exit_functions
+
     if error is None or isinstance(error, SystemExit):
         code = error.code if error else 0
         status = code if isinstance(code, int) else int(code is not None)
     else:
         traceback.print_exception(error)
         status = 1
-    atexit._run_exitfuncs()
+    run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 class DistributedContext:
-    """Process 0 prepares, shares the work out and finishes; the others wait for their share.
+    """The process group of a command: rank 0 prepares, all ranks compute, rank 0 finishes.
 
-    If process 0 fails before it has shared anything out, the others end without a word: it has said why.
+    If rank 0 fails before its first `scatter` or `broadcast`, the other ranks exit in theirs without a message, because
+    rank 0 has printed the error.
+
+    Args:
+        timeout: timeout of a collective.
     """
 
     def __init__(self, timeout: timedelta = GROUP_TIMEOUT) -> None:
-        """`timeout`: of a wait for what another process gives."""
-        self.rank, self.size = rank(), world_size()
+        self.rank, self.world_size = rank(), world_size()
         self.timeout = timeout
         self._group: Any = None  # the default one
-        self._shared = False
+        self._started = False
+        """Whether rank 0 has sent anything."""
 
     def __enter__(self) -> "DistributedContext":
-        if self.size > 1:
+        """Initialize the process group if there are several ranks."""
+        if self.world_size > 1:
             from torch import distributed
             from torch.cuda import is_available
 
-            if not distributed.is_initialized():  # by an earlier stage in this process; see `ending_process`
+            if not distributed.is_initialized():  # an earlier stage in this process may have left one
                 backend = "cpu:gloo,cuda:nccl" if is_available() else "gloo"
                 distributed.init_process_group(backend, timeout=GROUP_TIMEOUT)
             if self.timeout != GROUP_TIMEOUT:
@@ -106,70 +113,68 @@ class DistributedContext:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.size > 1 and error is not None and self.rank == 0 and not self._shared:
-            with suppress(PipelineError):  # the error at hand comes first
-                self._scatter([None] * self.size)  # later the others notice when this process is gone
+        """Release the other ranks if rank 0 has failed before it sent anything; later they notice a lost connection."""
+        if self.world_size > 1 and error is not None and self.rank == 0 and not self._started:
+            with suppress(PipelineError):  # `error` is the one to report
+                self._scatter([_FAILED] * self.world_size)
 
-    def scatter(self, shares: list[T]) -> T:
-        """In process 0: gives one share to each process, and returns its own."""
-        self._shared = True
-        if self.size > 1:
-            self._scatter(list(shares))
-        return shares[0]
-
-    def receive(self, kind: type[T]) -> T:
-        """In the others: the share that process 0 gives."""
-        share = self._scatter([])
-        if not isinstance(share, kind):
-            self._scatter([])  # until process 0 has spoken and is gone: a launcher that sees another end kills it
+    def scatter(self, values: list[T] | None = None) -> T:
+        """Send one value to each rank and return this rank's. All ranks must call it; `values` is needed on rank 0."""
+        if self.rank == 0:
+            assert values is not None
+            self._started = True
+            if self.world_size > 1:
+                self._scatter([(value,) for value in values])
+            return values[0]
+        received = self._scatter([])
+        if received == _FAILED:
+            self._scatter([])  # wait until rank 0 has exited: a launcher that sees another rank end first kills it
             sys.exit(1)
-        return share
+        value: T = received[0]
+        return value
 
     def broadcast(self, value: T) -> T:
-        """Process 0's value, in all processes."""
-        if self.size == 1:
-            return value
-        received: T = self._scatter([value] * self.size)
-        return received
+        """Return the value of rank 0 on all ranks. All ranks must call it."""
+        return self.scatter([value] * self.world_size if self.rank == 0 else None)
 
-    def gather(self, report: T) -> list[T]:
-        """The reports of all processes, in process 0; nothing in the others."""
-        if self.size == 1:
-            return [report]
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks on rank 0, and an empty list elsewhere. All ranks must call it."""
+        if self.world_size == 1:
+            return [value]
         from torch import distributed
 
-        reports: list[T] | None = [report] * self.size if self.rank == 0 else None
-        with self.others():
-            distributed.gather_object(report, reports, group=self._group)
-        return reports or []
+        values: list[T] | None = [value] * self.world_size if self.rank == 0 else None
+        with self.handle_lost_ranks():
+            distributed.gather_object(value, values, group=self._group)
+        return values or []
 
     @contextmanager
-    def others(self, next_step: str = "the same command goes on") -> Iterator[None]:
-        """Work with the others; if one of them is gone, it has said why, and process 0 alone says what that means."""
+    def handle_lost_ranks(self, next_step: str = "run the same command again to continue") -> Iterator[None]:
+        """Turn a lost connection to another rank into a `PipelineError` on rank 0, and into a silent exit elsewhere."""
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _is_of_group(error):
+            if self.world_size == 1 or not _is_from_group(error):
                 raise
             if self.rank > 0:
                 sys.exit(1)
             raise PipelineError(
-                "another of the processes ended before its share was done, or did not answer for "
-                f"{self.timeout.total_seconds() / 60:.0f} minutes; it, or torchrun, says why. What is written stays "
-                f"good: {next_step}"
+                "another rank exited early, or did not respond for "
+                f"{self.timeout.total_seconds() / 60:.0f} minutes; see its error or torchrun's. Completed work is "
+                f"saved: {next_step}"
             ) from error
 
-    def _scatter(self, shares: list[Any]) -> Any:
+    def _scatter(self, values: list[Any]) -> Any:
         from torch import distributed
 
         received = [None]
-        with self.others():
-            distributed.scatter_object_list(received, shares if self.rank == 0 else None, group=self._group)
+        with self.handle_lost_ranks():
+            distributed.scatter_object_list(received, values if self.rank == 0 else None, group=self._group)
         return received[0]
 
 
-def _is_of_group(error: RuntimeError) -> bool:
-    """Whether the connection to another process is what failed. Gloo has no errors of its own, but names its source."""
+def _is_from_group(error: RuntimeError) -> bool:
+    """Return whether a connection to another rank failed. Gloo has no error class, but its messages name its source."""
     from torch import distributed
 
     return isinstance(error, distributed.DistError) or "gloo" in str(error)

@@ -1,4 +1,4 @@
-"""Digests of large files, remembered for as long as the files stay as they are."""
+"""Cache of the fingerprints of large files, valid until a file changes."""
 
 import hashlib
 import json
@@ -10,14 +10,15 @@ from pathlib import Path
 
 from cache.files import write_atomically
 
-RACY_SECONDS = 2  # a file changed as shortly ago may change again within the same tick of its clock
+RACY_SECONDS = 2
+"""A file that changed this recently may change again without a new timestamp."""
 
 
 def file_states(paths: Sequence[Path]) -> str | None:
-    """A key that changes with the files; None if one changed a moment ago.
+    """Return a key that changes with the files, or None if one of them changed within the last seconds.
 
-    The kernel sets a file's ctime at every change, and programs cannot set it back. A clock that is set back, or a
-    file system that keeps no ctime, may still hide a change: this saves time, and is no proof.
+    The kernel sets the ctime of a file at every change, and programs cannot reset it. A clock that is set back, or a
+    file system without ctime, can still hide a change: the key saves time, it is not a proof.
     """
     states = []
     for path in paths:
@@ -31,24 +32,24 @@ def file_states(paths: Sequence[Path]) -> str | None:
 
 
 def recall(key: str | None) -> str | None:
-    """The digest remembered under `key`, if any."""
+    """Return the fingerprint stored under `key`, if any."""
     if key is None:
         return None
     try:
         digest = (_folder() / key).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: the user has no home
+    except (OSError, UnicodeDecodeError, RuntimeError):  # RuntimeError: no home folder
         return None
     return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
 def remember(key: str | None, digest: str) -> str:
-    """Remembers `digest`, where a folder can be written for that; -> `digest`."""
+    """Store `digest` under `key` if the folder is writable, and return it."""
     if key is not None:
         try:
             _folder().mkdir(parents=True, exist_ok=True)
             write_atomically(_folder() / key, digest.encode())
         except (OSError, RuntimeError):
-            pass  # only the time to find it again is lost
+            pass  # it will be computed again
     return digest
 
 

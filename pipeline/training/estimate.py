@@ -11,16 +11,17 @@ import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Blip2Config
 
-from pipeline.batches.assemble import check_lora, open_split, trainable_questions, training_batches
 from pipeline.batches.sequences import ImageSequence, micro_batches, pack
+from pipeline.batches.split import open_split
+from pipeline.batches.training import trainable_questions, training_batches
+from pipeline.blip2.base_model import check_lora
 from pipeline.blip2.checkpoint import LANGUAGE_MODEL_PREFIXES, fetch_checkpoint
 from pipeline.blip2.device import pick_device, pick_dtype
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora
-from pipeline.blip2.memory import ActivationMemoryCounter, free_bytes
-from pipeline.common.compat import enable_activation_checkpointing
+from pipeline.blip2.memory import ActivationMemoryCounter, free_memory_bytes
+from pipeline.common.compat import enable_activation_checkpointing, fake_tensor_mode
 from pipeline.config import Config, QuantizationConfig
 from pipeline.training.trainer import max_tokens_that_fit
 
@@ -39,16 +40,16 @@ def estimate_training(config: Config) -> dict[str, Any]:
     builder = open_split(config, "train")
     questions = trainable_questions(builder, config)
     settings = config.train
-    order, build_sequences, micro_batch = training_batches(config, builder, questions)
-    batches = [build_sequences(numbers) for numbers in islice(order, BATCHES_LOOKED_AT)]
+    training = training_batches(config, builder, questions)
+    batches = [training.build(step) for step in islice(training.sampler, BATCHES_LOOKED_AT)]
     device = pick_device()
     model = _without_storage(config, pick_dtype(config.quantization.compute_dtype, device))
     weights = sum(_weight_bytes(name, weight, config.quantization) for name, weight in model.named_parameters())
-    shortest = min((one for batch in batches for one in batch), key=lambda one: one.nodes)
-    a_node = _saved_bytes(model, [shortest]) / shortest.nodes
+    shortest = min((one for batch in batches for one in batch), key=lambda one: one.num_tokens)
+    a_node = _saved_bytes(model, [shortest]) / shortest.num_tokens
     nodes = max_tokens_that_fit(a_node, device)
-    groups = list(_groups(batches, micro_batch, nodes))
-    largest = max(groups, key=lambda group: sum(one.nodes for one in group))
+    groups = list(_groups(batches, None if settings.micro_batch == "auto" else settings.micro_batch, nodes))
+    largest = max(groups, key=lambda group: sum(one.num_tokens for one in group))
     needed = {
         "libraries": psutil.Process().memory_info().rss if device.type == "cpu" else 0,
         "weights": weights,
@@ -60,18 +61,18 @@ def estimate_training(config: Config) -> dict[str, Any]:
         "questions": len(questions),
         "steps": settings.max_steps or -(-len(questions) // settings.batch_size) * settings.epochs,
         "micro_batches_per_step": len(groups) / len(batches),
-        "questions_per_micro_batch": max(sum(one.questions for one in group) for group in groups),
+        "questions_per_micro_batch": max(sum(one.num_questions for one in group) for group in groups),
         "memory_bytes": {**needed, "all": sum(needed.values())},
-        "free_bytes": free_bytes(device),
+        "free_bytes": free_memory_bytes(device),
     }
 
 
 def _groups(batches: list[list[ImageSequence]], micro_batch: int | None, nodes: int) -> Iterator[list[ImageSequence]]:
     for batch in batches:
         if micro_batch:
-            yield from micro_batches(batch, lambda one: one.questions, micro_batch)
+            yield from micro_batches(batch, lambda one: one.num_questions, micro_batch)
         else:
-            yield from micro_batches(batch, lambda one: one.nodes, nodes)
+            yield from micro_batches(batch, lambda one: one.num_tokens, nodes)
 
 
 def _without_storage(config: Config, dtype: torch.dtype) -> PeftModel:
@@ -84,18 +85,18 @@ def _without_storage(config: Config, dtype: torch.dtype) -> PeftModel:
     if config.train.dropout is not None:
         architecture.text_config.dropout = config.train.dropout
     with torch.device("meta"):
-        half = Blip2LanguageHalf._from_config(architecture, dtype=dtype).requires_grad_(False)
+        half = Blip2LanguageHalf(architecture).to(dtype).requires_grad_(False)
         model = add_lora(half, **config.lora.model_dump())
     if config.train.gradient_checkpointing:
         enable_activation_checkpointing(model)
-    mode, fakes = FakeTensorMode(), {}
+    mode, fakes = fake_tensor_mode(), {}
     for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None and weight not in fakes:  # some are tied
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight not in fakes:  # some are tied
                 with mode:
                     content = torch.empty(weight.shape, dtype=weight.dtype)
                 fakes[weight] = nn.Parameter(content, weight.requires_grad)
-            module._parameters[name] = fakes.get(weight)
+            setattr(module, name, fakes[weight])
     return model.train()
 
 
@@ -120,7 +121,7 @@ def _saved_bytes(model: PeftModel, group: list[ImageSequence]) -> int:
     return saved.bytes
 
 
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
+def _fake(value: Any, mode: Any) -> Any:
     if isinstance(value, list):
         return [_fake(one, mode) for one in value]
     return mode.from_tensor(value) if isinstance(value, Tensor) else value
@@ -129,7 +130,7 @@ def _fake(value: Any, mode: FakeTensorMode) -> Any:
 def _passing_bytes(model: PeftModel, group: list[ImageSequence]) -> int:
     """What is there for a moment: the largest weight dequantised, gradients of a layer, of logits."""
     text = model.config.text_config
-    nodes, labels = sum(one.nodes for one in group), sum(len(one.tree.labels) for one in group)
+    nodes, labels = sum(one.num_tokens for one in group), sum(len(one.tree.labels) for one in group)
     item = next(weight.itemsize for weight in model.parameters() if not weight.requires_grad)
     layer = nodes * (4 * text.ffn_dim + 8 * text.hidden_size) * item
     return 2 * text.ffn_dim * text.hidden_size * item + max(layer, labels * text.vocab_size * (4 + item))

@@ -15,18 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.batches.sampler import QuestionBatchSampler
-from pipeline.batches.sequences import ImageSequence, micro_batches, pack
-from pipeline.blip2.memory import ActivationMemoryCounter, free_bytes, is_out_of_memory
+from pipeline.batches.sequences import ImageSequence, SequenceBatch, micro_batches, pack
+from pipeline.batches.training import TrainingBatches
+from pipeline.blip2.memory import ActivationMemoryCounter, free_memory_bytes, is_out_of_memory
 from pipeline.common.compat import checkpoints_activations, enable_activation_checkpointing
 from pipeline.common.distributed import local_world_size
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 
-Batch = list[ImageSequence]
 Validator = Callable[[nn.Module], np.ndarray]
 """The model -> sums over this process's questions: their accuracy, number, loss, and weight in the loss."""
 
@@ -47,27 +46,14 @@ def max_tokens_that_fit(bytes_a_node: float, device: torch.device) -> int:
     Rounded down to three binary digits: a little more or less of free memory does not change the order in which losses
     are summed.
     """
-    free = free_bytes(device) / (local_world_size() if device.type == "cpu" else 1)
+    free = free_memory_bytes(device) / (local_world_size() if device.type == "cpu" else 1)
     fit = int(min(SHARE_OF_FREE * free, MOST_BYTES[device.type]) / bytes_a_node)
     dropped = max(fit.bit_length() - 3, 0)
     return max(fit >> dropped << dropped, 1)
 
 
-class Batches(Dataset[Batch]):
-    """The trainable questions; a list of their indices gives their batch, made by `build_sequences`."""
-
-    def __init__(self, questions: int, build_sequences: Callable[[list[int]], Batch]) -> None:
-        self._questions, self._build_sequences = questions, build_sequences
-
-    def __len__(self) -> int:
-        return self._questions
-
-    def __getitems__(self, numbers: list[int]) -> Batch:
-        return self._build_sequences(numbers)
-
-
 class StageTwoTrainer(Trainer):
-    """Takes batches in `order`, and computes them in micro-batches of `micro_batch` questions.
+    """Takes `batches`, and computes them in micro-batches of `micro_batch` questions.
 
     With `micro_batch` None these are of as many tokens as fit into memory, by measure. A loss or gradient that is not
     finite stops the training with a `PipelineError`, or with `skip_not_finite` leaves out the step and is counted. In
@@ -79,22 +65,21 @@ class StageTwoTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        batches: Batches,
-        order: QuestionBatchSampler,
+        batches: TrainingBatches,
         micro_batch: int | None,
         skip_not_finite: bool,
         validator: Validator | None,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
-            model, args, train_dataset=batches, callbacks=[*callbacks, _TellEpoch(order), _CountSkipped(self)]
+            model, args, train_dataset=batches, callbacks=[*callbacks, _TellEpoch(batches), _CountSkipped(self)]
         )
-        self._order = order
+        self._batches = batches
         self._by_questions, self._most = micro_batch is not None, micro_batch or 0
         self._skip_not_finite = skip_not_finite
         self._validator = validator
         self._reader = ThreadPoolExecutor(1, "batches")
-        self._reading: tuple[Iterator[Batch], Future[Batch | None]] | None = None
+        self._reading: tuple[Iterator[SequenceBatch], Future[SequenceBatch | None]] | None = None
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self.skipped_steps = 0
         """Whose loss or gradient was not finite."""
@@ -104,13 +89,13 @@ class StageTwoTrainer(Trainer):
         self.questions = self.nodes = 0
         """Computed in this process: questions, and the tokens that they took."""
 
-    def get_train_dataloader(self) -> DataLoader[Batch]:
+    def get_train_dataloader(self) -> DataLoader[SequenceBatch]:
         """Batches, already shared out among the processes."""
-        return DataLoader(self.train_dataset, batch_sampler=self._order, collate_fn=lambda batch: batch)
+        return DataLoader(self.train_dataset, batch_sampler=self._batches.sampler, collate_fn=lambda batch: batch)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor]:
+        self, epoch_iterator: Iterator[SequenceBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[SequenceBatch], Tensor]:
         """The next batch, put together while the last was computed, and its labels' weight in all processes.
 
         None where training had ended already when its last checkpoint was written: the library would go on by a step.
@@ -128,7 +113,7 @@ class StageTwoTrainer(Trainer):
         weight = torch.tensor([sum(float(sequence.tree.label_weights.sum()) for sequence in batch)], device=device)
         return [batch], self.accelerator.gather(weight).sum()
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: SequenceBatch, num_items_in_batch: Tensor) -> Tensor:
         """The loss of the whole batch, and its gradients; where memory is out, once more in smaller micro-batches."""
         model.train()
         if not self._most:
@@ -146,8 +131,8 @@ class StageTwoTrainer(Trainer):
                 model.zero_grad()
                 gc.collect()
                 torch.cuda.empty_cache()
-        self.questions += sum(sequence.questions for sequence in inputs)
-        self.nodes += sum(sequence.nodes for sequence in inputs)
+        self.questions += sum(sequence.num_questions for sequence in inputs)
+        self.nodes += sum(sequence.num_tokens for sequence in inputs)
         return loss if self._is_finite(model, loss) else torch.zeros_like(loss)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -174,7 +159,7 @@ class StageTwoTrainer(Trainer):
         """Not counted: the library takes every weight for one that is trained."""
         return 0
 
-    def _accumulate(self, model: nn.Module, groups: list[Batch], labels: Tensor) -> Tensor:
+    def _accumulate(self, model: nn.Module, groups: list[SequenceBatch], labels: Tensor) -> Tensor:
         loss = torch.zeros((), device=self.args.device)
         for number, group in enumerate(groups, start=1):
             with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
@@ -184,10 +169,10 @@ class StageTwoTrainer(Trainer):
         return loss
 
     def _size(self, sequence: ImageSequence) -> int:
-        return sequence.questions if self._by_questions else sequence.nodes
+        return sequence.num_questions if self._by_questions else sequence.num_tokens
 
-    def _nodes_that_fit(self, batch: Batch) -> int:
-        largest = max(sequence.nodes for sequence in batch)
+    def _nodes_that_fit(self, batch: SequenceBatch) -> int:
+        largest = max(sequence.num_tokens for sequence in batch)
         fit = self._fit(batch)
         if fit < largest and not checkpoints_activations(self.args):
             enable_activation_checkpointing(self.model)
@@ -195,9 +180,9 @@ class StageTwoTrainer(Trainer):
             fit = self._fit(batch)
         return fit
 
-    def _fit(self, batch: Batch) -> int:
+    def _fit(self, batch: SequenceBatch) -> int:
         """By what the forward pass of the shortest sequence keeps in memory; 1 where not even that fits."""
-        shortest = min(batch, key=lambda sequence: sequence.nodes)
+        shortest = min(batch, key=lambda sequence: sequence.num_tokens)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), ActivationMemoryCounter(self.model.parameters()) as saved:
             try:
@@ -206,9 +191,9 @@ class StageTwoTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
                 return 1
-        return max_tokens_that_fit(saved.bytes / shortest.nodes, self.args.device)
+        return max_tokens_that_fit(saved.bytes / shortest.num_tokens, self.args.device)
 
-    def _halve(self, groups: list[Batch]) -> None:
+    def _halve(self, groups: list[SequenceBatch]) -> None:
         """Half as much at a time from now on. Raises `PipelineError` if micro-batches cannot be made smaller."""
         largest = max(sum(map(self._size, group)) for group in groups)
         unit = "questions" if self._by_questions else "tokens"
@@ -264,13 +249,13 @@ class StageTwoTrainer(Trainer):
 
 
 class _TellEpoch(TrainerCallback):
-    """Tells the order which epoch it is, also of a training that is gone on with."""
+    """Sets the epoch of the batches, also in a resumed training."""
 
-    def __init__(self, order: QuestionBatchSampler) -> None:
-        self._order = order
+    def __init__(self, batches: TrainingBatches) -> None:
+        self._batches = batches
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._order.epoch = int(state.epoch or 0)
+        self._batches.set_epoch(int(state.epoch or 0))
 
 
 class _CountSkipped(TrainerCallback):

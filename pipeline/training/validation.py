@@ -15,7 +15,7 @@ from cache.text import TextTable
 from pipeline.answers.generation import answer_questions
 from pipeline.answers.scores import check_metric, counts, score
 from pipeline.batches.sequences import SequenceBuilder, pack
-from pipeline.blip2.memory import in_parts
+from pipeline.blip2.memory import split_on_out_of_memory
 from pipeline.common.distributed import rank, world_size
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
@@ -77,7 +77,7 @@ class Validator:
         summed, weight = 0.0, 0.0
         for start in range(0, len(self.questions), self.answering.batch_size):
             batch = self.questions[start : start + self.answering.batch_size].tolist()
-            for loss, labels in in_parts(loss_of, batch, "try a GPU with more memory"):
+            for loss, labels in split_on_out_of_memory(loss_of, batch, "try a GPU with more memory"):
                 summed, weight = summed + loss, weight + labels
         return summed, weight
 

@@ -37,7 +37,16 @@ from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.encoder import Blip2Encoder
 from pipeline.blip2.language_model import Blip2LanguageHalf, load_language_half
 from pipeline.blip2.random_checkpoint import SIZES, config_of, write_random_checkpoint
-from pipeline.commands.benchmark import ALPHA, META, TARGETS, Question, R, ask, matrix_product_peak, plain_model
+from pipeline.commands.benchmark import (
+    ALPHA,
+    META,
+    TARGETS,
+    Question,
+    R,
+    make_questions,
+    matrix_product_peak,
+    plain_model,
+)
 from pipeline.config import DataConfig, EvaluateConfig, SplitFiles
 from pipeline.data.text import PromptTokenizer
 from pipeline.data.vqa import read_examples
@@ -52,7 +61,7 @@ def main() -> None:
         if not checkpoint.exists():
             write_random_checkpoint(checkpoint, options.size)
         config = config_of(options.size)
-        questions = easy_vqa(options.questions) if options.size == "tiny" else ask(options.questions, config)
+        questions = easy_vqa(options.questions) if options.size == "tiny" else make_questions(options.questions, config)
         builder = make_cache(Path(name) / "cache", questions, config)
         ways = {
             "plain": plainly(plain_model(checkpoint, device, dtype).eval(), questions, config, options),
@@ -210,7 +219,7 @@ def count(
     width, new = len(batch) * options.beams, options.new_tokens
     later = 2 * width * (new - 1) * (weights + head)  # each new token but the first goes once through the model
     longest = max(len(builder.text.prompt_ids[number]) for number in batch) + config.num_query_tokens
-    nodes = sum(sequence.nodes for sequence in builder.for_generation(batch))
+    nodes = sum(sequence.num_tokens for sequence in builder.for_generation(batch))
     operations = {
         "plain": len(batch) * (encoding + 2 * weights * longest + 2 * head) + later,
         "cached": 2 * weights * (nodes + width) + 2 * width * head + later,

@@ -25,7 +25,7 @@ from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.random_checkpoint import SIZES, config_of, write_random_checkpoint
-from pipeline.commands.benchmark import ask
+from pipeline.commands.benchmark import make_questions
 from pipeline.data.text import PromptTokenizer
 from pipeline.encoding.encoder_spec import encoder_spec
 
@@ -34,7 +34,7 @@ PROMPT = "Question: {question} Answer:"
 
 def make_cache(folder: Path, checkpoint: Path, size: str, questions: int) -> None:
     """Random features, and the questions of the benchmark."""
-    asked = ask(questions, config_of(size))
+    asked = make_questions(questions, config_of(size))
     images = sorted({one.image for one in asked})
     digests = [np.random.default_rng(image).bytes(32) for image in images]
     spec = encoder_spec(checkpoint, "bfloat16", "float16")

@@ -115,7 +115,7 @@ def classes() -> Iterator[str]:
 @pytest.mark.parametrize("name", list(classes()))
 def test_a_tensor_that_is_missing_or_of_another_shape_is_refused_by_name(name: str, tmp_path: Path) -> None:
     missing = refused(with_tensors(tmp_path / "missing", lambda tensors: tensors.pop(name)))
-    assert f"{WEIGHTS} lacks {name}" in missing
+    assert f"{WEIGHTS}: missing {name}" in missing
 
     def reshape(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = tensors[name][..., :-1].contiguous()
@@ -123,14 +123,14 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_refused_by_name(name: s
     found = list(_tensors()[name].shape)
     message = refused(with_tensors(tmp_path / "reshaped", reshape))
     other = [*found[:-1], found[-1] - 1]
-    assert f"{WEIGHTS} has {name} of shape {other}, config.json makes it {found}" in message
+    assert f"{WEIGHTS}: {name} has shape {other}, but config.json requires {found}" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool], ids=str)
 def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     name = "language_model.model.decoder.layers.0.fc1.weight"
     folder = with_tensors(tmp_path / "c", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    assert re.search(rf"{WEIGHTS} has {name} in \w+, and only BF16, F16, F32, F64 are loaded", refused(folder))
+    assert re.search(rf"{WEIGHTS}: {name} is \w+; supported are BF16, F16, F32, F64", refused(folder))
 
 
 @pytest.mark.parametrize("only", [HEAD, WORDS])
@@ -145,8 +145,8 @@ def test_both_of_two_tied_weights_may_be_there_and_neither_may_not(tmp_path: Pat
     both = with_tensors(tmp_path / "both", lambda tensors: tensors.update({HEAD: tensors[WORDS].clone()}))
     _same(compute(both), compute(embedded_checkpoint()))
     untied = {**_config(), "text_config": {**_config()["text_config"], "tie_word_embeddings": False}}
-    assert f"lacks {HEAD}" in refused(copy_of(tmp_path / "untied", config=untied))
-    assert f"lacks {WORDS}" in refused(with_tensors(tmp_path / "neither", lambda tensors: tensors.pop(WORDS)))
+    assert f"missing {HEAD}" in refused(copy_of(tmp_path / "untied", config=untied))
+    assert f"missing {WORDS}" in refused(with_tensors(tmp_path / "neither", lambda tensors: tensors.pop(WORDS)))
 
 
 def test_a_tensor_too_many_is_logged_and_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +156,7 @@ def test_a_tensor_too_many_is_logged_and_ignored(tmp_path: Path, capsys: pytest.
     _same(compute(folder), compute(embedded_checkpoint()))
     told = capsys.readouterr().err
     assert told.count(name) == 1
-    assert "the model has no place for these tensors" in told
+    assert "ignoring tensors that the model does not have" in told
 
 
 @pytest.mark.parametrize(("bits", "name"), [(4, "fc1.weight"), (None, "fc1.weight"), (4, "fc1.bias")])
@@ -211,7 +211,7 @@ def test_a_wrong_value_in_the_config_is_refused_by_its_key_or_does_no_harm(
             except PipelineError as error:
                 outcomes.append(str(error))
         assert outcomes[0] == outcomes[1]
-        by_tensor = "of shape" in outcomes[0] or " lacks " in outcomes[0]
+        by_tensor = "has shape" in outcomes[0] or "missing " in outcomes[0]
         assert not outcomes[0] or by_tensor or key[-1] in outcomes[0] or key[-1] == "model_type"
         assert not outcomes[0] or str(folder) in outcomes[0]
 
@@ -284,7 +284,7 @@ def test_of_several_end_tokens_the_first_is_taught(tmp_path: Path) -> None:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_section_that_is_not_there_is_the_librarys_default_and_fits_no_tensor(section: str, tmp_path: Path) -> None:
     message = refused(copy_of(tmp_path / "c", config={key: _config()[key] for key in _config() if key != section}))
-    assert "config.json makes it" in message or " lacks " in message
+    assert "config.json requires" in message or "missing " in message
 
 
 @pytest.mark.parametrize(
@@ -361,16 +361,16 @@ def in_shards(folder: Path, change: Callable[[dict[str, Any]], object] = lambda 
     [
         (lambda index: index.pop("weight_map"), "weight_map is not a JSON object"),
         (lambda index: index.update(weight_map=[]), "weight_map is not a JSON object"),
-        (lambda index: index["weight_map"].pop(WORDS), f"{INDEX} lacks {WORDS}"),
-        (lambda index: index["weight_map"].update({WORDS: "e.safetensors"}), f"e.safetensors lacks {WORDS}"),
+        (lambda index: index["weight_map"].pop(WORDS), f"{INDEX}: missing {WORDS}"),
+        (lambda index: index["weight_map"].update({WORDS: "e.safetensors"}), f"e.safetensors: missing {WORDS}"),
         (
             lambda index: index["weight_map"].update({"query_tokens": "l.safetensors"}),
-            "l.safetensors lacks query_tokens",
+            "l.safetensors: missing query_tokens",
         ),
-        (lambda index: index["weight_map"].update({WORDS: "../l.safetensors"}), "which is no file of this folder"),
-        (lambda index: index["weight_map"].update({WORDS: "/etc/passwd"}), "which is no file of this folder"),
-        (lambda index: index["weight_map"].update({WORDS: ""}), "which is no file of this folder"),
-        (lambda index: index["weight_map"].update({WORDS: 3}), "which is no file of this folder"),
+        (lambda index: index["weight_map"].update({WORDS: "../l.safetensors"}), "which is not a file of this folder"),
+        (lambda index: index["weight_map"].update({WORDS: "/etc/passwd"}), "which is not a file of this folder"),
+        (lambda index: index["weight_map"].update({WORDS: ""}), "which is not a file of this folder"),
+        (lambda index: index["weight_map"].update({WORDS: 3}), "which is not a file of this folder"),
     ],
 )
 def test_an_index_that_does_not_hold_is_refused(
@@ -386,7 +386,7 @@ def test_half_of_the_other_half_is_refused_but_none_of_it_is_not(tmp_path: Path)
         tmp_path / "alone", lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith("language")]
     )
     begin_stage_one(alone)
-    with pytest.raises(PipelineError, match="lacks language_projection"):
+    with pytest.raises(PipelineError, match="missing language_projection"):
         begin_stage_two(alone)
     assert WORDS in refused(with_tensors(tmp_path / "part", lambda tensors: tensors.pop(WORDS)))
 
@@ -439,7 +439,7 @@ def test_the_command_says_so_in_one_error_and_leaves_nothing(
     stage, *words = command.split()
     done = CliRunner().invoke(main, [stage, str(config), *words])
     assert (done.exit_code, done.stdout) == (1, "")
-    assert f"{WEIGHTS} lacks {name}" in done.stderr
+    assert f"{WEIGHTS}: missing {name}" in done.stderr
     assert not (data_set / "cache").exists()
     assert not (data_set / "runs").exists()
 

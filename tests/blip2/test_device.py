@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.blip2.device import _runs_on, check_devices, pick_device
+from pipeline.blip2.device import _is_supported, check_devices, pick_device
 from pipeline.common.errors import PipelineError
 
 PASCAL, TURING, AMPERE, ADA, HOPPER, BLACKWELL = (6, 1), (7, 5), (8, 6), (8, 9), (9, 0), (12, 0)
@@ -72,7 +72,7 @@ def test_each_process_has_its_gpu_and_makes_it_the_current_one(
     ],
 )
 def test_a_build_of_torch_runs_where_its_code_does(capability: tuple[int, int], built: list[str], runs: bool) -> None:
-    assert _runs_on(capability, built) == runs
+    assert _is_supported(capability, built) == runs
 
 
 def test_a_gpu_that_torch_holds_no_code_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,16 +108,16 @@ def test_processes_on_one_gpu_do_not_train_together_and_are_told_in_stage_one(
 ) -> None:
     Gpus(monkeypatch, [AMPERE])
     check_devices(Others(("uuid-1", "bfloat16")), "auto")  # type: ignore[arg-type]
-    with pytest.raises(PipelineError, match="processes 0 and 2 compute on the same GPU"):
+    with pytest.raises(PipelineError, match="ranks 0 and 2 use the same GPU"):
         check_devices(Others(("uuid-1", "bfloat16"), ("uuid-0", "bfloat16")), "auto")  # type: ignore[arg-type]
     assert not capsys.readouterr().err
     check_devices(Others(("uuid-0", "")))  # type: ignore[arg-type]
-    assert "processes 0 and 1 compute on the same GPU" in capsys.readouterr().err
+    assert "ranks 0 and 1 use the same GPU" in capsys.readouterr().err
 
 
 def test_processes_that_would_train_in_different_number_formats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpus(monkeypatch, [AMPERE])
-    with pytest.raises(PipelineError, match=r"compute_dtype=auto is bfloat16, float16 in processes 0 to 1"):
+    with pytest.raises(PipelineError, match=r"compute_dtype=auto is bfloat16, float16 on ranks 0 to 1"):
         check_devices(Others(("uuid-1", "float16")), "auto")  # type: ignore[arg-type]
     check_devices(Others(("uuid-1", "float16")), "float16")  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from transformers import AutoProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
 from pipeline.blip2.embedded.pretrain import main, make_tokenizer
-from pipeline.blip2.embedded.scenes import COLOUR_NAMES, SHAPES, draw_scene, sentence
+from pipeline.blip2.embedded.scenes import COLOR_NAMES, SHAPES, draw_scene, sentence
 
 SCENES = 300
 
@@ -53,15 +53,15 @@ def test_scenes_are_seeded_and_their_sentences_true() -> None:
         scene, again = draw_scene(random.Random(seed)), draw_scene(random.Random(seed))
         assert np.array_equal(scene.pixels, again.pixels)
         assert scene.things == again.things
-        shapes, colours = scene.patch_labels()
+        shapes, colors = scene.patch_labels()
         assert set(shapes[shapes > 0]) <= {1 + SHAPES.index(thing.shape) for thing in scene.things}
-        assert set(colours[colours > 0]) <= {1 + COLOUR_NAMES.index(thing.colour) for thing in scene.things}
+        assert set(colors[colors > 0]) <= {1 + COLOR_NAMES.index(thing.color) for thing in scene.things}
         prompt, continuation = sentence(scene, random.Random(seed))
         assert continuation.startswith(" ")
         if prompt.startswith("True or false: there is "):
             noun = prompt.removeprefix("True or false: there is ").removesuffix(". Answer:")
             words = set(noun.split()) - {"a", "an", "no", "shape", "thing"}
-            holds = any(words <= {thing.shape, thing.colour} for thing in scene.things)
+            holds = any(words <= {thing.shape, thing.color} for thing in scene.things)
             assert continuation == (" true" if holds != noun.startswith("no ") else " false")
 
 

@@ -15,8 +15,8 @@ from plain_model import wake_lora
 from safetensors.torch import load_file
 from transformers import Blip2ForConditionalGeneration
 
-from pipeline.batches.assemble import load_base
 from pipeline.batches.sequences import SequenceBuilder, pack, pack_prompts
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_adapter, load_language_half, save_adapter
 from pipeline.blip2.lora import require_all_saved
 from pipeline.cli import main
@@ -46,15 +46,15 @@ def adapted(model: torch.nn.Module) -> set[str]:
     ("targets", "message"),
     [
         (("q_proj", "v_projj"), "'v_projj' matches nothing in the language model; did you mean v_proj?"),
-        (("nothing",), "'nothing' matches nothing in the language model. There are fc1, fc2, k_proj,"),
+        (("nothing",), "'nothing' matches nothing in the language model. Allowed: fc1, fc2, k_proj,"),
         (("q_proj", "layers.9.self_attn.q_proj"), "'layers.9.self_attn.q_proj' matches nothing"),
         (("proj",), "'proj' matches nothing"),  # PEFT compares whole words of a path
         (("",), "'' matches nothing"),
         (("qkv",), "'qkv' matches nothing"),  # of the vision model
         (("query",), "'query' matches nothing"),  # of the Q-Former
-        (("q_proj", "self_attn"), "'self_attn' is no linear layer"),
-        (("embed_tokens",), "'embed_tokens' is no linear layer"),
-        (("final_layer_norm",), "'final_layer_norm' is no linear layer"),
+        (("q_proj", "self_attn"), "'self_attn' is not a linear layer"),
+        (("embed_tokens",), "'embed_tokens' is not a linear layer"),
+        (("final_layer_norm",), "'final_layer_norm' is not a linear layer"),
         (("all_linear",), "did you mean all-linear?"),
     ],
 )
@@ -181,7 +181,7 @@ def test_biases_are_trained_in_float32_in_every_dtype(
 
 @pytest.fixture(scope="module")
 def builder(cached: Config) -> SequenceBuilder:
-    from pipeline.batches.assemble import open_split
+    from pipeline.batches.split import open_split
 
     return open_split(cached, "train")
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.batches.assemble import load_base, open_split
 from pipeline.batches.sequences import pack
+from pipeline.batches.split import open_split
 from pipeline.blip2 import memory
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import add_lora
 from pipeline.blip2.memory import (
     ActivationMemoryCounter,
-    free_bytes,
-    in_parts,
+    free_memory_bytes,
     is_out_of_memory,
     peak_bytes,
     reset_peak,
+    split_on_out_of_memory,
 )
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
@@ -39,13 +40,13 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights(
 
 @pytest.mark.parametrize("free", [10**3, 10**8, 10**9, 1_010_000_000, 10**13])
 def test_micro_batches_take_their_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr("pipeline.training.trainer.free_bytes", lambda device: free)
+    monkeypatch.setattr("pipeline.training.trainer.free_memory_bytes", lambda device: free)
     nodes = max_tokens_that_fit(3e6, CPU)
     assert nodes == {10**3: 1, 10**8: 20, 10**9: 192, 1_010_000_000: 192, 10**13: 640}[free]
 
 
 def test_processes_on_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.trainer.free_bytes", lambda device: 10**9)
+    monkeypatch.setattr("pipeline.training.trainer.free_memory_bytes", lambda device: 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert max_tokens_that_fit(3e6, CPU) == 48
     assert max_tokens_that_fit(3e6, torch.device("cuda", 1)) == 192, "each has a GPU of its own"
@@ -53,12 +54,12 @@ def test_processes_on_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
 
 def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    without = free_bytes(CPU)
+    without = free_memory_bytes(CPU)
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert free_bytes(CPU) == 2000
+    assert free_memory_bytes(CPU) == 2000
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(CPU) == pytest.approx(without, rel=0.2)
+    assert free_memory_bytes(CPU) == pytest.approx(without, rel=0.2)
 
 
 def test_the_peak_is_that_since_it_was_reset() -> None:
@@ -122,13 +123,13 @@ def test_what_does_not_fit_is_computed_in_parts(capsys: pytest.CaptureFixture[st
         return list(numbers)
 
     limit = 3
-    assert in_parts(compute, range(9), "") == [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
+    assert split_on_out_of_memory(compute, range(9), "") == [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
     assert "out of memory with 9 questions at a time" in capsys.readouterr().err
     limit = 0
     with pytest.raises(PipelineError, match="out of memory with one question at a time; buy more"):
-        in_parts(compute, range(9), "buy more")
+        split_on_out_of_memory(compute, range(9), "buy more")
     with pytest.raises(RuntimeError, match="illegal"):
-        in_parts(lambda _: _raise(RuntimeError("illegal memory access")), range(9), "")
+        split_on_out_of_memory(lambda _: _raise(RuntimeError("illegal memory access")), range(9), "")
 
 
 def _raise(error: Exception) -> None:

@@ -277,7 +277,7 @@ def test_a_checkpoint_without_its_encoder_is_told(run: Run, checkpoint: Path, pi
             shutil.copy(path, folder)
     for shard in shards_of(folder, ENCODER_PREFIXES) - shards_of(folder, LANGUAGE_MODEL_PREFIXES):
         (folder / shard).unlink()
-    with pytest.raises(PipelineError, match="the checkpoint is not whole, it lacks model-"):
+    with pytest.raises(PipelineError, match="the checkpoint is incomplete: missing model-"):
         ask(run, picture, QUESTION, (f"model.checkpoint={folder}",), True)
 
 

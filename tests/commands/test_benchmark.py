@@ -10,26 +10,26 @@ from click.testing import CliRunner
 
 from pipeline.blip2.random_checkpoint import config_of
 from pipeline.cli import main
-from pipeline.commands.benchmark import ask, count_operations, sequences_of
+from pipeline.commands.benchmark import count_operations, make_questions, sequences_of
 
 BIG = "blip2-opt-2.7b"
 
 
 def test_the_questions_are_distributed_like_vqav2s() -> None:
-    asked = ask(20_000, config_of(BIG))
+    asked = make_questions(20_000, config_of(BIG))
     assert len(asked) / len({one.image for one in asked}) == pytest.approx(5.36, rel=0.02)
     assert np.mean([len(one.prompt) for one in asked]) == pytest.approx(5 + 7.2, rel=0.02)
     assert np.mean([len(one.target) for one in asked]) == pytest.approx(2.4, rel=0.02)
-    assert ask(20, config_of(BIG)) == ask(20, config_of(BIG))
+    assert make_questions(20, config_of(BIG)) == make_questions(20, config_of(BIG))
 
 
 def test_operations_are_those_of_the_weights() -> None:
     """2 a weight and token, and as many again for the gradient of the input, which the first layer has no use for."""
     config = config_of(BIG)
-    asked = ask(16, config)
+    asked = make_questions(16, config)
     counted = count_operations(asked, config)
     linear = 32 * (4 * 2560**2 + 2 * 2560 * 10240)
-    nodes = sum(one.nodes for one in sequences_of(asked, config, share=True))
+    nodes = sum(one.num_tokens for one in sequences_of(asked, config, share=True))
     labels = sum(len(one.target) for one in asked)
     assert counted["shared"] == pytest.approx(4 * (nodes * linear + labels * 2560 * 50304), rel=0.04)
     assert counted["plain"] > 4.5 * counted["shared"]

@@ -12,8 +12,9 @@ from torch import OutOfMemoryError
 
 import pipeline.answers.generation
 from pipeline.answers.generation import answer_questions
-from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from pipeline.batches.sequences import pack_prompts
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
@@ -85,7 +86,7 @@ def test_the_probability_is_that_of_the_answers_tokens(cached: Config) -> None:
 def test_an_image_is_read_once_for_all_its_questions(cached: Config) -> None:
     builder = open_split(cached, "train")
     sequences = builder.for_generation([0, 1, 2, 3, 4, 5])
-    assert [one.questions for one in sequences] == [3, 3]
+    assert [one.num_questions for one in sequences] == [3, 3]
     inputs = pack_prompts(sequences)
     apart = sum(len(builder.text.prompt_ids[number]) - 1 + builder.query_tokens for number in range(6))
     assert len(inputs["position_ids"]) < 0.6 * apart
@@ -129,7 +130,7 @@ def test_out_of_memory_halves_the_batch(
     assert {number: answer.text for number, answer in found.items()} == {
         number: answer.text for number, answer in expected.items()
     }
-    assert "out of memory with 18 questions at a time: they are computed in two halves" in capsys.readouterr().err
+    assert "out of memory with 18 questions at a time; retrying in two halves" in capsys.readouterr().err
     limit[0] = 0
     with pytest.raises(PipelineError, match=r"out of memory with one question .* fewer evaluate\.num_beams"):
         answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)

@@ -25,7 +25,8 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 import pipeline.commands.export
 from cache.reader import FeatureReader
-from pipeline.batches.assemble import load_base, load_tokenizer
+from pipeline.batches.split import load_tokenizer
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.checkpoint import INDEX, WEIGHTS
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_adapter, save_adapter
 from pipeline.blip2.merge import write_merged
@@ -291,7 +292,7 @@ def test_a_value_beyond_float16_is_told(run: Run, checkpoint: Path, tmp_path: Pa
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / WEIGHTS).items()}
     tensors["qformer.layernorm.bias"][3] = 70_000
     save_file(tensors, tmp_path / "checkpoint" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(PipelineError, match=r"qformer\.layernorm\.bias: its largest value is 70144, and float16 ends"):
+    with pytest.raises(PipelineError, match=r"qformer\.layernorm\.bias: its largest value is 70144, but the maximum"):
         export(run, tmp_path / "merged", (f"model.checkpoint={tmp_path}/checkpoint",), merge=True)
     assert not (tmp_path / "merged").exists()
 
@@ -303,7 +304,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_told(run: Run, checkpoint: Path, tm
     save_file(tensors, tmp_path / "checkpoint" / WEIGHTS, metadata={"format": "pt"})
     config = load_config(run.config)
     (tmp_path / "merged").mkdir()
-    with pytest.raises(PipelineError, match=r"it lacks qformer\.layernorm\.bias; get it again"):
+    with pytest.raises(PipelineError, match=r"missing qformer\.layernorm\.bias; download it again"):
         write_merged(tmp_path / "checkpoint", load_adapter(load_base(config), run.adapter), tmp_path / "merged")
 
 
@@ -313,7 +314,7 @@ def test_without_a_cache_or_memory_the_models_are_not_compared(
     done = pipe("export", run.path, tmp_path / "one", "--merge", "cache.dir=/no/such/cache", "--json")
     assert (done.exit_code, json.loads(done.stdout)["differences"]) == (0, None)
     assert "the merged model is not compared with the run: no cache at /no/such/cache" in done.stderr
-    monkeypatch.setattr(pipeline.commands.export, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(pipeline.commands.export, "free_memory_bytes", lambda device: 1_000_000)
     done = pipe("export", run.path, tmp_path / "two", "--merge")
     assert done.exit_code == 0
     assert "is not compared with the run: that takes 8.81 MB of memory, and 1.00 MB are free" in done.stderr

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import pipeline.encoding.encoding_loop
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_split
+from pipeline.batches.split import open_split
 from pipeline.commands.precompute import estimate_precompute, precompute
 from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError
@@ -108,7 +108,7 @@ def test_what_training_will_not_see_is_said_at_its_start(data_set: Path, capsys:
     precompute(config)
     capsys.readouterr()
     open_split(config, "train")
-    assert "3 questions were left out (not there: 3)" in capsys.readouterr().err
+    assert "3 questions were skipped (not there: 3)" in capsys.readouterr().err
 
 
 def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_changed_prompt_remakes_the_tokens_from_the_cache(data_set: Path, caps
     shutil.rmtree(data_set / "images")
     changed = load_config(data_set / "config.yaml", ['data.prompt="Q: {question} A:"'])
     text = open_split(changed, "train").text
-    assert "making the tokens of train again" in capsys.readouterr().err
+    assert "tokenizing train again" in capsys.readouterr().err
     fresh = open_split(load_config(data_set / "config.yaml"), "train").text
     assert [list(text.target_ids[i]) for i in range(9)] == [list(fresh.target_ids[i]) for i in range(9)]
     assert list(text.prompt_ids[0]) != list(fresh.prompt_ids[0])

@@ -12,7 +12,7 @@ from cache.format import inspect_part
 from cache.reader import FeatureReader
 from cache.repair import drop_damaged
 from cache.spec import CacheError
-from pipeline.batches.assemble import open_split
+from pipeline.batches.split import open_split
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError

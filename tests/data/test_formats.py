@@ -9,7 +9,7 @@ import published
 import pytest
 from data_set import write_config
 
-from pipeline.batches.assemble import load_tokenizer, open_split
+from pipeline.batches.split import load_tokenizer, open_split
 from pipeline.commands.precompute import precompute
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import load_config

@@ -23,7 +23,7 @@ from PIL import Image
 
 from cache.audit import verify
 from cache.reader import FeatureReader
-from pipeline.batches.assemble import open_split
+from pipeline.batches.split import open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode, repair
@@ -594,7 +594,7 @@ def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> 
     answers = edited["answer"].to_pylist()
     pq.write_table(edited.set_column(edited.column_names.index("answer"), "answer", [answers[::-1]]), path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(PipelineError, match=r"train\.parquet \(data\.train\.dataset\) is not what .* was made of"):
+    with pytest.raises(PipelineError, match=r"train\.parquet \(data\.train\.dataset\) has changed since .* was made"):
         open_split(tables, "train")
     assert precompute(tables)["encoded"] == 0
     record = open_split(tables, "train").text.record(0)
@@ -602,7 +602,7 @@ def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> 
     path.unlink()
     assert open_split(tables, "train")
     path.write_bytes(before)
-    with pytest.raises(PipelineError, match=r"is not what"):
+    with pytest.raises(PipelineError, match=r"has changed since"):
         open_split(tables, "train")
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rounding
-import torch
 from data_set import write_config
 
-from pipeline.batches.assemble import load_tokenizer, open_split, training_batches
 from pipeline.batches.sequences import SequenceBuilder, pack
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.batches.training import training_batches
 from pipeline.commands.precompute import precompute
 from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
@@ -73,7 +73,7 @@ def test_drawn_is_drawn_anew_each_epoch_in_proportion_and_by_seed(ten_answers: C
 
 
 def test_the_loss_of_all_is_the_answers_weighted_mean(ten_answers: Config) -> None:
-    from pipeline.batches.assemble import load_base
+    from pipeline.blip2.base_model import load_base
 
     targets, builder = targets_of(ten_answers, "all")
     model = load_base(ten_answers, dropout=0.0).train()
@@ -103,13 +103,11 @@ def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
 def test_the_batches_of_a_training_take_the_epoch_into_account(ten_answers: Config) -> None:
     config = with_answers(ten_answers, "sampled")
     builder = open_split(config, "train")
-    order, build_sequences, _ = training_batches(config, builder, np.arange(12))
+    batches = training_batches(config, builder, np.arange(12))
     labels = []
     for epoch in range(6):
-        order.epoch = epoch
-        labels.append(
-            torch.from_numpy(np.concatenate([one.tree.labels for one in build_sequences(list(range(12)))])).tolist()
-        )
+        batches.set_epoch(epoch)
+        labels.append(np.concatenate([one.tree.labels for one in batches.build(list(range(12)))]).tolist())
     assert len({tuple(one) for one in labels}) > 1
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from cache.reader import FeatureReader
 from pipeline.answers.scores import score
-from pipeline.batches.assemble import load_tokenizer, open_split
+from pipeline.batches.split import load_tokenizer, open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.train import train

@@ -30,7 +30,7 @@ def write_data_set(folder: Path, pictures: int = PICTURES, seed: int = 0) -> Non
         scene = draw_scene(rng)
         Image.fromarray(scene.pixels).save(folder / "images" / f"{number}.png")
         thing = scene.things[0]
-        asked = [("what shape is it?", thing.shape), ("what color is it?", thing.colour), ("where is it?", thing.place)]
+        asked = [("what shape is it?", thing.shape), ("what color is it?", thing.color), ("where is it?", thing.place)]
         for question, answer in asked:
             row = {"image": f"{number}.png", "question": question, "answer": answer}
             lines["val" if number % 4 == 3 else "train"].append(json.dumps(row))

@@ -20,8 +20,9 @@ from transformers import AutoProcessor, get_scheduler
 
 import pipeline.commands.train
 from cache.reader import FeatureReader
-from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from pipeline.batches.sequences import pack
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import add_lora
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
@@ -121,7 +122,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
         return builder
 
     monkeypatch.setattr(pipeline.commands.train, "add_lora", remember_weights)
-    monkeypatch.setattr(pipeline.commands.train, "open_batcher", remember_order)
+    monkeypatch.setattr(pipeline.commands.train, "open_split", remember_order)
     train(config, Run(tmp_path / "run"))
     trained = PeftModel.from_pretrained(load_full(checkpoint, bits), tmp_path / "run" / "adapter", is_trainable=True)
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.batches.assemble import load_base
 from pipeline.batches.sequences import ImageSequence, SequenceBuilder
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import add_lora
 from pipeline.commands.train import train
 from pipeline.config import Config

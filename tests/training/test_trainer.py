@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import Trainer
 
 import pipeline.training.trainer
-from pipeline.batches.assemble import load_base, open_split
 from pipeline.batches.sampler import QuestionBatchSampler
 from pipeline.batches.sequences import ImageSequence, SequenceBuilder, micro_batches, pack
+from pipeline.batches.split import open_split
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora
 from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
@@ -58,7 +59,7 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     order = QuestionBatchSampler(QUESTIONS, 16, seed=0)
     first = list(order)
     assert list(order) == first
-    order.epoch = 1
+    order.set_epoch(1)
     assert list(order) != first
     assert list(QuestionBatchSampler(QUESTIONS, 16, seed=1)) != first
     assert list(QuestionBatchSampler(QUESTIONS, 16, seed=0)) == first
@@ -74,7 +75,7 @@ def test_processes_share_every_batch(processes: int) -> None:
 
 
 def nodes(sequence: ImageSequence) -> int:
-    return sequence.nodes
+    return sequence.num_tokens
 
 
 @pytest.mark.parametrize("most", [1, 60, 100, 10_000])
@@ -88,8 +89,8 @@ def test_micro_batches_keep_to_their_size_and_lose_nothing(cached: Config, most:
 
 def test_an_image_with_many_questions_becomes_several_sequences(cached: Config) -> None:
     builder = open_split(cached, "train")
-    assert [one.questions for one in builder.for_training([0, 1, 2, 3, 4, 5], most=2)] == [2, 1, 2, 1]
-    assert [one.questions for one in builder.for_training([0, 3, 1], share_prefix=False)] == [1, 1, 1]
+    assert [one.num_questions for one in builder.for_training([0, 1, 2, 3, 4, 5], max_questions=2)] == [2, 1, 2, 1]
+    assert [one.num_questions for one in builder.for_training([0, 3, 1], share_prefix=False)] == [1, 1, 1]
 
 
 def test_the_step_is_the_same_however_it_is_split(cached: Config, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_gradient_checkpointing_is_chosen_only_if_one_image_does_not_fit(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(tmp_path / "run")
-    monkeypatch.setattr(pipeline.training.trainer, "free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(pipeline.training.trainer, "free_memory_bytes", lambda device: 10_000)
     assert train(cached, run)["steps"] == 4
     assert "gradient checkpointing is switched on" in capsys.readouterr().err
     monkeypatch.undo()
@@ -283,7 +284,7 @@ def test_a_process_that_dies_ends_the_training_of_the_others_and_it_can_be_resum
         processes[1].process.kill()
         first = processes[0].ended()
     told = first.error()
-    assert "another of the processes ended before its share was done" in told
+    assert "another rank exited early" in told
     assert f"pipe train {run.path} --resume" in told
     assert run.last_checkpoint()
 

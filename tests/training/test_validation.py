@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cache.text import Ragged, TextTable
-from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from pipeline.batches.sequences import ImageSequence, SequenceBuilder, pack
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf, load_adapter
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train

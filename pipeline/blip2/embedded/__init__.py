@@ -1,10 +1,11 @@
-"""The small BLIP-2 inside this package, made by `pipeline.blip2.embedded.pretrain`."""
+"""The small BLIP-2 checkpoint in this package, created by `pipeline.blip2.embedded.pretrain`."""
 
 from pathlib import Path
 
-EMBEDDED = "embedded"  # what a config calls it
+EMBEDDED = "embedded"
+"""Value of `model.checkpoint` for it."""
 
 
 def embedded_checkpoint() -> Path:
-    """Its folder, in Hugging Face form."""
+    """Return the folder of the embedded checkpoint, in Hugging Face format."""
     return Path(__file__).parent / "checkpoint"

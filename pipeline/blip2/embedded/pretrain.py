@@ -1,9 +1,8 @@
-"""Make the embedded checkpoint: `python -m pipeline.blip2.embedded.pretrain DEST`.
+"""Pretrains the embedded checkpoint: `python -m pipeline.blip2.embedded.pretrain DEST`.
 
-Two stages, as BLIP-2 itself was made. First the vision model learns, patch by patch, which shape and
-which colour each patch belongs to (two linear heads, thrown away afterwards). Then it is frozen, and
-Q-Former, projection and OPT learn together to continue sentences about the scene. Everything is
-seeded; a killed run goes on from its last state file.
+Training has two stages, as BLIP-2's own. First the vision model learns to classify the shape and the color of each
+patch, with two linear heads that are discarded. Then it is frozen, and Q-Former, projection and OPT are trained
+together to continue sentences about the scene. Everything is seeded, and a killed run resumes from its last state file.
 """
 
 import random
@@ -24,15 +23,15 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from pipeline.blip2.embedded.scenes import COLOUR_NAMES, IMAGE_SIZE, PATCH_SIZE, SHAPES, Scene, draw_scene, sentence
+from pipeline.blip2.embedded.scenes import COLOR_NAMES, IMAGE_SIZE, PATCH_SIZE, SHAPES, Scene, draw_scene, sentence
 
 QUERY_TOKENS = 16
-WIDTH = 128  # of the vision model, the Q-Former and the language model alike
+WIDTH = 128  # hidden size of the vision model, the Q-Former and the language model
 VOCABULARY = 640
-IMAGES_A_STEP = 64
-SENTENCES_AN_IMAGE = 3
-STATE_EVERY = 250  # steps
-# Words that people ask questions with, so that the tokenizer does not cut them to letters.
+IMAGES_PER_STEP = 64
+SENTENCES_PER_IMAGE = 3
+STEPS_PER_STATE = 250
+# Common words of questions, so that the tokenizer does not split them into letters.
 QUESTION_WORDS = (
     "what which who whose where when why how many much is are was were does do did has have can could will would "
     "should the a an this that these those there here in on at of to from with without under over behind near "
@@ -46,7 +45,7 @@ StepLoss = Callable[[list[Scene], random.Random], tuple[torch.Tensor, torch.Tens
 
 
 def make_tokenizer(seed: int) -> GPT2Tokenizer:
-    """A byte-level BPE tokenizer with OPT's special tokens at OPT's ids, `<image>` last."""
+    """Train a byte-level BPE tokenizer with OPT's special tokens at OPT's ids and `<image>` as the last token."""
     rng = random.Random(f"{seed} tokenizer")
     lines = ["".join(sentence(draw_scene(rng), rng)) + "\n" for _ in range(5000)]
     lines += [f" {word}" for word in QUESTION_WORDS.split()] * 50
@@ -75,7 +74,7 @@ def make_tokenizer(seed: int) -> GPT2Tokenizer:
 
 
 def make_config(tokenizer: GPT2Tokenizer) -> Blip2Config:
-    """BLIP-2's own shape, small: the same classes and switches as `Salesforce/blip2-opt-2.7b`."""
+    """Return a small config with the same classes and options as `Salesforce/blip2-opt-2.7b`."""
     return Blip2Config(
         vision_config={
             "hidden_size": WIDTH,
@@ -116,40 +115,41 @@ def make_config(tokenizer: GPT2Tokenizer) -> Blip2Config:
 
 
 def image_processor() -> BlipImageProcessorPil:
+    """Return the image processor of the checkpoint."""
     return BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 
 def pixel_values(scenes: list[Scene]) -> torch.Tensor:
-    """(B, 3, 64, 64) float32, as the checkpoint's image processor makes them."""
+    """Preprocess scenes with the image processor of the checkpoint: (B, 3, 64, 64) float32."""
     pixels = image_processor()([scene.pixels for scene in scenes], return_tensors="pt")
     return pixels["pixel_values"]
 
 
 class PatchHeads(nn.Module):
-    """Shape and colour of each patch, read linearly off the vision model; never saved."""
+    """Linear classifiers of the shape and the color of each patch; not saved."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shape = nn.Linear(WIDTH, 1 + len(SHAPES))
-        self.colour = nn.Linear(WIDTH, 1 + len(COLOUR_NAMES))
+        self.color = nn.Linear(WIDTH, 1 + len(COLOR_NAMES))
 
     def forward(self, patches: torch.Tensor, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and the share of thing patches whose shape is told right. `patches` (B, 64, WIDTH)."""
+        """Return the loss, and the shape accuracy on object patches. `patches` is (B, 64, WIDTH)."""
         labels = [scene.patch_labels() for scene in scenes]
         shape = torch.stack([torch.from_numpy(label[0]) for label in labels]).flatten()
-        colour = torch.stack([torch.from_numpy(label[1]) for label in labels]).flatten()
-        guessed_shape = self.shape(patches).flatten(0, 1)
-        loss = functional.cross_entropy(guessed_shape, shape)
-        loss = loss + functional.cross_entropy(self.colour(patches).flatten(0, 1), colour)
+        color = torch.stack([torch.from_numpy(label[1]) for label in labels]).flatten()
+        shape_logits = self.shape(patches).flatten(0, 1)
+        loss = functional.cross_entropy(shape_logits, shape)
+        loss = loss + functional.cross_entropy(self.color(patches).flatten(0, 1), color)
         things = shape > 0
-        return loss, (guessed_shape.argmax(-1) == shape)[things].float().mean()
+        return loss, (shape_logits.argmax(-1) == shape)[things].float().mean()
 
 
 def sentence_batch(scenes: list[Scene], rng: random.Random, tokenizer: GPT2Tokenizer, newline: int) -> SentenceBatch:
-    """`input_ids`, `attention_mask`, `labels` of `SENTENCES_AN_IMAGE` sentences a scene, all (B, T), padded right."""
+    """Return `input_ids`, `attention_mask` and `labels`, each (B, T), of sentences about scenes, right-padded."""
     rows = []
     for scene in scenes:
-        for _ in range(SENTENCES_AN_IMAGE):
+        for _ in range(SENTENCES_PER_IMAGE):
             prompt, continuation = sentence(scene, rng)
             prompt_ids = tokenizer(prompt)["input_ids"]
             answer_ids = tokenizer(continuation, add_special_tokens=False)["input_ids"] + [newline]
@@ -164,26 +164,26 @@ def sentence_batch(scenes: list[Scene], rng: random.Random, tokenizer: GPT2Token
 def language_loss(
     model: Blip2ForConditionalGeneration, scenes: list[Scene], batch: SentenceBatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss on the continuations, and the share of them told right to the last token."""
+    """Return the loss on the continuations, and the fraction of them predicted exactly."""
     input_ids, attention_mask, labels = batch
     with torch.no_grad():
         image_embeds = model.vision_model(pixel_values(scenes)).last_hidden_state
     queries = model.qformer(
         query_embeds=model.query_tokens.expand(len(scenes), -1, -1), encoder_hidden_states=image_embeds
     ).last_hidden_state
-    prefix = model.language_projection(queries).repeat_interleave(SENTENCES_AN_IMAGE, dim=0)
+    prefix = model.language_projection(queries).repeat_interleave(SENTENCES_PER_IMAGE, dim=0)
     text = model.language_model.get_input_embeddings()(input_ids)
     logits = model.language_model(
         inputs_embeds=torch.cat([prefix, text], dim=1),
         attention_mask=functional.pad(attention_mask, (QUERY_TOKENS, 0), value=1),
     ).logits[:, QUERY_TOKENS - 1 : -1]
     loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-    right = (logits.argmax(-1) == labels) | (labels == IGNORED)
-    return loss, right.all(-1).float().mean()
+    correct = (logits.argmax(-1) == labels) | (labels == IGNORED)
+    return loss, correct.all(-1).float().mean()
 
 
 class Stage:
-    """A run of optimizer steps that can be killed and started again."""
+    """A resumable sequence of optimizer steps."""
 
     def __init__(self, name: str, modules: nn.Module, steps: int, learning_rate: float, state_file: Path):
         self.name, self.modules, self.steps, self.state_file = name, modules, steps, state_file
@@ -194,18 +194,18 @@ class Stage:
         )
 
     def run(self, seed: int, step_loss: StepLoss) -> None:
-        """Call `step_loss(scenes, rng) -> (loss, share right)` once a step; the step's number seeds its scenes."""
+        """Call `step_loss(scenes, rng) -> (loss, accuracy)` for each step, whose index seeds its scenes."""
         first = self._resume()
         for step in (bar := tqdm(range(first, self.steps), desc=self.name, initial=first, total=self.steps)):
             rng = random.Random(f"{seed} {self.name} {step}")
-            loss, right = step_loss([draw_scene(rng) for _ in range(IMAGES_A_STEP)], rng)
+            loss, accuracy = step_loss([draw_scene(rng) for _ in range(IMAGES_PER_STEP)], rng)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             self.optimizer.step()
             self.schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right.item():.3f}", refresh=False)
-            if (step + 1) % STATE_EVERY == 0 or step + 1 == self.steps:
+            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy.item():.3f}", refresh=False)
+            if (step + 1) % STEPS_PER_STATE == 0 or step + 1 == self.steps:
                 self._save(step + 1)
 
     def _save(self, step: int) -> None:
@@ -233,12 +233,12 @@ class Stage:
 @click.argument("dest", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--vision-steps", default=2500, help="Optimizer steps of the vision model.")
 @click.option("--language-steps", default=2500, help="Optimizer steps of Q-Former, projection and OPT.")
-@click.option("--seed", default=0, help="Of the weights, the scenes and the sentences.")
+@click.option("--seed", default=0, help="Seed of the weights, the scenes and the sentences.")
 def main(dest: Path, vision_steps: int, language_steps: int, seed: int) -> None:
-    """Pretrain the embedded checkpoint and write it to DEST in Hugging Face form (float16 safetensors)."""
+    """Pretrain the embedded checkpoint and write it to DEST in Hugging Face format (float16 safetensors)."""
     state = dest.with_name(dest.name + ".state")
     state.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)  # weight decay leaves denormals, on which a CPU is ten times slower
+    torch.set_flush_denormal(True)  # weight decay produces denormals, which are ten times slower on a CPU
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
     config = make_config(tokenizer)

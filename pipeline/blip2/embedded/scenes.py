@@ -1,8 +1,7 @@
-"""Rendered scenes and sentences about them: what the embedded checkpoint is pretrained on.
+"""Renders scenes and sentences about them, the pretraining data of the embedded checkpoint.
 
-A scene is one or two coloured things on a pale ground. The sentences name, place, count and compare
-them, and state true or false things of them; none is a question in easy-VQA's words, and no picture
-of easy-VQA is read.
+A scene is one or two colored objects on a light background. The sentences name, locate, count and compare the objects,
+or make true or false statements about them. They do not use the questions or images of easy-VQA.
 """
 
 import random
@@ -12,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 64  # pixels a side
-PATCH_SIZE = 8  # pixels a side
-SMALLEST, LARGEST = 8, 34  # side of a thing's bounding box, in pixels
-LARGE = 400  # square pixels of a bounding box, from which a thing is called large
-MAX_JITTER = 24  # of a colour channel, out of 255
+IMAGE_SIZE = 64  # pixels per side
+PATCH_SIZE = 8  # pixels per side
+MIN_SIDE, MAX_SIDE = 8, 34  # pixels per side of a bounding box
+LARGE_AREA = 400  # pixels of a bounding box above which an object is called large
+MAX_JITTER = 24  # of a color channel, out of 255
 
 SHAPES = ("circle", "rectangle", "triangle", "cross", "ring", "star")
-COLOURS = {
+COLORS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
     "blue": (0, 0, 255),
@@ -32,25 +31,26 @@ COLOURS = {
     "purple": (128, 0, 128),
     "pink": (255, 105, 180),
 }
-COLOUR_NAMES = tuple(COLOURS)
+COLOR_NAMES = tuple(COLORS)
 COUNTS = ("none", "one", "two")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene; `box` is (left, top, right, bottom) in pixels."""
+    """One object of a scene. `box` is (left, top, right, bottom) in pixels."""
 
     shape: str
-    colour: str
+    color: str
     box: tuple[int, int, int, int]
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.shape}"
+        """Color and shape."""
+        return f"{self.color} {self.shape}"
 
     @property
     def place(self) -> str:
-        """Its corner of the picture, in words."""
+        """Corner of the image, such as "top left"."""
         left, top, right, bottom = self.box
         row = "top" if top + bottom < IMAGE_SIZE else "bottom"
         column = "left" if left + right < IMAGE_SIZE else "right"
@@ -58,58 +58,59 @@ class Thing:
 
     @property
     def area(self) -> int:
+        """Area of the bounding box in pixels."""
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`pixels` (64, 64, 3) uint8; `owner` (64, 64) uint8: 0 is ground, k the k-th thing."""
+    """A rendered scene. `pixels` is (64, 64, 3) uint8; `owner` is (64, 64) uint8: 0 for background, k for object k."""
 
     pixels: np.ndarray
     owner: np.ndarray
     things: tuple[Thing, ...]
 
     def patch_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """The shape and the colour that most of each patch's thing pixels belong to.
+        """Return the majority shape and color of the object pixels of each patch.
 
-        Both (64,) int64, a label a patch, row by row; 0 where the patch is ground alone, else 1 + the
-        index into `SHAPES` and `COLOUR_NAMES`.
+        Both are (64,) int64, row by row: 0 for a patch of background only, else 1 + the index into `SHAPES` and
+        `COLOR_NAMES`.
         """
         side = IMAGE_SIZE // PATCH_SIZE
         patches = self.owner.reshape(side, PATCH_SIZE, side, PATCH_SIZE).swapaxes(1, 2).reshape(side * side, -1)
         counts = np.stack([(patches == k + 1).sum(1) for k in range(len(self.things))])
         winner = np.where(counts.sum(0) > 0, 1 + counts.argmax(0), 0)
         shape = np.array([0, *(1 + SHAPES.index(thing.shape) for thing in self.things)])
-        colour = np.array([0, *(1 + COLOUR_NAMES.index(thing.colour) for thing in self.things)])
-        return shape[winner], colour[winner]
+        color = np.array([0, *(1 + COLOR_NAMES.index(thing.color) for thing in self.things)])
+        return shape[winner], color[winner]
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """A scene of one thing (seven times in ten) or two that do not touch."""
-    wanted = 1 if rng.random() < 0.7 else 2
+    """Draw a scene of one object (with probability 0.7) or two that do not touch."""
+    count = 1 if rng.random() < 0.7 else 2
     things: list[Thing] = []
-    while len(things) < wanted:
-        thing = Thing(rng.choice(SHAPES), rng.choice(COLOUR_NAMES), _random_box(rng))
+    while len(things) < count:
+        thing = Thing(rng.choice(SHAPES), rng.choice(COLOR_NAMES), _random_box(rng))
         if all(thing.name != other.name and not _touch(thing.box, other.box) for other in things):
             things.append(thing)
-    scale = rng.choice((1, 1, 3))  # drawn larger and shrunk, edges are soft; else hard
+    scale = rng.choice((1, 1, 3))  # drawing at a larger scale and shrinking gives soft edges
     size = (IMAGE_SIZE * scale, IMAGE_SIZE * scale)
-    picture = Image.new("RGB", size, tuple(rng.randint(225, 255) for _ in range(3)))
+    image = Image.new("RGB", size, tuple(rng.randint(225, 255) for _ in range(3)))
     owner = Image.new("L", size, 0)
     for number, thing in enumerate(things, start=1):
-        fill = tuple(min(255, max(0, c + rng.randint(-MAX_JITTER, MAX_JITTER))) for c in COLOURS[thing.colour])
+        fill = tuple(min(255, max(0, c + rng.randint(-MAX_JITTER, MAX_JITTER))) for c in COLORS[thing.color])
         box = tuple(scale * edge for edge in thing.box)
-        _draw(ImageDraw.Draw(picture), thing.shape, box, fill)
+        _draw(ImageDraw.Draw(image), thing.shape, box, fill)
         _draw(ImageDraw.Draw(owner), thing.shape, box, number)
     if scale > 1:
-        picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
         owner = owner.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
-    return Scene(np.asarray(picture), np.asarray(owner), tuple(sorted(things, key=lambda thing: thing.box)))
+    return Scene(np.asarray(image), np.asarray(owner), tuple(sorted(things, key=lambda thing: thing.box)))
 
 
 def sentence(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A prompt and its continuation, true of the scene; the continuation begins with a space."""
+    """Return a prompt and its continuation, which is true of the scene and begins with a space."""
     kind = rng.random()
     if kind < 0.25:
         return _caption(scene, rng)
@@ -124,25 +125,25 @@ def _caption(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _statement(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A statement that names a colour, a shape or both, plain or denied, to be judged."""
-    colour, shape = rng.choice(COLOUR_NAMES), rng.choice(SHAPES)
+    """Return a statement about a color, a shape or both, possibly negated, and whether it is true."""
+    color, shape = rng.choice(COLOR_NAMES), rng.choice(SHAPES)
     if rng.random() < 0.5:
         thing = rng.choice(scene.things)
-        colour, shape = thing.colour, thing.shape
+        color, shape = thing.color, thing.shape
     form = rng.random()
     if form < 0.4:
-        holds, noun = any(t.colour == colour for t in scene.things), rng.choice((f"{colour} shape", f"{colour} thing"))
+        holds, noun = any(t.color == color for t in scene.things), rng.choice((f"{color} shape", f"{color} thing"))
     elif form < 0.8:
         holds, noun = any(t.shape == shape for t in scene.things), shape
     else:
-        holds, noun = any((t.colour, t.shape) == (colour, shape) for t in scene.things), f"{colour} {shape}"
-    denied, thing_named = rng.random() < 0.5, _with_article(noun)
+        holds, noun = any((t.color, t.shape) == (color, shape) for t in scene.things), f"{color} {shape}"
+    negated, noun_phrase = rng.random() < 0.5, _with_article(noun)
     text = rng.choice(
-        (f"the image does not contain {thing_named}", f"there is no {noun}", f"{thing_named} is not here")
-        if denied
-        else (f"the image contains {thing_named}", f"there is {thing_named}", f"{thing_named} is here")
+        (f"the image does not contain {noun_phrase}", f"there is no {noun}", f"{noun_phrase} is not here")
+        if negated
+        else (f"the image contains {noun_phrase}", f"there is {noun_phrase}", f"{noun_phrase} is here")
     )
-    return f"True or false: {text}. Answer:", " true" if holds != denied else " false"
+    return f"True or false: {text}. Answer:", " true" if holds != negated else " false"
 
 
 def _question(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -151,7 +152,7 @@ def _question(scene: Scene, rng: random.Random) -> tuple[str, str]:
     asked = [
         (f"where is the {thing.name}?", thing.place),
         ("how many things are there?", COUNTS[len(scene.things)]),
-        (f"is the {thing.name} large?", "yes" if thing.area > LARGE else "no"),
+        (f"is the {thing.name} large?", "yes" if thing.area > LARGE_AREA else "no"),
     ]
     if len(places) == len(scene.things):
         asked.append((f"what is in the {thing.place} corner?", thing.name))
@@ -162,10 +163,10 @@ def _question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _choice(thing: Thing, rng: random.Random) -> tuple[str, str]:
-    right, names = rng.choice(((thing.shape, SHAPES), (thing.colour, COLOUR_NAMES)))
-    pair = [right, rng.choice([name for name in names if name != right])]
+    correct, names = rng.choice(((thing.shape, SHAPES), (thing.color, COLOR_NAMES)))
+    pair = [correct, rng.choice([name for name in names if name != correct])]
     rng.shuffle(pair)
-    return f"{pair[0]} or {pair[1]}?", right
+    return f"{pair[0]} or {pair[1]}?", correct
 
 
 def _with_article(noun: str) -> str:
@@ -173,7 +174,7 @@ def _with_article(noun: str) -> str:
 
 
 def _random_box(rng: random.Random) -> tuple[int, int, int, int]:
-    width, height = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
+    width, height = rng.randint(MIN_SIDE, MAX_SIDE), rng.randint(MIN_SIDE, MAX_SIDE)
     if rng.random() < 0.6:
         height = width
     left, top = rng.randint(0, IMAGE_SIZE - width), rng.randint(0, IMAGE_SIZE - height)
@@ -185,7 +186,7 @@ def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
 
 
 def _draw(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, ...], fill: Any) -> None:
-    """Fill one shape into `box`; circle, ring, cross and star take a square of its shorter side."""
+    """Draw one shape into `box`; circle, ring, cross and star fill a square of its shorter side."""
     left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
     if shape == "rectangle":
         draw.rectangle((left, top, right, bottom), fill=fill)
