@@ -88,10 +88,10 @@ def training_batches(
 
 def _targets(config: Config, builder: SequenceBuilder) -> Targets | None:
     """What is trained other than the most common answer, whose tokens the cache holds."""
-    if config.answers_trained == "most_common":
+    if config.training_answers == "most_common":
         return None
     tokenizer = load_tokenizer(config)
-    targets = Targets(builder.text, tokenizer, config.answers_trained, config.train.seed)
+    targets = Targets(builder.text, tokenizer, config.training_answers, config.train.seed)
     check_lengths(builder.text, tokenizer, "train", targets.longest())
     return targets
 
