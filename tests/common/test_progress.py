@@ -1,7 +1,6 @@
 """Log messages and progress bars on stderr."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,18 +21,14 @@ def test_messages_are_printed_to_stderr_and_warnings_are_labeled(
     ]
 
 
-@pytest.fixture
-def basic_config(capsys: Capture) -> Iterator[None]:
-    """A handler of the root logger on stderr, as `logging.basicConfig()` adds it."""
-    handler = logging.StreamHandler()
+def test_messages_are_printed_once_if_the_root_logger_prints_them(capsys: Capture) -> None:
+    handler = logging.StreamHandler()  # as logging.basicConfig() adds it
     handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
     logging.getLogger().addHandler(handler)
-    yield
-    logging.getLogger().removeHandler(handler)
-
-
-def test_messages_are_printed_once_if_the_root_logger_prints_them(capsys: Capture, basic_config: None) -> None:
-    log_info("a message")
+    try:
+        log_info("a message")
+    finally:
+        logging.getLogger().removeHandler(handler)
     assert capsys.readouterr().err == "INFO:pipeline:a message\n"
 
 
