@@ -212,9 +212,9 @@ def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed:
 def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool, push: str | None) -> Result | None:
     """Export the adapter of RUN, or a merged model.
 
-    Writes the new folder DEST. By default it contains the PEFT adapter. With --merge, a full BLIP-2 model that transformers loads without PEFT or bitsandbytes;
-    the summary compares its predictions and logits with those of RUN on up to 100 questions. A repository that --push
-    creates is private.
+    Writes the new folder DEST. By default it contains the PEFT adapter. With --merge it contains a full BLIP-2 model
+    that transformers loads without PEFT or bitsandbytes; the summary compares its predictions and logits with those of
+    RUN on up to 100 questions. A repository that --push creates is private.
 
     \b
     Example:  pipe export runs/easy_vqa-1 adapters/easy_vqa

@@ -1,43 +1,14 @@
-"""The `data` section of the config, and the base class of all sections."""
+"""The `data` section of the config: keys and defaults."""
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.common.table_name import TableName, is_local
-from pipeline.common.terminal import locale_problem
-from pipeline.overrides import union_members
+from pipeline.config_sections import Section
 
 SPLITS = ("train", "val", "test")
-PositiveInt = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-_HUB_ID_OR_PATH = {"checkpoint", "dataset", "image_dataset"}
 _JSON_FILES = {"annotations", "questions"}
-
-
-class Section(BaseModel):
-    """A section of the config. Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _expand_home(cls, value: object, info: ValidationInfo) -> object:
-        """Replace a leading ~ in a path by the home directory."""
-        name = info.field_name or ""
-        is_path = name in _HUB_ID_OR_PATH or Path in union_members(cls.model_fields[name].annotation)
-        if not (is_path and isinstance(value, str | Path)):
-            return value
-        if problem := locale_problem(str(value)):
-            raise ValueError(problem)
-        if not str(value).startswith("~"):
-            return value
-        try:
-            return str(Path(value).expanduser())
-        except RuntimeError:
-            raise ValueError("the home directory that ~ stands for is unknown; write the full path") from None
 
 
 class SplitFiles(Section):

@@ -10,6 +10,7 @@ LEVELS = (
     {"cache"},
     {"common"},
     {"overrides"},
+    {"config_sections"},
     {"config_data"},
     {"config"},
     {"blip2"},

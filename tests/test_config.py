@@ -242,8 +242,10 @@ def test_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: 
     assert (files.data.train.annotations, files.cache.dir) == (tmp_path / "a", tmp_path)
     assert (files.data.train.images, files.model.checkpoint) == (None, f"{tmp_path}/m")
     assert load_config(path, ["cache.dir=x~/y", "data.prompt=~ {question}"]).cache.dir == Path("x~/y")
-    with pytest.raises(ConfigError, match=r"'cache.dir=~nobody/x': cache.dir: the home directory that ~ stands for"):
-        load_config(path, ["cache.dir=~nobody/x"])
+    with pytest.raises(
+        ConfigError, match=r"'cache.dir=~no-such-user/x': cache.dir: the home directory that ~ stands for"
+    ):
+        load_config(path, ["cache.dir=~no-such-user/x"])
 
 
 def test_config_of_python_dicts_is_not_changed_by_overrides(tmp_path: Path) -> None:
