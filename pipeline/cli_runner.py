@@ -53,7 +53,7 @@ def prints_result(function: Callable[..., Result | None]) -> Callable[..., None]
 
 
 def run_command(command: Command, as_json: bool, debug: bool) -> None:
-    """Call a command, print its result on stdout, and exit with status 1 or 2 if it failed.
+    """Call a command, print its result on stdout, and exit with a status other than 0 if it failed.
 
     Everything else that the command prints goes to stderr.
 
@@ -74,8 +74,8 @@ def run_command(command: Command, as_json: bool, debug: bool) -> None:
             click.echo(json.dumps(summary))
         else:
             print_summary(summary)
-        if result.failed:
-            sys.exit(1)
+        if result.exit_status:
+            sys.exit(result.exit_status)
 
 
 def _call(command: Command, debug: bool) -> Result | None:

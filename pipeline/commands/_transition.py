@@ -20,8 +20,8 @@ class Summary(Result):
         object.__setattr__(self, "values", values)
 
     @property
-    def failed(self) -> bool:
-        return bool(self.values.get("damaged") or self.values.get("failed_runs"))
+    def exit_status(self) -> int:
+        return int(bool(self.values.get("damaged") or self.values.get("failed_runs")))
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.values)

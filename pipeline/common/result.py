@@ -9,9 +9,9 @@ class Result:
     """Result of a command, with the keys of its summary as attributes."""
 
     @property
-    def failed(self) -> bool:
-        """Whether the command exits with status 1 after printing the summary."""
-        return False
+    def exit_status(self) -> int:
+        """Exit status of the command after printing the summary: 0, or 1 if the result reports a failure."""
+        return 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary that `--json` prints.
