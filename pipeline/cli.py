@@ -277,6 +277,6 @@ def _split_words(words: tuple[str, ...]) -> tuple[Path | None, str | None, list[
     overrides = [word for word in words if re.match(r"\w+\.[\w.]+=", word)]
     image_and_question = [word for word in words if word not in overrides]
     if len(image_and_question) > 2:
-        raise click.UsageError(f"unexpected argument {image_and_question[2]!r}. Quote the question")
+        raise click.UsageError(f"more than IMAGE and QUESTION: {image_and_question[2]!r}. Put the question in quotes")
     image, question = (*image_and_question, None, None)[:2]
     return expand_home(image) if image else None, question, overrides
