@@ -101,7 +101,7 @@ def test_evaluate_takes_a_result_a_path_or_a_run(job: Job) -> None:
     assert by_result.questions == 18
     assert by_result.accuracy is not None
     assert 0 <= by_result.accuracy <= 100
-    for run in (job.trained.run, Path(job.trained.run), pipeline.Run(Path(job.trained.run))):
+    for run in (job.trained.run, Path(job.trained.run), pipeline.Run(job.trained.run)):
         other = pipeline.evaluate(run)
         assert (other.accuracy, other.per_answer_type) == (by_result.accuracy, by_result.per_answer_type)
     assert pipeline.evaluate(job.trained, ["evaluate.split=train"], with_adapter=False).questions == 54

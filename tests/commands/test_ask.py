@@ -254,7 +254,7 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_pat
         assert done.stderr.splitlines()[-1].startswith(f"pipe: {message}")
         assert done.stdout == ""
     for words, message in (
-        ((picture, "what", "shape"), "a question is one word, in quotes"),
+        ((picture, "what", "shape"), "Put the question in quotes"),
         ((picture, QUESTION, "evaluate.beams=3"), "unknown key evaluate.beams"),
         ((picture, QUESTION, "lora.r=3"), "lora is not looked at any more"),
     ):
