@@ -242,9 +242,7 @@ def test_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch: 
     assert (files.data.train.annotations, files.cache.dir) == (tmp_path / "a", tmp_path)
     assert (files.data.train.images, files.model.checkpoint) == (None, f"{tmp_path}/m")
     assert load_config(path, ["cache.dir=x~/y", "data.prompt=~ {question}"]).cache.dir == Path("x~/y")
-    with pytest.raises(
-        ConfigError, match=r"'cache.dir=~no-such-user/x': cache.dir: the home directory that"
-    ):
+    with pytest.raises(ConfigError, match=r"'cache.dir=~no-such-user/x': cache.dir: the home directory that"):
         load_config(path, ["cache.dir=~no-such-user/x"])
 
 

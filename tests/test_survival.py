@@ -150,7 +150,7 @@ def test_a_signal_to_the_real_command(undisturbed: Undisturbed, tmp_path: Path, 
             break
     assert (out, "Traceback" in err) == ("", False)
     if number == signal.SIGINT:
-        assert Ended(process.returncode, out, err).error().startswith("pipe: interrupted")
+        assert Ended(process.returncode, out, err).error().startswith("pipe: Interrupted")
     else:
         assert process.returncode == -signal.SIGTERM
     assert rows_done(folder) is not None
