@@ -134,11 +134,14 @@ def _problems(error: ValidationError, schema: Schema) -> Iterator[tuple[str, str
 
 
 def _advice(names: Sequence[str], schema: Schema) -> str:
-    """Name the nearest known key, or all keys of the section."""
+    """Name the nearest key of the section, else a key of that name in another section, else all keys of the section."""
     section = _section_of(names[:-1], schema)
     known = list(section.model_fields) if section else []
     nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
-    return f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+    elsewhere = [f"{name}.{names[-1]}" for name in schema.model_fields if _types_of([name, names[-1]], schema)]
+    if nearest or elsewhere:
+        return f"did you mean {' or '.join(nearest or elsewhere)}?"
+    return f"known keys: {', '.join(known)}"
 
 
 def _types_of(names: Sequence[str], schema: Schema) -> tuple[Any, ...]:

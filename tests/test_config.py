@@ -116,6 +116,8 @@ def test_written_config_loads_unchanged(tmp_path: Path) -> None:
         ("evaluate.min_new_tokens=20", "evaluate: min_new_tokens 20 is more than max_new_tokens 10"),
         ("validation.patience=3", "patience counts validations; set steps too"),
         ("train.epochz=1", "unknown key train.epochz; did you mean epochs?"),
+        ("train.alpha=8", "unknown key train.alpha; did you mean lora.alpha?"),
+        ("lora.split=val", "unknown key lora.split; did you mean validation.split or evaluate.split?"),
         ("trian.epochs=1", "unknown key trian; did you mean train?"),
         ("data.train.imagess=x", "unknown key data.train.imagess; did you mean images?"),
         ("lora.zzz=1", "unknown key lora.zzz; known keys: r, alpha, dropout, target_modules, bias"),
