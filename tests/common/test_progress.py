@@ -1,10 +1,11 @@
 """Log messages and progress bars on stderr."""
 
 import logging
+import sys
 
 import pytest
 
-from pipeline.common.progress import TqdmHandler, log_info, log_warning, logger, progress_bar
+from pipeline.common.progress import LOG_FILE_INTERVAL, TqdmHandler, log_info, log_warning, logger, progress_bar
 
 Capture = pytest.CaptureFixture[str]
 
@@ -63,3 +64,11 @@ def test_message_is_on_a_line_of_its_own_above_a_progress_bar(capsys: Capture) -
 
 def test_logger_has_one_handler() -> None:
     assert [type(handler) for handler in logger.handlers] == [TqdmHandler]
+
+
+def test_progress_bar_is_redrawn_in_a_notebook_but_not_in_a_log_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    with progress_bar("encoding", 2, "images") as bar:
+        assert bar.mininterval == LOG_FILE_INTERVAL
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    with progress_bar("encoding", 2, "images") as bar:
+        assert bar.mininterval < 1
