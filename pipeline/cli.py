@@ -157,7 +157,7 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None, as_
 
     Without QUESTION, reads questions line by line, until an empty line or Ctrl-D; a line with the path of an image
     switches to that image. If stdin is a pipe, each line of input gives one line on stdout: the answer, or an empty
-    line if there is none. By default decodes as RUN's config says.
+    line if there is none. By default it decodes with the settings of RUN's config.
 
     \b
     Example:  pipe ask runs/easy_vqa-1 image.png "what shape is in the image?"

@@ -28,7 +28,7 @@ Command = Callable[[], Result | None]
 
 
 class UserPath(click.Path):
-    """A path whose leading ~ is the home directory, also where no shell expands it."""
+    """A path in which a leading ~ is expanded to the home directory, even if no shell does it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the expanded path."""

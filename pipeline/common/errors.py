@@ -4,7 +4,7 @@
 class PipelineError(Exception):
     """Invalid input or a failed stage. Exit status 1.
 
-    The message says what failed, where, and what to do next.
+    The message states what failed, where, and what to do next.
     """
 
 
