@@ -1,1 +1,1 @@
-"""The example configs, packaged so that `pipe quickstart` finds its own wherever it is installed."""
+"""Example configs. They are installed with the package, because `pipe quickstart` uses one of them."""

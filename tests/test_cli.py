@@ -1,7 +1,8 @@
-"""What a user sees: exit status, one line of what went wrong, one JSON object on stdout."""
+"""The command: help, exit status, error messages, and the printed summary."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ from click import Group, unstyle
 from click.testing import CliRunner, Result
 from data_set import write_config
 
-from pipeline.cli import _load_bitsandbytes, main
-from pipeline.common.terminal import painted, table
+from pipeline.cli import main
+from pipeline.common.libraries import import_bitsandbytes
+from pipeline.common.terminal import colorize, format_table
 from pipeline.config import Config, load_config
 
 
 def commands() -> list[str]:
-    """Every command, with its group's name before it."""
+    """Return every command, with the name of its group."""
     groups = {name: group.commands for name, group in main.commands.items() if isinstance(group, Group)}
     grouped = [f"{name} {sub}" for name, subs in groups.items() for sub in subs]
     return sorted([*(set(main.commands) - set(groups)), *grouped])
@@ -26,11 +28,11 @@ def commands() -> list[str]:
 COMMANDS = commands()
 
 
-def pipe(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
+def pipe(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_the_commands_are_the_documented_ones() -> None:
+def test_readme_documents_every_command() -> None:
     assert COMMANDS == ["ask", "benchmark", "cache info", "cache ls", "cache repair", "cache rm", "cache verify",
                         "evaluate", "export", "precompute", "quickstart", "report", "train"]  # fmt: skip
     readme = (Path(__file__).parents[1] / "README.md").read_text()
@@ -39,30 +41,43 @@ def test_the_commands_are_the_documented_ones() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_by_default_and_gives_an_example(command: str) -> None:
+def test_help_of_a_command_has_defaults_and_an_example(command: str) -> None:
     text = pipe(*command.split(), "--help").output
     assert "Example:  pipe " + command in text
     assert "--json" in text
     assert "by default" in text.lower()
 
 
-def test_the_defaults_that_help_names_are_the_configs() -> None:
+def test_defaults_in_help_are_those_of_the_config() -> None:
     config = Config.model_validate({"data": {"train": {}}, "cache": {"dir": "x"}})
     train = " ".join(pipe("train", "--help").output.split())
-    assert f"By default {config.train.epochs:g} epochs of {config.train.batch_size} questions a step" in train
+    assert f"By default {config.train.epochs:g} epochs of {config.train.batch_size} questions per step" in train
     assert f"r={config.lora.r}, alpha={config.lora.alpha}, learning rate 2e-4 with {config.train.lr_scheduler}" in train
     assert config.train.learning_rate == 2e-4
     precompute = " ".join(pipe("precompute", "--help").output.split())
-    assert (
-        f"By default {config.precompute.batch_size} pictures at a time, features in {config.cache.dtype}" in precompute
-    )
+    assert f"By default {config.precompute.batch_size} images per batch, features in {config.cache.dtype}" in precompute
     shipped = load_config(Path(__file__).parents[1] / "configs" / "easy_vqa.yaml")
     quickstart = " ".join(pipe("quickstart", "--help").output.split())
     assert (shipped.train.epochs, shipped.train.batch_size, shipped.lora.r, shipped.train.seed) == (1, 64, 16, 0)
-    assert "By default one epoch of 64 questions a step, r=16, seed 0" in quickstart
+    assert "By default it trains one epoch with 64 questions per step, r=16 and seed 0" in quickstart
 
 
-def test_help_loads_neither_torch_nor_transformers() -> None:
+@pytest.mark.parametrize("command", ["", "cache", *COMMANDS])
+def test_help_fits_on_a_screen_with_one_line_per_option(command: str) -> None:
+    lines = pipe(*command.split(), "--help").output.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    options = lines[lines.index("Options:") + 1 :]
+    options = options[: options.index("")] if "" in options else options
+    assert all(re.match(r"  -\S.*  \w", line) for line in options), options
+
+
+def test_short_help_is_not_truncated() -> None:
+    assert "..." not in pipe("--help").output.partition("Commands:")[2]
+    assert "..." not in pipe("cache", "--help").output.partition("Commands:")[2]
+
+
+def test_help_imports_no_large_library() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from pipeline.cli import main;"
         "assert CliRunner().invoke(main, ['train', '--help']).exit_code == 0;"
@@ -104,10 +119,10 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["report", "/no/such/run"], 1, "/no/such/run: not a run folder"),
     ],
 )
-def test_bad_input_is_told_in_a_line_or_two(
+def test_invalid_input_is_reported_in_a_few_lines_and_changes_nothing(
     data_set: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int, message: str
 ) -> None:
-    (data_set / "README.md").write_text("mine")
+    (data_set / "README.md").write_text("text")
     monkeypatch.chdir(data_set)
     (data_set / "images" / "0.png").unlink()
     before = sorted(data_set.rglob("*"))
@@ -115,8 +130,8 @@ def test_bad_input_is_told_in_a_line_or_two(
     assert done.exit_code == status, done.output
     assert message in done.stderr
     assert "Traceback" not in done.output
-    told = [line for line in done.stderr.splitlines() if "pictures/s" not in line]
-    assert len(told) <= 4
+    messages = [line for line in done.stderr.splitlines() if "%|" not in line]
+    assert len(messages) <= 4
     assert done.stdout == ""
     assert sorted(data_set.rglob("*")) == before
 
@@ -127,7 +142,7 @@ def test_bad_input_is_told_in_a_line_or_two(
      ("export", "~/x", "out"), ("cache", "info", "~/x"), ("cache", "rm", "~/x", "--yes"), ("cache", "ls", "~/x"),
      ("precompute", "~/x")],
 )  # fmt: skip
-def test_home_is_meant_by_a_tilde_in_every_argument(
+def test_tilde_is_the_home_directory_in_every_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -136,8 +151,7 @@ def test_home_is_meant_by_a_tilde_in_every_argument(
     assert f"{tmp_path}/x" in done.stderr
 
 
-def test_an_ascii_locale_is_named(data_set: Path) -> None:
-    """In a real one, which Python leaves by itself unless it is told not to."""
+def test_ascii_locale_is_named(data_set: Path) -> None:
     (data_set / "images").rename(data_set / "gr\xfcn")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code = "from pipeline.cli import main; main()"
@@ -148,38 +162,36 @@ def test_an_ascii_locale_is_named(data_set: Path) -> None:
         (data_set / "config.yaml").write_text(json.dumps(config))
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr
-        assert (
-            f"data.train.{key}: '{data_set}/gr\\xfcn': the encoding of this locale, ascii, has no such" in done.stderr
-        )
+        assert f"data.train.{key}: '{data_set}/gr\\xfcn': the encoding of this locale, ascii, cannot " in done.stderr
         assert "export LC_ALL=C.UTF-8, or PYTHONUTF8=1" in done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_a_folder_of_pictures_whose_name_is_no_utf_8_is_read(data_set: Path) -> None:
+def test_image_folder_whose_name_is_not_utf_8_is_read(data_set: Path) -> None:
     images = data_set / os.fsdecode(b"gr\xfcn")
     try:
         (data_set / "images").rename(images)
     except OSError:
-        pytest.skip("the disk takes no such name")
+        pytest.skip("the file system accepts only UTF-8 names")
     words = [f"data.{split}.images={images}" for split in ("train", "val")]
     for command in ("precompute", "train"):
         done = pipe(command, data_set / "config.yaml", *words)
         assert done.exit_code == 0, done.stderr
 
 
-def test_a_missing_easy_vqa_package_is_told(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_easy_vqa_package_is_reported(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.formats.easy_vqa.find_spec", lambda name: None)
     done = pipe("precompute", data_set / "config.yaml", "data={format: easy_vqa, train: {}}")
     assert done.exit_code == 1
     assert "pip install easy-vqa" in done.stderr
 
 
-def test_debug_shows_the_traceback(data_set: Path) -> None:
+def test_debug_raises_the_error(data_set: Path) -> None:
     done = pipe("train", data_set / "config.yaml", "--debug")
     assert "no cache at" in str(done.exception)
 
 
-def test_json_is_one_object_on_stdout_and_progress_is_on_stderr(data_set: Path) -> None:
+def test_json_is_one_object_on_stdout_and_progress_goes_to_stderr(data_set: Path) -> None:
     config = data_set / "config.yaml"
     keys = {
         "precompute": {"cache", "images", "encoded", "reused", "failed", "seconds", "images_per_second"},
@@ -198,7 +210,7 @@ def test_json_is_one_object_on_stdout_and_progress_is_on_stderr(data_set: Path) 
         assert "/s" in done.stderr
 
 
-def test_the_summary_is_a_table_without_json(data_set: Path) -> None:
+def test_summary_is_printed_as_a_table_without_json(data_set: Path) -> None:
     done = pipe("precompute", data_set / "config.yaml")
     assert done.exit_code == 0
     assert any(line.split() == ["encoded", "24"] for line in done.stdout.splitlines())
@@ -207,7 +219,7 @@ def test_the_summary_is_a_table_without_json(data_set: Path) -> None:
     assert any(line.split() == ["damaged", "0"] for line in verified.splitlines())
 
 
-def test_the_table_keeps_names_apart_and_gives_units() -> None:
+def test_table_has_units_and_separates_names_from_values() -> None:
     summary = {
         "skipped": {"duplicate question_id": 2, "no annotation in my_file.json": 1},
         "nothing": {},
@@ -219,7 +231,7 @@ def test_the_table_keeps_names_apart_and_gives_units() -> None:
         "questions": 38575,
         "train_loss": 0.00123,
     }
-    assert table(summary).splitlines() == [
+    assert format_table(summary).splitlines() == [
         "skipped",
         "  duplicate question_id  2",
         "  no annotation in my_file.json  1",
@@ -234,8 +246,8 @@ def test_the_table_keeps_names_apart_and_gives_units() -> None:
     ]
 
 
-def test_of_bitsandbytes_the_note_on_an_optional_kernel_alone_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
-    _load_bitsandbytes()
+def test_only_the_note_on_an_optional_kernel_of_bitsandbytes_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    import_bitsandbytes()
     from bitsandbytes.backends.cpu import ops
 
     text = Path(ops.__file__).read_text()
@@ -245,7 +257,7 @@ def test_of_bitsandbytes_the_note_on_an_optional_kernel_alone_is_silenced(caplog
     assert [record.message for record in caplog.records] == ["something else"]
 
 
-def test_the_installed_command_runs_in_a_folder_of_the_users(cached: Config, tmp_path: Path) -> None:
+def test_installed_command_runs_in_any_folder(cached: Config, tmp_path: Path) -> None:
     config = write_config(tmp_path, cache={"dir": str(cached.cache.dir)}, train={"output_dir": "my runs"})
     command = [str(Path(sys.executable).with_name("pipe")), "train", str(config), "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ))
@@ -255,14 +267,18 @@ def test_the_installed_command_runs_in_a_folder_of_the_users(cached: Config, tmp
     assert "Warning" not in done.stderr
 
 
-def test_a_cache_is_listed_told_verified_repaired_and_removed(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_commands_list_describe_verify_repair_and_remove(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, cache = data_set / "config.yaml", data_set / "cache"
     assert pipe("precompute", config).exit_code == 0
     (listed,) = json.loads(pipe("cache", "ls", data_set, "--json").stdout)["caches"]
     assert (listed["cache"], listed["state"], listed["images"], listed["questions"]) == (str(cache), "finished", 24, 72)
     for named in (cache, config):
-        told = json.loads(pipe("cache", "info", named, "--json").stdout)
-        assert (told["images"], told["spec"]["dtype"], told["checkpoint"]["checkpoint"]) == (24, "float32", "embedded")
+        described = json.loads(pipe("cache", "info", named, "--json").stdout)
+        assert (described["images"], described["spec"]["dtype"], described["checkpoint"]["checkpoint"]) == (
+            24,
+            "float32",
+            "embedded",
+        )
     verified = json.loads(pipe("cache", "verify", cache, "--reencode", 5, "--json").stdout)
     assert (verified["damaged"], verified["reencoded"], verified["not_compared"]) == ([], 5, 0)
     assert verified["largest_difference"] < 1e-4
@@ -276,11 +292,11 @@ def test_a_cache_is_listed_told_verified_repaired_and_removed(data_set: Path, mo
     assert (repaired["encoded"], repaired["reused"]) == (1, 23)
     assert pipe("cache", "verify", cache).exit_code == 0
 
-    (cache / "notes.txt").write_text("mine")
+    (cache / "notes.txt").write_text("text")
     for answer in ("n\n", ""):
         refused = CliRunner().invoke(main, ["cache", "rm", str(cache)], input=answer)
         assert refused.exit_code == 1
-        assert f"pipe: {cache}: not deleted; --yes deletes without asking" in refused.stderr
+        assert f"pipe: {cache}: not deleted. Use --yes to delete it without confirmation" in refused.stderr
         assert "Abort" not in refused.output
     removed = json.loads(pipe("cache", "rm", cache, "--yes", "--json").stdout)
     assert (removed["left_alone"], sorted(path.name for path in cache.iterdir())) == (["notes.txt"], ["notes.txt"])
@@ -293,7 +309,7 @@ def flip_last_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_text_is_renewed_and_a_damaged_manifest_is_told(data_set: Path) -> None:
+def test_damaged_text_is_repaired_and_a_damaged_manifest_is_reported(data_set: Path) -> None:
     config, cache = data_set / "config.yaml", data_set / "cache"
     pipe("precompute", config)
     flip_last_bit(next(cache.glob("text-train-*.h5")))
@@ -312,21 +328,19 @@ def test_a_damaged_text_is_renewed_and_a_damaged_manifest_is_told(data_set: Path
     assert (again["encoded"], again["reused"]) == (0, 24)
 
 
-def test_a_dry_run_lists_nothing_beside_the_cache(data_set: Path) -> None:
+def test_dry_run_writes_no_list_of_skipped_questions(data_set: Path) -> None:
     (data_set / "images" / "0.png").unlink()
     before = sorted(data_set.rglob("*"))
     refused = pipe("precompute", data_set / "config.yaml", "--dry-run")
     assert (refused.exit_code, "skipped.jsonl" in refused.stderr) == (1, False)
     assert "cannot be used: 3 questions (not there: " in refused.stderr
-    told = pipe("precompute", data_set / "config.yaml", "precompute.on_invalid=skip", "--dry-run", "--json")
-    assert json.loads(told.stdout)["skipped"] == {"not there": 3}
-    assert "24 pictures, 1 of them unusable, 23 distinct" in told.stderr
+    estimate = pipe("precompute", data_set / "config.yaml", "precompute.on_invalid=skip", "--dry-run", "--json")
+    assert json.loads(estimate.stdout)["skipped"] == {"not there": 3}
+    assert "24 pictures, 1 of them unusable, 23 distinct" in estimate.stderr
     assert sorted(data_set.rglob("*")) == before
 
 
-def test_a_dry_run_is_not_stopped_by_pictures_that_turn_out_broken(
-    data_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_ignores_images_that_fail_to_decode(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = data_set / "images" / "5.png"
     broken.write_bytes(broken.read_bytes()[:-200])
     dry_run = ("precompute", data_set / "config.yaml", "--dry-run", "--json")
@@ -335,24 +349,24 @@ def test_a_dry_run_is_not_stopped_by_pictures_that_turn_out_broken(
     assert json.loads(pipe(*dry_run).stdout)["images_per_second"] is None
 
 
-def test_a_dry_run_tells_and_begins_nothing(data_set: Path) -> None:
+def test_dry_run_estimates_the_work_and_writes_nothing(data_set: Path) -> None:
     before = sorted(data_set.rglob("*"))
     done = pipe("precompute", data_set / "config.yaml", "--dry-run", "--json")
-    told = json.loads(done.stdout)
-    assert (told["pictures"], told["images"], told["to_encode"], told["reused"]) == (24, 24, 24, 0)
-    assert told["bytes_needed"] >= 24 * 16 * 128 * 4
-    assert told["images_per_second"] > 0
+    estimate = json.loads(done.stdout)
+    assert (estimate["pictures"], estimate["images"], estimate["to_encode"], estimate["reused"]) == (24, 24, 24, 0)
+    assert estimate["bytes_needed"] >= 24 * 16 * 128 * 4
+    assert estimate["images_per_second"] > 0
     assert "24 to encode" in done.stderr
     assert sorted(data_set.rglob("*")) == before
     pipe("precompute", data_set / "config.yaml")
-    told = json.loads(pipe("precompute", data_set / "config.yaml", "--dry-run", "--json").stdout)
-    assert (told["to_encode"], told["reused"], told["seconds_encoding"]) == (0, 24, 0)
+    estimate = json.loads(pipe("precompute", data_set / "config.yaml", "--dry-run", "--json").stdout)
+    assert (estimate["to_encode"], estimate["reused"], estimate["seconds_encoding"]) == (0, 24, 0)
 
 
-def test_colours_are_for_a_terminal_alone(data_set: Path) -> None:
+def test_only_a_terminal_gets_colors(data_set: Path) -> None:
     words = [str(data_set / "no.yaml")]
     assert "\x1b" not in CliRunner().invoke(main, ["train", *words]).stderr
     assert "\x1b[31m" in CliRunner().invoke(main, ["train", *words], color=True).stderr
-    lines = painted("encoded                     24\ntime\n  encoding                  0.1 s")
+    lines = colorize("encoded                     24\ntime\n  encoding                  0.1 s")
     assert [line.startswith("\x1b") for line in lines.splitlines()] == [True] * 3
     assert unstyle(lines).splitlines()[2] == "  encoding                  0.1 s"

@@ -119,7 +119,7 @@ def test_ctrl_c_is_told_once(config: Path, tmp_path: Path) -> None:
         for process in processes:
             os.kill(process.process.pid or 0, signal.SIGINT)
         first, second = [process.ended() for process in processes]
-    assert "interrupted; what is written stays good" in first.error()
+    assert "Interrupted. Completed work is saved" in first.error()
     assert (second.status, second.out, second.err) == (1, "", "")
 
 

@@ -130,7 +130,7 @@ def test_ctrl_c_is_told_in_a_line_and_the_same_command_goes_on(undisturbed: Undi
         wait_for_part(folder, running)
         os.kill(running.process.pid or 0, signal.SIGINT)
         told = running.ended().error()
-    assert "interrupted; what is written stays good. The same command goes on; a training" in told
+    assert "Interrupted. Completed work is saved. Rerun the command, or for training" in told
     assert PART_ROWS <= (rows_done(folder) or 0) < PICTURES
     assert pipe(tmp_path, *words).status == 0
     assert undisturbed.holds(folder)
@@ -151,7 +151,7 @@ def test_a_signal_to_the_real_command(undisturbed: Undisturbed, tmp_path: Path, 
             break
     assert (out, "Traceback" in err) == ("", False)
     if number == signal.SIGINT:
-        assert Ended(process.returncode, out, err).error().startswith("pipe: interrupted")
+        assert Ended(process.returncode, out, err).error().startswith("pipe: Interrupted")
     else:
         assert process.returncode == -signal.SIGTERM
     assert rows_done(folder) is not None

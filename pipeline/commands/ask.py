@@ -29,7 +29,7 @@ from pipeline.blip2.encoder import Blip2Encoder, load_encoder
 from pipeline.blip2.language_model import load_adapter
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
-from pipeline.common.terminal import from_home
+from pipeline.common.terminal import expand_home
 from pipeline.config import Config
 from pipeline.data.examples import VQAExample
 from pipeline.data.text import tokenize
@@ -169,7 +169,7 @@ class Conversation:
         line, self.problem = clean_question(line), ""
         try:
             if self.features is None or _names_picture(line):
-                self.show(from_home(line))
+                self.show(expand_home(line))
             else:
                 self.tell(self.answer(self.image, self.features, line))
         except ImageError as error:
@@ -205,7 +205,7 @@ def _shortened(line: str) -> str:
 def _names_picture(line: str) -> bool:
     """Whether it is the path of a file, or looks like one of a picture that is not there."""
     with suppress(OSError, ValueError):  # a question may be longer than a name can be
-        if from_home(line).is_file():
+        if expand_home(line).is_file():
             return True
     return Path(line).suffix.lower() in Image.registered_extensions()
 

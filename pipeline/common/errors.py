@@ -1,9 +1,15 @@
-"""The errors a user can cause and mend; `cli` prints them in a line or two, without a traceback."""
+"""User-facing errors, printed without a traceback."""
 
 
 class PipelineError(Exception):
-    """Bad input or a failed stage: the message says what, where and what to do next. Exit status 1."""
+    """Invalid input or a failed stage. Exit status 1.
+
+    The message states what failed, where, and what to do next.
+    """
 
 
 class ConfigError(PipelineError):
-    """A config that cannot be used: the message names the file and the key. Exit status 2."""
+    """An invalid config or option. Exit status 2.
+
+    The message names the key and the file or override that sets it.
+    """

@@ -1,4 +1,4 @@
-"""What a command says at its end, in one style: a small table on stdout, an error on stderr."""
+"""Terminal input and output: encodings, paths, and the printed summary."""
 
 import io
 import os
@@ -10,19 +10,19 @@ from typing import Any
 
 import click
 
-COLOUR = False if os.environ.get("NO_COLOR") else None
-"""None is by whether it is a terminal."""
+COLOR = False if os.environ.get("NO_COLOR") else None
+"""None colors the output if it is a terminal."""
 
 
-def show_every_character() -> None:
-    """Have stdout and stderr escape what their encoding lacks, as that of LC_ALL=C does; stdin takes any bytes."""
+def escape_unencodable_characters() -> None:
+    """Make stdout and stderr escape characters that their encoding lacks, and make stdin accept any bytes."""
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
 def locale_problem(name: str) -> str | None:
-    """Why this locale can name no such file, and what to set; None if it can, or none could."""
+    """Return an error message if the encoding of the locale cannot represent this file name, else None."""
     encoding = sys.getfilesystemencoding()
     try:
         name.encode(encoding, "surrogateescape")
@@ -30,53 +30,62 @@ def locale_problem(name: str) -> str | None:
         if encoding.replace("-", "") == "utf8":
             return None
         return (
-            f"{name!a}: the encoding of this locale, {encoding}, has no such characters; set one that has: "
+            f"{name!a}: the encoding of this locale, {encoding}, cannot represent this name. Set a UTF-8 locale: "
             "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
         )
     return None
 
 
-def from_home(path: str | Path) -> Path:
-    """The path that a user has typed: ~ at its beginning is a home folder, if it is one."""
+def expand_home(path: str | Path) -> Path:
+    """Replace a leading ~ by the home directory, if there is one."""
     with suppress(RuntimeError):
         return Path(path).expanduser()
     return Path(path)
 
 
-def show(summary: dict[str, Any]) -> None:
-    """The summary as a table, on stdout."""
-    click.echo(painted(table(summary)), color=COLOUR)
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print a summary as a table on stdout."""
+    click.echo(colorize(format_table(summary)), color=COLOR)
 
 
-def print_error(what: str) -> None:
-    """An error, on stderr."""
-    click.echo(f"{click.style('pipe:', fg='red', bold=True)} {what}", err=True, color=COLOUR)
+def print_error(message: str) -> None:
+    """Print an error on stderr."""
+    click.echo(f"{click.style('pipe:', fg='red', bold=True)} {message}", err=True, color=COLOR)
 
 
-def painted(lines: str) -> str:
-    """For a terminal: names in colour, headings bold."""
-    found_lines = (re.fullmatch(r"( *\S.*?)(  +\S.*)", line) for line in lines.splitlines())
-    pairs = zip(lines.splitlines(), found_lines, strict=True)
-    return "\n".join(
-        click.style(found[1], fg="cyan") + found[2] if found else click.style(line, bold=True) for line, found in pairs
-    )
+def warning_label() -> str:
+    """Return the prefix of a warning, colored if stderr is a terminal."""
+    colored = COLOR is None and sys.stderr.isatty()
+    return f"{click.style('warning:', fg='yellow', bold=True) if colored else 'warning:'} "
 
 
-def table(summary: dict[str, Any], section: str = "") -> str:
-    """A line each, those of a section indented; what is empty is 0 in a list and no section."""
+def colorize(table: str) -> str:
+    """Color the names in a formatted table, and make its headings bold."""
+    lines = []
+    for line in table.splitlines():
+        found = re.fullmatch(r"( *\S.*?)(  +\S.*)", line)
+        lines.append(click.style(found[1], fg="cyan") + found[2] if found else click.style(line, bold=True))
+    return "\n".join(lines)
+
+
+def format_table(summary: dict[str, Any], section: str = "") -> str:
+    """Format a summary as one line per key.
+
+    Sections are indented, and empty ones skipped. An empty list is printed as 0, and None is skipped.
+    """
     lines = []
     for key, value in summary.items():
-        name = ("  " if section else "") + _name(key)
+        name = ("  " if section else "") + _label(key)
         if isinstance(value, dict):
-            lines += [name, table(value, key)] if value else []
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [name, format_table(value, key)] if value else []
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
             lines += _columns(value)
         elif key.endswith("_interval") and value:
-            lines.append(_line(name, " to ".join(_number(key, one) for one in value)))
-        elif isinstance(value, list):
-            lines += [_line(name if number == 0 else "", one) for number, one in enumerate(value or [0])]
+            lines.append(_line(name, " to ".join(_format_value(key, bound) for bound in value)))
+        elif isinstance(value, list | tuple):
+            lines += [_line(name if number == 0 else "", item) for number, item in enumerate(value or [0])]
         elif value is not None:
-            lines.append(_line(name, _number(key, value, section)))
+            lines.append(_line(name, _format_value(key, value, section)))
     return "\n".join(lines)
 
 
@@ -84,21 +93,25 @@ def _line(name: str, value: Any) -> str:
     return f"{name:<26}  {value}"
 
 
-def _name(key: str) -> str:
-    """A key in words; a reason in a user's or a file's words stays as it is."""
+def _label(key: str) -> str:
+    """Return a key with spaces; text that is no identifier, such as a reason, is unchanged."""
     return key.replace("_", " ") if key.isidentifier() else key
 
 
-def _columns(records: list[dict[str, Any]]) -> list[str]:
-    """A line each under a line of names, in columns."""
+def _columns(records: list[dict[str, Any]] | tuple[dict[str, Any], ...]) -> list[str]:
+    """Format records as aligned columns below a line of names."""
     names = list(dict.fromkeys(name for record in records for name in record))
-    rows = [[_name(name) for name in names]]
-    rows += [[_number(name, record[name]) if name in record else "" for name in names] for record in records]
+    rows = [[_label(name) for name in names]]
+    rows += [
+        [_format_value(name, record[name]) if record.get(name) is not None else "" for name in names]
+        for record in records
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _number(key: str, value: Any, section: str = "") -> str:
+def _format_value(key: str, value: Any, section: str = "") -> str:
+    """Format a value with the unit that its key or section names."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     words = key.split("_")

@@ -26,7 +26,7 @@ def find_too_long(
     examples: Sequence[VQAExample], text: TextTable, tokenizer: PromptTokenizer, config: Config, split: str
 ) -> list[int]:
     """Numbers of the questions that cannot be trained, or where the split is answered, cannot be answered."""
-    choice = config.answers_trained if split == "train" else "most_common"
+    choice = config.training_answers if split == "train" else "most_common"
     behind = np.diff(text.target_ids.offsets)
     if choice != "most_common":
         behind = np.maximum(behind, _longest_targets(examples, text, tokenizer))

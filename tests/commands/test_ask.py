@@ -205,7 +205,7 @@ def test_who_reads_no_further_is_told_nothing(run: Run, picture: Path, monkeypat
     def gone(*_: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("pipeline.cli._Answers.tell", gone)
+    monkeypatch.setattr("pipeline.commands._transition._Answers.tell", gone)
     done = pipe("ask", run.path, picture, typed=f"{QUESTION}\n" * 3)
     assert (done.exit_code, done.output) == (1, "")
 
@@ -254,7 +254,7 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_pat
         assert done.stderr.splitlines()[-1].startswith(f"pipe: {message}")
         assert done.stdout == ""
     for words, message in (
-        ((picture, "what", "shape"), "a question is one word, in quotes"),
+        ((picture, "what", "shape"), "Put the question in quotes"),
         ((picture, QUESTION, "evaluate.beams=3"), "unknown key evaluate.beams"),
         ((picture, QUESTION, "lora.r=3"), "lora is not looked at any more"),
     ):

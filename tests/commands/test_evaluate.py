@@ -188,7 +188,7 @@ def test_captions_are_trained_all_and_handed_in_as_captions(data_set: Path) -> N
     files = {s: {"annotations": f"{data_set}/{s}.json", "images": f"{data_set}/images"} for s in ("train", "val")}
     config = load_config(write_config(data_set, data={"format": "coco_captions", **files}))
     precompute(config)
-    assert config.answers_trained == "all"
+    assert config.training_answers == "all"
     run = Run(data_set / "run")
     train(config, run)
     summary = evaluate(run, ("evaluate.max_new_tokens=6",))

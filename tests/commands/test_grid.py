@@ -12,7 +12,8 @@ from pipeline.cli import main
 from pipeline.commands.grid import train_grid
 from pipeline.commands.train import StoppedError, load_for_training, train
 from pipeline.common.errors import PipelineError
-from pipeline.config import Config, combinations_of
+from pipeline.config import Config
+from pipeline.overrides import combinations_of
 from pipeline.runs.run import Run, next_run
 
 NAME = "adapter_model.safetensors"
@@ -49,11 +50,11 @@ def pipe_train(config: Path, *words: str) -> tuple[int, dict[str, object], str]:
 def test_a_list_of_values_is_varied_and_a_text_is_not(
     overrides: tuple[str, ...], varied: list[dict[str, str]], fixed: tuple[str, ...]
 ) -> None:
-    assert combinations_of(overrides) == (varied, fixed)
+    assert combinations_of(overrides, Config) == (varied, fixed)
 
 
 def test_two_lists_give_every_combination() -> None:
-    varied, _ = combinations_of(("lora.r=8,16,32", "train.learning_rate=1e-4,3e-4"))
+    varied, _ = combinations_of(("lora.r=8,16,32", "train.learning_rate=1e-4,3e-4"), Config)
     assert len(varied) == 6
     assert varied[1] == {"lora.r": "8", "train.learning_rate": "3e-4"}
 

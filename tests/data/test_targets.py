@@ -112,7 +112,7 @@ def test_the_batches_of_a_training_take_the_epoch_into_account(ten_answers: Conf
 
 
 def test_auto_is_the_most_common_answer(ten_answers: Config) -> None:
-    assert ten_answers.answers_trained == "most_common"
+    assert ten_answers.training_answers == "most_common"
 
 
 def test_an_answer_beyond_the_models_positions_is_told(ten_answers: Config, tmp_path: Path) -> None:
