@@ -76,7 +76,7 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> Resul
               torchrun --nproc-per-node 4 --no-python pipe precompute configs/your_data.yaml
     """
     hide_transformers_progress()
-    from pipeline.commands._transition import estimate_precompute, precompute
+    from pipeline.commands.precompute import estimate_precompute, precompute
     from pipeline.config import load_config
 
     loaded = load_config(config, overrides)

@@ -30,7 +30,7 @@ def cache_ls(root: Path) -> Result | None:
     Example:  pipe cache ls
               pipe cache ls /data
     """
-    from pipeline.commands._transition import list_caches
+    from pipeline.commands.cache import list_caches
 
     return list_caches(root)
 
@@ -44,7 +44,7 @@ def cache_info(folder: Path) -> Result | None:
     \b
     Example:  pipe cache info caches/easy_vqa
     """
-    from pipeline.commands._transition import cache_info
+    from pipeline.commands.cache import cache_info
 
     return cache_info(folder)
 
@@ -65,7 +65,7 @@ def cache_verify(folder: Path, reencode: int) -> Result | None:
     """
     if reencode:
         hide_transformers_progress()
-    from pipeline.commands._transition import verify_cache
+    from pipeline.commands.cache import verify_cache
 
     return verify_cache(folder, reencode)
 
@@ -83,7 +83,7 @@ def cache_repair(folder: Path) -> Result | None:
               pipe cache repair configs/your_data.yaml
     """
     hide_transformers_progress()
-    from pipeline.commands._transition import repair
+    from pipeline.commands.repair import repair
 
     return repair(folder)
 
@@ -98,9 +98,8 @@ def cache_rm(folder: Path, yes: bool) -> Result | None:
     \b
     Example:  pipe cache rm caches/easy_vqa
     """
-    from pipeline.commands._transition import remove_cache
+    from pipeline.commands.cache import cache_folder, remove_cache
     from pipeline.common.errors import PipelineError
-    from pipeline.encoding.upkeep import cache_folder
 
     found = cache_folder(folder)
     if not yes and not _is_confirmed(f"Delete the cache {found}?"):

@@ -68,7 +68,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     """The BLIP-2 checkpoint."""
-    data: DataConfig
+    data: DataConfig = DataConfig.model_validate({})
     """The dataset, and the prompt."""
     cache: CacheConfig
     """The feature cache."""

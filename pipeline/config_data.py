@@ -89,12 +89,6 @@ class DataConfig(Section):
         return prompt
 
     @model_validator(mode="after")
-    def _check_splits(self) -> "DataConfig":
-        if not self.splits:
-            raise ValueError(f"needs at least one of {', '.join(SPLITS)}")
-        return self
-
-    @model_validator(mode="after")
     def _check_keys_of_format(self) -> "DataConfig":
         foreign = _JSON_FILES if self.format == "hf" else set(SplitFiles.model_fields) - _JSON_FILES - {"images"}
         for split, files in self.splits.items():

@@ -16,7 +16,7 @@ from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.batches.split import open_split
 from pipeline.commands.precompute import precompute
-from pipeline.commands.repair import reencode
+from pipeline.encoding.reencode import reencode
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.encoding.encoding_loop import EncodingReport
@@ -98,7 +98,7 @@ def refused(config: Config, difference: str) -> None:
 def test_what_of_the_config_decides_nothing_is_no_difference(made: Path) -> None:
     change_config(made, "vision_config", initializer_range=0.5, attention_dropout=0.1, dtype="bfloat16", new_key=1)
     change_config(made, "text_config", dropout=0.5)
-    assert precompute(config_of(made))["encoded"] == 0
+    assert precompute(config_of(made)).encoded == 0
     open_split(config_of(made), "train")
 
 
@@ -120,11 +120,11 @@ def test_training_names_the_setting_that_differs(made: Path) -> None:
 
 def test_encoding_again_tells_rounding_from_another_encoder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = reencode(made / "cache", 5)
-    assert (same["reencoded"], same["reencode_differs"], same["damaged"]) == (5, False, [])
+    assert (same.reencoded, same.reencode_differs, same.damaged) == (5, False, [])
     change_config(made, "vision_config", hidden_act="relu")
-    monkeypatch.setattr("pipeline.commands.repair.encoder_spec", lambda *_: FeatureReader(made / "cache").spec)
+    monkeypatch.setattr("pipeline.encoding.reencode.encoder_spec", lambda *_: FeatureReader(made / "cache").spec)
     other = reencode(made / "cache", 5)
-    assert (other["reencode_differs"], len(other["damaged"])) == (True, 5)
+    assert (other.reencode_differs, len(other.damaged)) == (True, 5)
     shutil.rmtree(made / "images")
     assert reencode(made / "cache", 5)["largest_difference"] is None
 
@@ -168,7 +168,7 @@ def test_changed_bytes_are_encoded_again_though_name_size_and_time_are_the_same(
     os.utime(picture, ns=(found.st_atime_ns, found.st_mtime_ns))
     assert (picture.stat().st_size, picture.stat().st_mtime_ns) == (found.st_size, found.st_mtime_ns)
     summary = precompute(config_of(made))
-    assert (summary["encoded"], summary["reused"]) == (1, 23)
+    assert (summary.encoded, summary.reused) == (1, 23)
 
 
 def test_a_renamed_picture_costs_the_text_alone(made: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_renamed_picture_costs_the_text_alone(made: Path) -> None:
     path = made / "train.jsonl"
     path.write_text(path.read_text().replace('"0.png"', '"Katze 🐘.png"'))
     summary = precompute(config_of(made))
-    assert (summary["encoded"], summary["reused"]) == (0, 24)
+    assert (summary.encoded, summary.reused) == (0, 24)
     assert FeatureReader(made / "cache").text("train").record(0)["image"].endswith("Katze 🐘.png")
 
 
@@ -188,7 +188,7 @@ def test_an_edited_annotation_stops_training_and_costs_the_text_alone(made: Path
         open_split(config_of(made), "train")
     open_split(config_of(made), "val")
     summary = precompute(config_of(made))
-    assert (summary["encoded"], summary["reused"]) == (0, 24)
+    assert (summary.encoded, summary.reused) == (0, 24)
     assert open_split(config_of(made), "train").text.record(0)["answers"] == ["changed"]
 
 
@@ -233,7 +233,7 @@ def test_another_prompt_costs_the_tokens_alone(made: Path, capsys: pytest.Captur
     after = open_split(config, "train").text
     assert "tokenizing train again" in capsys.readouterr().err
     assert list(before.prompt_ids[0]) != list(after.prompt_ids[0])
-    assert precompute(config)["encoded"] == 0
+    assert precompute(config).encoded == 0
     open_split(config, "train")
     assert "tokenizing train" not in capsys.readouterr().err
 
@@ -245,7 +245,7 @@ def test_another_tokenizer_costs_the_tokens_alone(made: Path, capsys: pytest.Cap
     path.write_text(json.dumps(tokenizer))
     open_split(config_of(made), "train")
     assert "the prompt or the tokenizer has changed" in capsys.readouterr().err
-    assert precompute(config_of(made))["encoded"] == 0
+    assert precompute(config_of(made)).encoded == 0
 
 
 def test_another_language_model_costs_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,5 +254,5 @@ def test_another_language_model_costs_nothing(made: Path, capsys: pytest.Capture
     change_tensor(made, "language_projection.")
     open_split(config_of(made), "train")
     assert "again" not in capsys.readouterr().err
-    assert precompute(config_of(made))["encoded"] == 0
+    assert precompute(config_of(made)).encoded == 0
     assert {path.name: path.read_bytes() for path in (made / "cache").iterdir()} == before

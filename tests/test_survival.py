@@ -84,7 +84,7 @@ def slow_pictures() -> None:
 def no_look_ahead() -> None:
     """As if another program had taken the room after the command has looked."""
     commit_always()
-    pipeline.commands.precompute.check_disk_space = lambda *_: None  # type: ignore[assignment]
+    pipeline.encoding.preflight.check_disk_space = lambda *_: None  # type: ignore[assignment]
 
 
 def rows_done(folder: Path) -> int | None:

@@ -89,9 +89,9 @@ def training_batches(config: Config, builder: SequenceBuilder, questions: np.nda
 
 def _targets(config: Config, builder: SequenceBuilder) -> Targets | None:
     """Return the targets, unless they are the most common answers, whose tokens are in the text table."""
-    if config.answers_trained == "most_common":
+    if config.training_answers == "most_common":
         return None
     tokenizer = load_tokenizer(config)
-    targets = Targets(builder.text, tokenizer, config.answers_trained, config.train.seed)
+    targets = Targets(builder.text, tokenizer, config.training_answers, config.train.seed)
     check_lengths(builder.text, tokenizer, "train", targets.longest())
     return targets

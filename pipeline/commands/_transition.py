@@ -37,18 +37,6 @@ def quickstart(overrides: tuple[str, ...]) -> Result | None:
     return wrapped(quickstart(overrides))
 
 
-def precompute(config: Any) -> Result | None:
-    from pipeline.commands.precompute import precompute
-
-    return wrapped(precompute(config))
-
-
-def estimate_precompute(config: Any) -> Result | None:
-    from pipeline.commands.precompute import estimate_precompute
-
-    return wrapped(estimate_precompute(config))
-
-
 def train_command(config: Path, overrides: Sequence[str], name: str | None, resume: bool, dry_run: bool) -> Any:
     from pipeline.config import Config, load_config
     from pipeline.overrides import combinations_of
@@ -96,42 +84,6 @@ def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool
     from pipeline.runs.run import Run
 
     return wrapped(export(Run(run), destination, overrides, merge, push))
-
-
-def list_caches(root: Path) -> Result | None:
-    from pipeline.encoding.upkeep import list_caches
-
-    return wrapped(list_caches(root))
-
-
-def cache_info(folder: Path) -> Result | None:
-    from pipeline.encoding import upkeep
-
-    return wrapped(upkeep.cache_info(upkeep.cache_folder(folder)))
-
-
-def verify_cache(folder: Path, reencode: int) -> Result | None:
-    from pipeline.encoding import upkeep
-
-    found = upkeep.cache_folder(folder)
-    summary = upkeep.verify(found)
-    if reencode and not summary["damaged"]:
-        from pipeline.commands.repair import reencode as encode_again
-
-        summary |= encode_again(found, reencode)
-    return wrapped(summary)
-
-
-def repair(folder: Path) -> Result | None:
-    from pipeline.commands.repair import repair
-
-    return wrapped(repair(folder))
-
-
-def remove_cache(folder: Path) -> Result | None:
-    from pipeline.encoding import upkeep
-
-    return wrapped(upkeep.remove_cache(folder))
 
 
 def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: Path | None) -> Result | None:

@@ -32,8 +32,7 @@ from pipeline.common.files import followed_by, require_utf8, require_writable, s
 from pipeline.common.hub import check_repo_name, push
 from pipeline.common.progress import log_info
 from pipeline.config import Config, ModelConfig
-from pipeline.encoding.preflight import free_bytes as free_on_disk
-from pipeline.encoding.preflight import size
+from pipeline.encoding.disk_space import format_bytes, free_disk_bytes
 from pipeline.runs.card import model_card
 from pipeline.runs.run import Run
 
@@ -111,10 +110,11 @@ def _copy_files(source: Path, folder: Path) -> None:
 def _merge(run: Run, config: Config, folder: Path) -> None:
     model = config.model
     checkpoint = fetch_checkpoint(model.checkpoint, model.revision, (*ENCODER_PREFIXES, *LANGUAGE_MODEL_PREFIXES))
-    needed, free = merged_bytes(checkpoint) + SMALL_FILES_BYTES, free_on_disk(folder)
+    needed, free = merged_bytes(checkpoint) + SMALL_FILES_BYTES, free_disk_bytes(folder)
     if needed > free:
         raise PipelineError(
-            f"{folder.parent}: the merged model takes {size(needed)}, and {size(free)} are free. Make room, or export "
+            f"{folder.parent}: the merged model takes {format_bytes(needed)}, and {format_bytes(free)} are free. "
+            "Make room, or export "
             "to another disk"
         )
     write_merged(checkpoint, load_adapter(load_base(config), run.adapter), folder)
@@ -171,7 +171,7 @@ def _check_memory(config: Config, merged: Path) -> None:
     itemsize = pick_dtype(config.quantization.compute_dtype, device).itemsize
     needed, free = merged_bytes(merged) * itemsize // 2, free_memory_bytes(device)
     if needed > free:
-        raise PipelineError(f"that takes {size(needed)} of memory, and {size(free)} are free")
+        raise PipelineError(f"that takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free")
 
 
 def _say_all(

@@ -1,333 +1,314 @@
-"""Stage one: read -> encode -> write. Every distinct picture goes once through the frozen encoder."""
+"""`pipe precompute`, stage one: every distinct image passes once through the frozen encoder, into the cache."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cache.estimate import WriteEstimate, estimate_write
 from cache.format import inspect_part
 from cache.lock import check_not_locked
 from cache.manifest import Manifest
-from cache.ownership import check_usable
 from cache.reader import FeatureReader
-from cache.reuse import sibling_caches
 from cache.spec import CacheError, CacheSpec
-from cache.text import TEXT_HEAD_BYTES, TextTable
+from cache.text import TextTable
 from cache.thumbnails import thumbnails_bytes
 from cache.writer import FeatureWriter
-from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint, fetch_small_files
-from pipeline.blip2.device import check_devices, dtype_name, pick_device, pick_dtype
+from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint
+from pipeline.blip2.device import check_devices, pick_device
 from pipeline.blip2.encoder import load_encoder
 from pipeline.common.distributed import ENCODING_TIMEOUT, DistributedContext, rank
-from pipeline.common.progress import log_info
+from pipeline.common.progress import log_info, log_warning
+from pipeline.common.result import Result
 from pipeline.config import Config, PrecomputeConfig
-from pipeline.data.cached_examples import CachedExamples, images_of, reader_fingerprint
-from pipeline.data.examples import VQAExample
-from pipeline.data.sequence_length import find_too_long, too_long_reason
-from pipeline.data.tables import ImageSource
-from pipeline.data.text import PromptTokenizer, log_truncated_answers, select, tokenize, truncated_answers
-from pipeline.encoding.encoder_spec import encoder_settings, encoder_spec, load_preprocessor
-from pipeline.encoding.encoding_loop import LOOP_TIMES, EncodingLoop, EncodingReport
+from pipeline.data.image_sources import ImageSource
+from pipeline.data.text import log_truncated_answers, truncated_answers
+from pipeline.encoding.dataset_scan import DatasetScan
+from pipeline.encoding.encoding_loop import EncodingLoop, EncodingReport
 from pipeline.encoding.images import Preprocessor, read_image_bytes
-from pipeline.encoding.preflight import (
-    SKIPPED_NAME,
-    DatasetScan,
-    check_disk_space,
-    first_line,
-    log_rescaled,
-    log_skipped,
-    read_split,
-    scan_dataset,
-    skipped_lines,
-)
-from pipeline.encoding.thumbnails import making_thumbnails, max_thumbnail_bytes
-
-Mend = Callable[[DatasetScan, CacheSpec], None]
+from pipeline.encoding.preflight import BeforeWriting, Preflight, prepare
+from pipeline.encoding.provenance import build_provenance
+from pipeline.encoding.skipped_items import SKIPPED_NAME, log_skipped, skipped_lines
+from pipeline.encoding.thumbnails import ThumbnailWriter
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that is known before the encoder is loaded."""
+class PrecomputeResult(Result):
+    """Result of `precompute`."""
 
-    inputs: DatasetScan
-    tokenizer: PromptTokenizer
-    texts: dict[str, TextTable]
-    """By split; the rows of the images are not known yet."""
-    checkpoint: Path
-    spec: CacheSpec
-    beside: list[Path]
-    """Caches to copy rows from."""
-    found: WriteEstimate
+    cache: str
+    cache_bytes: int
+    thumbnail_bytes: int
+    images: int
+    """Distinct images that the questions need."""
+    encoded: int
+    reused: int
+    """Images whose features were in this cache or another one."""
+    copied: int
+    """Those of them that were copied from another cache."""
+    failed: int
+    """Images that are invalid."""
+    questions: dict[str, int]
+    """By split."""
+    multiline_answers: dict[str, int]
+    """Questions by split with answers of which only the first line is trained."""
+    skipped: dict[str, int]
+    """Questions by reason."""
+    rescaled_images: int
+    """Images with more than 8 bits per channel or float pixels."""
+    time: dict[str, float]
+    """Seconds by phase."""
+    seconds: float
+    images_per_second: float | None
+    """None if nothing was encoded."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one process encodes."""
+class PrecomputeEstimate(Result):
+    """Result of `estimate_precompute`."""
+
+    cache: str
+    images_found: int
+    """Distinct image files or table rows that the annotations name."""
+    images: int
+    """Distinct images by content."""
+    reused: int
+    to_encode: int
+    bytes_needed: int
+    skipped: dict[str, int]
+    """Questions by reason."""
+    rescaled_images: int
+    images_per_second: float | None
+    """Measured on a few images; None if nothing is to be encoded, or none of them can be decoded."""
+    seconds_encoding: float | None
+
+
+@dataclass(frozen=True)
+class RankAssignment:
+    """What one rank encodes."""
 
     spec: CacheSpec
     parts: list[Path]
-    pictures: dict[bytes, ImageSource]
-    """By digest, of what is to be encoded."""
+    images: dict[bytes, ImageSource]
+    """By digest."""
 
 
-def precompute(config: Config, mend: Mend | None = None) -> dict[str, Any] | None:
-    """Fill the cache that `config` names, and return the summary; None in a process that only helps.
+@dataclass(frozen=True)
+class _PhaseTimes:
+    """Values of `time.perf_counter` between the phases of rank 0."""
 
-    Goes on where an earlier run stopped, encodes only pictures that neither the cache nor one beside it has, and makes
-    only tokens that it lacks. Under `torchrun` each process fills parts of its own. `mend` is called when the data
-    set and the checkpoint are found to be good, before the cache is looked into. Raises `PipelineError` or
-    `CacheError`; what is written stays good.
+    started: float
+    prepared: float
+    encoded: float
+
+
+def precompute(config: Config, data: Mapping[str, Any] | None = None) -> PrecomputeResult | None:
+    """Encode all images that are not cached yet, and write the text of all questions, into the cache of `config`.
+
+    An interrupted run continues where it stopped. Images that this cache or another one in the same parent folder
+    contains are not encoded. Under `torchrun` each rank fills parts of its own.
+
+    Args:
+        config: the config.
+        data: splits passed from Python, which replace those of the config. Each is a list of records with the fields of
+            the jsonl format, `image` being a path or a `PIL.Image.Image`, or a `datasets.Dataset` with the columns of
+            the hf format: `{"train": [{"image": image, "question": "what is it?", "answer": "a cat"}]}`.
+
+    Returns:
+        The result; None on ranks other than 0.
+
+    Raises:
+        PipelineError, CacheError: the data, the checkpoint or the disk has a problem. Completed work is saved.
     """
+    return fill_cache(config, data)
+
+
+def fill_cache(
+    config: Config, data: Mapping[str, Any] | None = None, before_writing: BeforeWriting | None = None
+) -> PrecomputeResult | None:
+    """Run stage one like `precompute`, calling `before_writing` once everything else is validated."""
     with DistributedContext(ENCODING_TIMEOUT) as dist:
         check_devices(dist)
         if dist.rank == 0:
-            return _run_main(config, dist, mend)
+            return _run_main(config, data, dist, before_writing)
         _run_worker(config, dist)
         return None
 
 
-def estimate_precompute(config: Config) -> dict[str, Any] | None:
-    """What `precompute` would do, how long it would take, and what it would leave out; the cache stays as it is.
+def estimate_precompute(config: Config, data: Mapping[str, Any] | None = None) -> PrecomputeEstimate | None:
+    """Estimate what `precompute` would do and how long it would take, without changing the cache.
 
-    None in a process that is not the first.
+    Returns:
+        The estimate; None on ranks other than 0.
     """
     if rank() > 0:
         return None
-    prepared = _prepare(config, report=None)
-    found, settings = prepared.found, config.precompute
-    a_second = None
-    if found.to_encode:
-        encoder = _picture_encoder(prepared.checkpoint, prepared.spec, settings)
-        a_second = encoder.images_per_second([prepared.inputs.paths[digest] for digest in found.missing])
-    return {
-        "cache": str(config.cache.dir),
-        "pictures": prepared.inputs.pictures,
-        "images": found.wanted,
-        "reused": found.stored + found.copyable,
-        "to_encode": found.to_encode,
-        "bytes_needed": found.bytes_needed,
-        "skipped": _reasons(prepared.inputs),
-        "rescaled_images": prepared.inputs.rescaled_images,
-        "images_per_second": a_second,
-        "seconds_encoding": found.to_encode / a_second if a_second else None if found.to_encode else 0.0,
-    }
+    preflight = prepare(config, data, report=None)
+    scan, estimate = preflight.scan, preflight.estimate
+    speed = None
+    if estimate.to_encode:
+        loop = _encoding_loop(preflight.checkpoint, preflight.spec, config.precompute)
+        speed = loop.images_per_second([scan.images[digest] for digest in estimate.missing])
+    seconds = estimate.to_encode / speed if speed else None
+    return PrecomputeEstimate(
+        cache=str(config.cache.dir),
+        images_found=scan.num_images,
+        images=estimate.wanted,
+        reused=estimate.stored + estimate.copyable,
+        to_encode=estimate.to_encode,
+        bytes_needed=estimate.bytes_needed,
+        skipped=scan.skipped_by_reason,
+        rescaled_images=scan.num_rescaled,
+        images_per_second=speed,
+        seconds_encoding=seconds if estimate.to_encode else 0.0,
+    )
 
 
-def _run_main(config: Config, dist: DistributedContext, mend: Mend | None) -> dict[str, Any]:
-    """Process 0: prepares, takes its share, and finishes."""
+def _run_main(
+    config: Config,
+    data: Mapping[str, Any] | None,
+    dist: DistributedContext,
+    before_writing: BeforeWriting | None,
+) -> PrecomputeResult:
+    """Run rank 0: prepare, assign the parts to the ranks, encode its own, and finish the cache."""
     started = time.perf_counter()
     check_not_locked(config.cache.dir)
-    prepared = _prepare(config, _report(config), mend)
-    inputs, spec = prepared.inputs, prepared.spec
-    cache, beside = config.cache, prepared.beside
-    pictures = inputs.paths
+    preflight = prepare(config, data, _report_path(config), before_writing)
+    images = preflight.scan.images
     with (
-        FeatureWriter(cache.dir, spec, list(pictures), cache.part_rows, beside, cache.io) as writer,
-        making_thumbnails(
-            cache.dir,
-            writer.images(),
-            lambda digest: read_image_bytes(pictures[digest]) if digest in pictures else None,
-            config.precompute.thumbnail_size,
-            max(1, config.precompute.num_workers),
-        ) as thumbnails,
+        FeatureWriter(
+            config.cache.dir, preflight.spec, list(images), config.cache.part_rows, preflight.siblings, config.cache.io
+        ) as writer,
+        _write_thumbnails(config, writer, images) as thumbnails,
     ):
-        share = dist.scatter(_shares(writer.parts, spec, pictures, dist.world_size))
-        prepared_at = time.perf_counter()
-        reports = dist.gather(_encode(share, prepared.checkpoint, config.precompute))
-        encoded_at = time.perf_counter()
-        failures = {digest: why for report in reports for digest, why in report.failures.items()}
-        if failures:
-            inputs = inputs.without(failures)
-            news = inputs.skipped[len(prepared.inputs.skipped) :]
-            log_skipped(inputs, news, config.precompute.on_invalid, _report(config))
-        texts = _texts(prepared, inputs, writer.rows())
-        multiline = {split: len(truncated_answers(text, prepared.tokenizer)) for split, text in texts.items()}
-        for split, count in multiline.items():
-            log_truncated_answers(split, count, prepared.tokenizer)
-        _tell_dropped(config.cache.dir, texts)
-        provenance = _provenance(config, prepared.checkpoint, inputs)
-        writer.finish(texts, _attachments(inputs), provenance, thumbnails())
-    _report(config).unlink(missing_ok=True)
-    if inputs.skipped:
-        log_info(f"all that was left out: {FeatureReader(config.cache.dir).attachment(SKIPPED_NAME)}")
-    encoded = sum(report.rows for report in reports)
-    loop_seconds = max(report.seconds for report in reports)
-    return {
-        "cache": str(config.cache.dir),
-        "cache_bytes": sum(file.stat().st_size for file in config.cache.dir.iterdir()),
-        "thumbnail_bytes": thumbnails_bytes(config.cache.dir, Manifest.load(config.cache.dir)),
-        "images": len(inputs.paths),
-        "encoded": encoded,
-        "reused": len(inputs.paths) - encoded,
-        "copied": writer.copied,
-        "failed": inputs.pictures - len(inputs.digests),
-        "questions": {split: len(text) for split, text in texts.items()},
-        "multiline_answers": multiline,
-        "skipped": _reasons(inputs),
-        "rescaled_images": inputs.rescaled_images,
-        "time": {
-            "preparing": prepared_at - started,
-            "loading_encoder": encoded_at - prepared_at - loop_seconds,
-            **{name: sum(getattr(report, name) for report in reports) / len(reports) for name in LOOP_TIMES},
-            "finishing": time.perf_counter() - encoded_at,
-        },
-        "seconds": time.perf_counter() - started,
-        "images_per_second": encoded / loop_seconds if encoded else None,
-    }
+        assignments = _assign_parts(writer.parts, preflight.spec, images, dist.world_size)
+        assignment = dist.scatter(assignments)
+        prepared = time.perf_counter()
+        reports = dist.gather(_encode(assignment, preflight.checkpoint, config.precompute))
+        times = _PhaseTimes(started, prepared, time.perf_counter())
+        scan = _without_failed_images(config, preflight.scan, reports)
+        texts = preflight.final_texts(scan, writer.rows())
+        multiline = _count_truncated_answers(preflight, texts)
+        _log_dropped_splits(config.cache.dir, texts)
+        attachments = {SKIPPED_NAME: skipped_lines(scan.skipped)} if scan.skipped else {}
+        writer.finish(texts, attachments, build_provenance(config, preflight.checkpoint, scan), thumbnails.wait())
+    _report_path(config).unlink(missing_ok=True)
+    if scan.skipped:
+        log_info(f"list of skipped questions: {FeatureReader(config.cache.dir).attachment(SKIPPED_NAME)}")
+    return _result(config.cache.dir, scan, reports, texts, multiline, writer.copied, times)
 
 
 def _run_worker(config: Config, dist: DistributedContext) -> None:
-    """A process that is not 0: encodes its share."""
-    share: Share = dist.scatter()  # first: what is wrong with the checkpoint, process 0 has said
+    """Run another rank: receive an assignment from rank 0, and encode it."""
+    assignment: RankAssignment = dist.scatter()  # first, since rank 0 reports the problems of the checkpoint
     checkpoint = fetch_checkpoint(config.model.checkpoint, config.model.revision, ENCODER_PREFIXES)
-    dist.gather(_encode(share, checkpoint, config.precompute))
+    dist.gather(_encode(assignment, checkpoint, config.precompute))
 
 
-def _prepare(config: Config, report: Path | None, mend: Mend | None = None) -> Prepared:
-    """Everything that can go wrong before the long work, in order of its cost."""
-    check_usable(config.cache.dir)
-    model = config.model
-    small_files = fetch_small_files(model.checkpoint, model.revision, ENCODER_PREFIXES)
-    tokenizer = PromptTokenizer(small_files, config.data.prompt)
-    load_preprocessor(small_files)  # raises what is wrong with it
-    earlier = _finished_cache(config.cache.dir)
-    inputs = scan_dataset(config.data, earlier)
-    log_skipped(inputs, inputs.skipped, config.precompute.on_invalid, report)
-    log_rescaled(inputs)
-    told = len(inputs.skipped)
-    checkpoint = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_PREFIXES)
-    inputs, texts = _tokenize(config, inputs, tokenizer, earlier)
-    if earlier:
-        earlier.close()  # a repair takes rows out, which it may not while the cache is read
-    log_skipped(inputs, inputs.skipped[told:], config.precompute.on_invalid, report)
-    dtype = pick_dtype(config.precompute.dtype, pick_device())
-    spec = encoder_spec(checkpoint, dtype_name(dtype), config.cache.dtype)
-    if mend:
-        mend(inputs, spec)
-    beside = sibling_caches(config.cache.dir, spec)
-    found = estimate_write(config.cache.dir, spec, list(inputs.paths), beside, config.cache.part_rows)
-    text_bytes = sum(text.nbytes + TEXT_HEAD_BYTES for text in texts.values())
-    shown_bytes = (found.wanted - found.stored) * max_thumbnail_bytes(config.precompute.thumbnail_size)
-    found = replace(found, bytes_needed=found.bytes_needed + text_bytes + shown_bytes)
-    log_info(first_line(inputs, found, config.cache))
-    check_disk_space(found, config.cache)
-    return Prepared(inputs, tokenizer, texts, checkpoint, spec, beside, found)
+def _write_thumbnails(config: Config, writer: FeatureWriter, images: Mapping[bytes, ImageSource]) -> ThumbnailWriter:
+    return ThumbnailWriter(
+        config.cache.dir,
+        writer.images(),
+        lambda digest: read_image_bytes(images[digest]) if digest in images else None,
+        config.precompute.thumbnail_size,
+        max(1, config.precompute.num_workers),
+    )
 
 
-def _tokenize(
-    config: Config, inputs: DatasetScan, tokenizer: PromptTokenizer, earlier: FeatureReader | None
-) -> tuple[DatasetScan, dict[str, TextTable]]:
-    """The text of each split, tokens of an earlier run taken over, and the inputs without questions too long for it."""
-    texts = {}
-    for split, examples in inputs.splits.items():
-        there = examples.text if isinstance(examples, CachedExamples) else _earlier_text(earlier, split)
-        text = tokenize(examples, np.zeros(len(examples)), tokenizer, there)
-        if long := find_too_long(examples, text, tokenizer, config, split):
-            places = _places(config, split, examples, long)
-            inputs = inputs.without_questions(split, places, too_long_reason(tokenizer))
-            text = select(text, np.setdiff1d(np.arange(len(text)), long))
-        texts[split] = text
-    return inputs, texts
+def _assign_parts(
+    parts: Sequence[Path], spec: CacheSpec, images: Mapping[bytes, ImageSource], world_size: int
+) -> list[RankAssignment]:
+    """Distribute the parts over the ranks, with the images of each part."""
+    assignments = []
+    for number in range(world_size):
+        own = list(parts[number::world_size])
+        digests = {digest.tobytes() for path in own for digest in inspect_part(path).digests}
+        assignments.append(
+            RankAssignment(spec, own, {digest: images[digest] for digest in digests if digest in images})
+        )
+    return assignments
 
 
-def _places(config: Config, split: str, examples: Sequence[VQAExample], numbers: Sequence[int]) -> dict[int, str]:
-    """Where the records of some questions are; to tell that, those from a cache are read anew."""
-    if isinstance(examples, CachedExamples):
-        examples = read_split(config.data.format, split, config.data.splits[split])[0].examples
-    return {number: examples[number].where or "" for number in numbers}
-
-
-def _finished_cache(folder: Path) -> FeatureReader | None:
-    with suppress(CacheError):  # none, or a damaged one: that is told where it is opened to be written
-        return FeatureReader(folder)
-    return None
-
-
-def _earlier_text(earlier: FeatureReader | None, split: str) -> TextTable | None:
-    with suppress(CacheError):  # none, or damaged: it is made anew
-        return earlier.text(split) if earlier else None
-    return None
-
-
-def _shares(parts: Sequence[Path], spec: CacheSpec, pictures: dict[bytes, ImageSource], processes: int) -> list[Share]:
-    """The parts dealt out, and of the pictures only those that each process encodes."""
-    shares = []
-    for process in range(processes):
-        mine = list(parts[process::processes])
-        digests = {digest.tobytes() for path in mine for digest in inspect_part(path).digests}
-        shares.append(Share(spec, mine, {digest: pictures[digest] for digest in digests if digest in pictures}))
-    return shares
-
-
-def _encode(share: Share, checkpoint: Path, settings: PrecomputeConfig) -> EncodingReport:
-    if not share.parts:
+def _encode(assignment: RankAssignment, checkpoint: Path, settings: PrecomputeConfig) -> EncodingReport:
+    if not assignment.parts:
         return EncodingReport()
-    return _picture_encoder(checkpoint, share.spec, settings).fill(share.parts, share.pictures)
+    return _encoding_loop(checkpoint, assignment.spec, settings).fill(assignment.parts, assignment.images)
 
 
-def _picture_encoder(checkpoint: Path, spec: CacheSpec, settings: PrecomputeConfig) -> EncodingLoop:
+def _encoding_loop(checkpoint: Path, spec: CacheSpec, settings: PrecomputeConfig) -> EncodingLoop:
     encoder = load_encoder(checkpoint, pick_device(), getattr(torch, spec.encoder_dtype))
     if settings.compile:
-        encoder.compile(dynamic=False)  # there are two shapes at most: a full batch, and the last one of a part
+        encoder.compile(dynamic=False)  # there are at most two shapes: a full batch, and the last one of a part
     return EncodingLoop(encoder, Preprocessor(checkpoint), settings.batch_size, settings.num_workers)
 
 
-def _texts(prepared: Prepared, inputs: DatasetScan, rows: dict[bytes, int]) -> dict[str, TextTable]:
-    """The text of each split with the rows of its images; made again if pictures failed meanwhile."""
-    texts = {}
-    for split, examples in inputs.splits.items():
-        image_row = np.array([rows[inputs.digests[image]] for image in images_of(examples)], np.int64)
-        if len(examples) == len(prepared.texts[split]):
-            texts[split] = replace(prepared.texts[split], image_row=image_row)
-        else:
-            texts[split] = tokenize(examples, image_row, prepared.tokenizer, prepared.texts[split])
-    return texts
+def _without_failed_images(config: Config, scan: DatasetScan, reports: Sequence[EncodingReport]) -> DatasetScan:
+    """Return the scan without the images that could not be encoded; log them, or stop the run."""
+    failures = {digest: reason for report in reports for digest, reason in report.failures.items()}
+    remaining = scan.without_images(failures)
+    new = remaining.skipped[len(scan.skipped) :]
+    log_skipped(remaining, new, config.precompute.on_invalid, _report_path(config))
+    return remaining
 
 
-def _tell_dropped(folder: Path, texts: Mapping[str, TextTable]) -> None:
-    """Of splits that an earlier config put there and this one does not name."""
+def _count_truncated_answers(preflight: Preflight, texts: Mapping[str, TextTable]) -> dict[str, int]:
+    """Count, and log, the questions of each split with answers that cannot be trained as a whole."""
+    counts = {split: len(truncated_answers(text, preflight.tokenizer)) for split, text in texts.items()}
+    for split, count in counts.items():
+        log_truncated_answers(split, count, preflight.tokenizer)
+    return counts
+
+
+def _log_dropped_splits(folder: Path, texts: Mapping[str, TextTable]) -> None:
+    """Warn about splits of the existing cache that this config does not name."""
     with suppress(CacheError):
         dropped = [split for split in Manifest.load(folder).splits if split not in texts]
         if dropped:
-            log_info(f"{folder}: splits {', '.join(dropped)} of the earlier config are no longer in the cache")
+            log_warning(f"{folder}: splits {', '.join(dropped)} of the earlier config are no longer in the cache")
 
 
-def _report(config: Config) -> Path:
-    """Where it is listed what cannot be used if that stops the run: no cache holds the list then."""
+def _report_path(config: Config) -> Path:
+    """Return the file that lists the skipped items if they stop the run; a finished cache contains the list."""
     folder = config.cache.dir if config.cache.dir.name else config.cache.dir.absolute()  # "." has no name
     return folder.parent / f"{folder.name}.{SKIPPED_NAME}"
 
 
-def _attachments(inputs: DatasetScan) -> dict[str, bytes]:
-    return {SKIPPED_NAME: skipped_lines(inputs.skipped)} if inputs.skipped else {}
-
-
-def _reasons(inputs: DatasetScan) -> dict[str, int]:
-    """Questions left out, by reason."""
-    counts: Counter[str] = Counter()
-    for one in inputs.skipped:
-        counts[one.reason] += one.questions
-    return dict(counts)
-
-
-def _provenance(config: Config, checkpoint: Path, inputs: DatasetScan) -> dict[str, Any]:
-    """What made the cache: enough to repair it, and to notice that the annotations have changed since."""
-    kept: Any = {"model": True, "data": True, "precompute": True, "cache": {"dtype", "part_rows"}}
-    used = config.with_absolute_paths().model_dump(mode="json", include=kept)
-    return {
-        "config": used,
-        "encoder": encoder_settings(checkpoint),
-        "sources": inputs.sources,
-        "reader": reader_fingerprint(),
-        "skipped": _reasons(inputs),
-        "respelled": inputs.respelled,
-        "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
-    }
+def _result(
+    folder: Path,
+    scan: DatasetScan,
+    reports: Sequence[EncodingReport],
+    texts: Mapping[str, TextTable],
+    multiline: dict[str, int],
+    copied: int,
+    times: _PhaseTimes,
+) -> PrecomputeResult:
+    encoded = sum(report.rows for report in reports)
+    loop_seconds = max(report.seconds for report in reports)
+    finished = time.perf_counter()
+    return PrecomputeResult(
+        cache=str(folder),
+        cache_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        thumbnail_bytes=thumbnails_bytes(folder, Manifest.load(folder)),
+        images=len(scan.images),
+        encoded=encoded,
+        reused=len(scan.images) - encoded,
+        copied=copied,
+        failed=scan.num_invalid,
+        questions={split: len(text) for split, text in texts.items()},
+        multiline_answers=multiline,
+        skipped=scan.skipped_by_reason,
+        rescaled_images=scan.num_rescaled,
+        time={
+            "preparing": times.prepared - times.started,
+            "loading_encoder": times.encoded - times.prepared - loop_seconds,
+            "waiting_for_images": sum(report.waiting_for_images for report in reports) / len(reports),
+            "encoding": sum(report.encoding for report in reports) / len(reports),
+            "waiting_for_disk": sum(report.waiting_for_disk for report in reports) / len(reports),
+            "finishing": finished - times.encoded,
+        },
+        seconds=finished - times.started,
+        images_per_second=encoded / loop_seconds if encoded else None,
+    )

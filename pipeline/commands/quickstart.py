@@ -22,7 +22,8 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     config = load_config(config_path, overrides)
     run = next_run(config.train.output_dir, config_path.stem)
     log_info("1/4 The frozen encoder runs once over every picture")
-    encoded = precompute(config) or {}
+    result = precompute(config)
+    encoded = result.to_dict() if result else {}
     log_info("2/4 Training LoRA on the 4-bit language model, from the cache")
     trained = train(config, run) or {}
     log_info("3/4 Answering the test questions without the adapter")

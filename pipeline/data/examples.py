@@ -1,4 +1,4 @@
-"""What every data set is read into: questions on images, and what had to be left out."""
+"""Questions on images, the form that every dataset is read into, and the records that were skipped."""
 
 import dataclasses
 import unicodedata
@@ -10,27 +10,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.common.errors import PipelineError
+from pipeline.data.image_sources import ImageSource
 from pipeline.data.records import field, optional_text, question_id_of, texts_of
-from pipeline.data.tables import ImageSource
 
-DUPLICATE_ID = "duplicate question_id"  # the reasons of `SkippedItem`s; "no annotation in FILE" is one more
+DUPLICATE_ID = "duplicate question_id"
+"""A reason of a `SkippedItem`, as are the following ones."""
 DUPLICATE_ANNOTATION = "duplicate annotation"
 NO_ANSWER = "no answer"
 NO_IMAGE = "caption of an unlisted image"
 
-DIFFICULT = "difficult direct answer"  # the answer type of questions that A-OKVQA's direct-answer accuracy leaves out
+DIFFICULT = "difficult direct answer"
+"""Answer type of the questions that A-OKVQA's direct-answer accuracy ignores."""
 
-BYTE_ORDER_MARK = "\ufeff"  # of a file, and no part of its text
+BYTE_ORDER_MARK = "\ufeff"
+"""Removed from all texts: it belongs to a file, not to its text."""
 
-_path = lru_cache(maxsize=1 << 17)(Path)  # an image has several questions, and a Path is slow to make
+_path = lru_cache(maxsize=1 << 17)(Path)  # an image has several questions, and creating a Path is slow
 
 
 @dataclass(frozen=True, slots=True)
 class VQAExample:
-    """One question on one image; `answers` are all that people gave, and none on a test split.
+    """One question on one image, with all answers of the annotators; a test split may have none.
 
-    Answers that are all blank are none. Beside others a blank one stays, since published scripts count it among the
-    ten that they compare with; it is never trained.
+    If all answers are blank, there are none. A blank answer among others is kept, since published scripts compare with
+    it, but it is never a training target.
     """
 
     question_id: int | str
@@ -40,32 +43,33 @@ class VQAExample:
     answer_type: str | None = None
     question_type: str | None = None
     where: str | None = dataclasses.field(default=None, compare=False, repr=False)
-    """File and position of the record, as in error messages: "train.jsonl: line 7"; None of one from a cache."""
+    """File and position of the record, as in error messages: "train.jsonl: line 7". None if read from a cache."""
 
     def __post_init__(self) -> None:
+        """Normalize the texts."""
         if BYTE_ORDER_MARK in self.question:
             object.__setattr__(self, "question", self.question.replace(BYTE_ORDER_MARK, ""))
-        said = "".join(self.answers)
-        if BYTE_ORDER_MARK in said:
-            without = tuple(answer.replace(BYTE_ORDER_MARK, "") for answer in self.answers)
-            object.__setattr__(self, "answers", without)
-        if is_blank(said):
+        joined = "".join(self.answers)
+        if BYTE_ORDER_MARK in joined:
+            cleaned = tuple(answer.replace(BYTE_ORDER_MARK, "") for answer in self.answers)
+            object.__setattr__(self, "answers", cleaned)
+        if is_blank(joined):
             object.__setattr__(self, "answers", ())
 
     @property
     def trainable_answers(self) -> list[str]:
-        """Those that are not blank."""
+        """The answers that are not blank."""
         return [answer for answer in self.answers if not is_blank(answer)]
 
     @property
     def target(self) -> str:
-        """The most common answer, of equally common ones the first; PipelineError where there is none."""
+        """The most common answer, the first of equally common ones. Raises `PipelineError` if there is none."""
         if not self.answers:
-            raise PipelineError(f"question {self.question_id!r} has no answers: nothing to train towards")
+            raise PipelineError(f"question {self.question_id!r} has no answers to train on")
         return Counter(self.trainable_answers).most_common(1)[0][0]
 
     def to_record(self) -> dict[str, object]:
-        """The fields as JSON types, without those that are None."""
+        """Return the fields as JSON types, without those that are None."""
         record: dict[str, object] = {
             "question_id": self.question_id,
             "image": str(self.image),
@@ -80,7 +84,7 @@ class VQAExample:
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> "VQAExample":
-        """The inverse of `to_record`; PipelineError for a field that is missing or of the wrong type."""
+        """Invert `to_record`. Raises `PipelineError` for a field that is missing or has the wrong type."""
         return cls(
             question_id=question_id_of(record),
             image=_path(field(record, "image", str)),
@@ -93,26 +97,28 @@ class VQAExample:
 
 @dataclass(frozen=True, slots=True)
 class SkippedItem:
-    """One question, or one picture, that training will not see."""
+    """A question, or all questions on an image, that will not be trained on."""
 
     split: str
-    reason: str  # one of the above, or a picture's
-    where: str  # file and position of the record, as in error messages: "train.jsonl: line 7"
+    reason: str
+    """One of the above, "no annotation in FILE", or why the image is invalid."""
+    where: str
+    """File and position of the record, as in error messages: "train.jsonl: line 7"."""
     question_id: int | str | None = None
     image: str | None = None
     questions: int = 1
-    """How many are lost by it: all those on a picture; none where an annotation alone is one too many."""
+    """Number of questions skipped: all on an image; 0 for a duplicate annotation."""
 
 
 class Split(NamedTuple):
-    """The questions of one split that can be used, in the file's order, and those that cannot."""
+    """The valid questions of one split, in the file's order, and the skipped items."""
 
     examples: Sequence[VQAExample]
     skipped: list[SkippedItem]
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing to be seen: spaces of any kind, and characters of no width."""
+    """Return whether a text has no visible character: only white space and characters of no width."""
     return not text[:1].isalnum() and all(
         character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text
     )

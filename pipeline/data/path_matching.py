@@ -1,4 +1,4 @@
-"""Image files whose names are spelled another way than in the annotations."""
+"""Find image files whose names differ from the annotations in Unicode form, slashes or case."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -7,59 +7,62 @@ from pathlib import Path
 from unicodedata import normalize
 
 _Key = Callable[[str], str]
-_same: _Key = partial(normalize, "NFC")
+_equivalent: _Key = partial(normalize, "NFC")
 
 
-def _near(name: str) -> str:
-    return _same(name).casefold()
+def _similar(name: str) -> str:
+    return _equivalent(name).casefold()
 
 
 def match_paths(missing: Iterable[Path]) -> tuple[dict[Path, Path], dict[Path, Path]]:
-    """Of files that are not there, those that are under a name that means the same, and those under a near one.
+    """Find missing files under equivalent and under similar names.
 
-    The same are names that differ in their Unicode form (a Mac writes é as two characters) or in the kind of slash;
-    near are those that differ in case, too. A name that fits several files is neither. Each folder is listed once.
+    Equivalent names differ in Unicode form (macOS stores é as two characters) or in the kind of slash; similar ones
+    also in case. Names that match several files are not used. Each folder is listed once.
+
+    Returns:
+        Missing path -> file with an equivalent name, and missing path -> file with a similar name.
     """
     folders = _Folders()
-    same: dict[Path, Path] = {}
-    near: dict[Path, Path] = {}
+    equivalent: dict[Path, Path] = {}
+    similar: dict[Path, Path] = {}
     for path in missing:
-        if found := folders.find(path, _same):
-            same[path] = found
-        elif found := folders.find(path, _near):
-            near[path] = found
-    return same, near
+        if found := folders.find(path, _equivalent):
+            equivalent[path] = found
+        elif found := folders.find(path, _similar):
+            similar[path] = found
+    return equivalent, similar
 
 
 class _Folders:
-    """What lies in folders, remembered."""
+    """Cached listings of folders."""
 
     def __init__(self) -> None:
         self._is_folder: dict[Path, bool] = {}
         self._names: dict[tuple[Path, _Key], dict[str, list[str]]] = {}
 
     def find(self, path: Path, key: _Key) -> Path | None:
-        """The one file whose name has the same key, part by part."""
-        folder = next(filter(self._is_there, path.parents), None)
+        """Return the only file whose path has the same key, component by component."""
+        folder = next(filter(self._exists, path.parents), None)
         if folder is None:
             return None
         parts = str(path.relative_to(folder)).replace("\\", "/").split("/")
         for part in parts:
             if part in ("", "."):
                 continue
-            fitting = self._in(folder, key).get(key(part), [])
-            if part == ".." or len(fitting) != 1:
+            matches = self._listing(folder, key).get(key(part), [])
+            if part == ".." or len(matches) != 1:
                 return None
-            folder = folder / fitting[0]
+            folder = folder / matches[0]
         return folder if folder.is_file() else None
 
-    def _is_there(self, folder: Path) -> bool:
+    def _exists(self, folder: Path) -> bool:
         if folder not in self._is_folder:
             self._is_folder[folder] = folder.is_dir()
         return self._is_folder[folder]
 
-    def _in(self, folder: Path, key: _Key) -> dict[str, list[str]]:
-        """The names in a folder, by their key."""
+    def _listing(self, folder: Path, key: _Key) -> dict[str, list[str]]:
+        """Return the names in a folder by key."""
         if (folder, key) not in self._names:
             found: dict[str, list[str]] = {}
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Which published form a file has, by its first records: for the user who named another one."""
+"""Detect the format of a file by its first records, for users who set another one."""
 
 import json
 import re
@@ -9,17 +9,17 @@ from typing import NamedTuple
 from pipeline.data.record_files import find_header
 from pipeline.data.sources import Sources
 
-_HEAD = 1 << 20  # bytes that are looked at
-_DEPTH = 5  # of lists and objects that the head may cut off: file, list, record, answers, answer
+_HEAD = 1 << 20  # bytes read
+_DEPTH = 5  # nesting of lists and objects that the head may cut: file, list, record, answers, answer
 _NEXT_KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:')
-_KEYS = {"vqav2": ("questions", "annotations")}  # the other formats have annotations alone
+_KEYS = {"vqav2": ("questions", "annotations")}  # the other formats have only annotations
 _VIZWIZ_TEST = {"image", "question", "answerable", "answer_type"}
-_READS_TOO = {("jsonl", "lavis")}  # what LAVIS writes is a list of one's own, too
+_COMPATIBLE = {("jsonl", "lavis")}  # a LAVIS file is also a valid custom list
 _DECODER = json.JSONDecoder()
 
 
 class DetectedFormat(NamedTuple):
-    """A data format, the config's key for a file of it, and what the file must become before it can stand there."""
+    """A format, the config key of the file, and the changes that the file needs first."""
 
     format: str
     key: str = "annotations"
@@ -27,8 +27,8 @@ class DetectedFormat(NamedTuple):
 
 
 _CONVERSATIONS = (
-    "this looks like LLaVA's conversations: write a record with image, question and answer for each question of a "
-    "human and the answer to it, the question without <image>"
+    "this looks like LLaVA's conversations: write one record with image, question and answer for each question of the "
+    "human and its answer, and remove <image> from the question"
 )
 _OTHER_NAMES = {
     "image": ("image_name", "image_path", "image_file", "img_name", "img_path", "img", "file_name", "filename"),
@@ -38,18 +38,18 @@ _OTHER_NAMES = {
 
 
 def suggest_format(format: str, sources: Sources) -> str | None:
-    """What to set instead, if a file of `sources` looks like another format's, or stands at another file's key."""
-    told = []
+    """Return what to set instead, if a file of `sources` seems to have another format or belong to another key."""
+    suggestions = []
     for key in _KEYS.get(format, ("annotations",)):
         path: Path | None = getattr(sources, key)
         found = detect_format(path) if path else None
-        if found and found != DetectedFormat(format, key) and (format, found.format) not in _READS_TOO:
-            told.append(f"{path}: {_instead(found, DetectedFormat(format, key), sources.split)}")
-    return "; ".join(dict.fromkeys(told)) or None
+        if found and found != DetectedFormat(format, key) and (format, found.format) not in _COMPATIBLE:
+            suggestions.append(f"{path}: {_instead(found, DetectedFormat(format, key), sources.split)}")
+    return "; ".join(dict.fromkeys(suggestions)) or None
 
 
 def detect_format(path: Path) -> DetectedFormat | None:
-    """The form that a file seems to have; None for a file that is not known or cannot be read."""
+    """Return the format that a file seems to have; None if it is unknown or unreadable."""
     try:
         with path.open("rb") as file:
             text = file.read(_HEAD).decode("utf-8-sig", errors="replace")
@@ -63,14 +63,14 @@ def detect_format(path: Path) -> DetectedFormat | None:
 
 
 def _instead(found: DetectedFormat, given: DetectedFormat, split: str) -> str:
-    whose = f"{found.format}'s {found.key}" if found.format in _KEYS else found.format
+    description = f"{found.format}'s {found.key}" if found.format in _KEYS else found.format
     if found.remedy:
-        return f"{found.remedy}; then data.format={found.format} reads it"
+        return f"{found.remedy}; then set data.format={found.format}"
     steps = [f"data.format={found.format}"] if found.format != given.format else []
     if found.key != given.key:
         steps.append(f"data.{split}.{found.key} to this file")
     other = given.format if found.format != given.format else f"its {given.key}"
-    return f"this looks like {whose}, not {other}: set {' and '.join(steps)}"
+    return f"this looks like {description}, not {other}: set {' and '.join(steps)}"
 
 
 def _detect_in_list(record: Mapping[str, object]) -> DetectedFormat | None:
@@ -81,7 +81,7 @@ def _detect_in_list(record: Mapping[str, object]) -> DetectedFormat | None:
     answers = record.get("answers")
     if isinstance(answers, list) and answers and isinstance(answers[0], str):
         return DetectedFormat("jsonl")
-    if isinstance(record.get("answer"), str):  # LAVIS's is a list
+    if isinstance(record.get("answer"), str):  # in LAVIS it is a list
         return DetectedFormat("jsonl")
     if "answer" in record or ("answers" not in record and "question_id" in record):
         return DetectedFormat("lavis")
@@ -110,7 +110,7 @@ def _detect_in_object(whole: Mapping[str, object]) -> DetectedFormat | None:
 
 
 def _detect_own_record(record: Mapping[str, object]) -> DetectedFormat | None:
-    """The form of a record that people made: ours, or one that nearly is."""
+    """Return the format of a custom record, with the keys to rename if it is nearly jsonl."""
     if "conversations" in record:
         return DetectedFormat("jsonl", remedy=_CONVERSATIONS)
     if {"image", "question"} <= record.keys():
@@ -124,13 +124,13 @@ def _detect_own_record(record: Mapping[str, object]) -> DetectedFormat | None:
 
 
 def _first(records: object) -> Mapping[str, object]:
-    """The first of a list of records; an empty one if there is none."""
+    """Return the first of a list of records, empty if there is none."""
     record = records[0] if isinstance(records, list) and records else None
     return record if isinstance(record, dict) else {}
 
 
 def _beginning(text: str, at: int, depth: int) -> tuple[object, int]:
-    """The JSON value at a place, and where it ends; of one that is cut off or broken, what stands before that."""
+    """Return the JSON value at a position and its end; of a truncated or broken value, the part before that."""
     while text[at : at + 1].isspace():
         at += 1
     try:

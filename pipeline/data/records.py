@@ -1,4 +1,4 @@
-"""JSON records that people wrote: every field is checked, and an error says where it stands and what is wrong."""
+"""Read fields of JSON records with type checks; errors name the position, the field and the problem."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,20 +14,21 @@ Position = TypeVar("Position", int, str)
 _KINDS: dict[type, str] = {
     dict: "an object",
     list: "a list",
-    str: "a text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number with a fraction",
+    str: "text",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a float",
     type(None): "null",
 }
 
 
 class RecordError(PipelineError):
-    """What is wrong with a record; `each` adds its position and `naming` the file."""
+    """A problem of a record. `map_records` adds its position, `prefix_errors` the file."""
 
 
 @contextmanager
 def prefix_errors(path: Path | str) -> Iterator[None]:
+    """Turn a `RecordError` into a `PipelineError` that begins with the file."""
     try:
         yield
     except RecordError as error:
@@ -37,7 +38,7 @@ def prefix_errors(path: Path | str) -> Iterator[None]:
 def map_records(
     records: Iterable[tuple[Position, object]], place: str, make: Callable[[Position, object], T]
 ) -> Iterator[tuple[Position, T]]:
-    """Each position with what `make` makes of its record; errors say the position, as `place` puts it."""
+    """Yield each position with `make(position, record)`; errors begin with the position, formatted by `place`."""
     for position, record in records:
         try:
             value = make(position, record)
@@ -52,32 +53,35 @@ def parse_json(
     hook: Callable[[dict[str, Any]], object] | None = None,
     pairs_hook: Callable[[list[tuple[str, Any]]], object] | None = None,
 ) -> object:
-    """The JSON value of `text`, which begins on that line of its file; a hook makes something else of each object."""
+    """Parse `text`, which begins on line `line` of its file; the hooks are those of `json.loads`."""
     try:
         value: object = json.loads(text, object_hook=hook, object_pairs_hook=pairs_hook)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
         raise RecordError(f"not JSON at {place}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deep
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; nested too deeply
         raise RecordError(f"cannot be read as JSON, from line {line}: {error}") from None
     return value
 
 
 def object_of(value: object) -> Mapping[str, object]:
+    """Return an object; raise `RecordError` for another type."""
     if not isinstance(value, dict):
-        raise RecordError(f"not an object but {_kind(value)}")
+        raise RecordError(f"expected an object, found {_kind(value)}")
     return value
 
 
 def list_of(value: object) -> list[Any]:
+    """Return a list; raise `RecordError` for another type."""
     if not isinstance(value, list):
-        raise RecordError(f"not a list but {_kind(value)}")
+        raise RecordError(f"expected a list, found {_kind(value)}")
     return value
 
 
 def field(record: Mapping[str, object], name: str, kind: type[T]) -> T:
+    """Return a required field; raise `RecordError` if it is missing or has another type."""
     value = record.get(name)
-    if type(value) is not kind:  # not isinstance: JSON's true is no whole number
+    if type(value) is not kind:  # not isinstance: true is not an integer
         raise RecordError(f"{name!r} is {_kind(value)}, not {_KINDS[kind]}" if name in record else f"no field {name!r}")
     if kind is str and not str(value).isascii():
         check_encodable(name, str(value))
@@ -85,25 +89,27 @@ def field(record: Mapping[str, object], name: str, kind: type[T]) -> T:
 
 
 def check_encodable(name: str, text: str) -> None:
-    """JSON may escape half of a surrogate pair, which no tokenizer and no file name takes."""
+    """Raise `RecordError` for half of a surrogate pair, which JSON can escape, but UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RecordError(f"{name!r} holds half of a surrogate pair") from None
+        raise RecordError(f"{name!r} contains half of a surrogate pair") from None
 
 
 def optional_text(record: Mapping[str, object], name: str) -> str | None:
+    """Return a text field, None if it is missing or null."""
     return None if record.get(name) is None else field(record, name, str)
 
 
 def question_id_of(record: Mapping[str, object]) -> int | str:
+    """Return the required field `question_id`, an integer or a text."""
     if isinstance(record.get("question_id"), str):
         return field(record, "question_id", str)
     return field(record, "question_id", int)
 
 
 def answers_of(record: Mapping[str, object], *names: str) -> tuple[str, ...]:
-    """The first of these fields that is there and not null: an answer, or a list of them; none if there is none."""
+    """Return the answers in the first of these fields that is not null, a text or a list; none if all are null."""
     name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         return ()
@@ -112,15 +118,17 @@ def answers_of(record: Mapping[str, object], *names: str) -> tuple[str, ...]:
 
 
 def optional_texts(record: Mapping[str, object], name: str) -> tuple[str, ...]:
+    """Return a list field of answers, empty if it is missing."""
     return texts_of(field(record, name, list), name) if name in record else ()
 
 
 def texts_of(values: list[Any], name: str = "answers") -> tuple[str, ...]:
+    """Return a list of answers as texts."""
     return tuple([answer_text(value, f"{name}[{position}]") for position, value in enumerate(values)])
 
 
 def answer_text(value: object, name: str = "answer") -> str:
-    """An answer as people would write it: a whole number in digits."""
+    """Return an answer as a text; an integer becomes its digits."""
     if type(value) is str:
         if not value.isascii():
             check_encodable(name, value)
@@ -129,12 +137,12 @@ def answer_text(value: object, name: str = "answer") -> str:
         return str(value)
     hint = '; write "yes" or "no"' if type(value) is bool else ""
     if type(value) is float:
-        hint = f'; write it as a text: "{value}"'
-    raise RecordError(f"{name!r} is {_kind(value)}, not a text{hint}")
+        hint = f'; write it as text: "{value}"'
+    raise RecordError(f"{name!r} is {_kind(value)}, not text{hint}")
 
 
 def answer_of(record: object, name: str = "answer") -> str:
-    """The answer of a record that must have one."""
+    """Return the required answer of a record."""
     known = object_of(record)
     if name not in known:
         raise RecordError(f"no field {name!r}")

@@ -1,4 +1,4 @@
-"""Prompt, tokens and label mask: questions and answers -> the token rows of a `TextTable`."""
+"""Tokenize questions and answers: prompts and targets, the token rows of a `TextTable`."""
 
 import hashlib
 import json
@@ -20,73 +20,84 @@ from pipeline.data.cached_examples import CachedExamples
 from pipeline.data.examples import BYTE_ORDER_MARK, VQAExample, is_blank
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-TOKENISED_AT_ONCE = 10_000  # texts
+CHUNK_SIZE = 10_000
+"""Texts tokenized at a time."""
 RULES = 3
-"""How texts become tokens here. A change of it makes the tokens of every cache anew."""
+"""Version of the tokenization in this module. A change invalidates the tokens of every cache."""
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class PromptTokenizer:
-    """A checkpoint's tokenizer with OPT's habits: BOS before the text, the end token after the answer.
+    """Tokenizer of a checkpoint with an OPT language model.
 
-    A prompt is BOS and the filled-in template. A target is a space, the answer and the end token ("\\n" in
-    BLIP-2's OPT checkpoints): what the model is trained to say, and nothing else is. An answer ends where the end
-    token's text stands in it, since nothing behind that can ever be said. Special tokens that a text spells
-    (`<image>`, `</s>`) are text.
+    A prompt is BOS and the filled template. A target is a space, the answer and the end token, which is a newline in
+    BLIP-2's OPT checkpoints. Only targets are trained. An answer is cut at the text of the end token, since the model
+    cannot generate anything after it. Special tokens in a text (`<image>`, `</s>`) are tokenized as plain text.
     """
 
     def __init__(self, checkpoint_folder: Path, prompt: str):
+        """Load the tokenizer.
+
+        Args:
+            checkpoint_folder: the checkpoint.
+            prompt: template, in which `{question}` is replaced.
+
+        Raises:
+            PipelineError: the tokenizer is missing, damaged, or does not match the language model.
+        """
         config = check_config(checkpoint_folder)
         text_config = config.text_config
         self.tokenizer = load_tokenizer_files(checkpoint_folder)
-        most = max(self.tokenizer.get_vocab().values(), default=-1)
-        if most >= text_config.vocab_size:
+        max_id = max(self.tokenizer.get_vocab().values(), default=-1)
+        if max_id >= text_config.vocab_size:
             raise PipelineError(
-                f"{checkpoint_folder}: the tokenizer has {most + 1} tokens, "
-                f"the language model {text_config.vocab_size}; they are not of one checkpoint"
+                f"{checkpoint_folder}: the tokenizer has {max_id + 1} tokens, "
+                f"the language model {text_config.vocab_size}; they belong to different checkpoints"
             )
         self._backend = self.tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # as text, that is: the library's word for split_special_tokens
+        self._backend.encode_special_tokens = True  # as plain text; transformers calls this split_special_tokens
         self.prompt = prompt
         self.bos_token_id: int = text_config.bos_token_id
         self.eos_token_id: int = end_tokens(config)[0]
         self.query_tokens: int = config.num_query_tokens
         self.max_length: int = text_config.max_position_embeddings
-        """Positions that the language model has, for the image and the text."""
+        """Positions of the language model, for image and text."""
         is_special = self.eos_token_id in self.tokenizer.all_special_ids
         self.end_text: str = "" if is_special else str(self.tokenizer.decode([self.eos_token_id]))
-        """The end token's text; empty if no text can spell it."""
+        """Text of the end token; empty if it is a special token."""
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tokenizer, of the special tokens used, and of `RULES`."""
+        """Return the SHA-256 (hex) of the tokenizer, the special tokens in use, and `RULES`."""
         backend = self._backend.to_str()
         return hashlib.sha256(f"{backend} {self.bos_token_id} {self.eos_token_id} {RULES}".encode()).hexdigest()
 
     def prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each question's prompt."""
         filled = [self.prompt.replace("{question}", question.replace(BYTE_ORDER_MARK, "")) for question in questions]
         return [[self.bos_token_id, *ids] for ids in self._encode(filled)]
 
     def targets(self, answers: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each answer's target."""
         return [
             [*ids, self.eos_token_id] for ids in self._encode([f" {self.trainable_text(answer)}" for answer in answers])
         ]
 
     def trainable_text(self, answer: str) -> str:
-        """What of an answer the model can say: the first part that the end token leaves, and is not blank."""
+        """Return the part of an answer that can be trained: the first non-blank one between end tokens."""
         answer = answer.strip()
         if not self.end_text or self.end_text not in answer:
             return answer
         return next((part for part in map(str.strip, answer.split(self.end_text)) if not is_blank(part)), "")
 
     def is_truncated(self, answer: str) -> bool:
-        """Whether there is more in an answer than can be said."""
+        """Return whether an answer has more text than can be trained."""
         return self.trainable_text(answer) != answer.strip()
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """The answers that rows of generated tokens spell."""
+        """Return the answers in rows of generated tokens."""
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -94,30 +105,30 @@ class PromptTokenizer:
         distinct = list(dict.fromkeys(texts))
         ids: dict[str, list[int]] = {}
         with progress_bar("tokens", len(distinct), "texts", delay=2) as bar:
-            for start in range(0, len(distinct), TOKENISED_AT_ONCE):
-                some = distinct[start : start + TOKENISED_AT_ONCE]
-                # Not the tokenizer's own call: it warns of long texts, and puts each row through Python.
+            for start in range(0, len(distinct), CHUNK_SIZE):
+                some = distinct[start : start + CHUNK_SIZE]
+                # The tokenizer's own __call__ warns about long texts, and processes each row in Python.
                 try:
                     encoded = self._backend.encode_batch_fast(some, add_special_tokens=False)
-                except TypeError:  # half of a surrogate pair, as bytes of another encoding on a command line become
-                    raise PipelineError("a question or an answer is not text: its bytes are not UTF-8") from None
+                except TypeError:  # half of a surrogate pair, as from a command line in another encoding
+                    raise PipelineError("a question or an answer is not valid UTF-8") from None
                 ids.update(zip(some, (one.ids for one in encoded), strict=True))
                 bar.update(len(some))
         return [ids[text] for text in texts]
 
 
 def load_tokenizer_files(checkpoint_folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises `PipelineError` if its files are missing or damaged."""
+    """Load the checkpoint's tokenizer. Raises `PipelineError` if its files are missing or damaged."""
     if not any(all((checkpoint_folder / name).is_file() for name in files) for files in VOCABULARIES):
         wanted = " or ".join(" with ".join(files) for files in VOCABULARIES)
         raise PipelineError(f"{checkpoint_folder}: the checkpoint has no tokenizer ({wanted})")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint_folder)
         tokenizer.backend_tokenizer.encode("a")
-    except Exception as error:  # of a damaged file each release of the library raises something else
+    except Exception as error:  # the type depends on the damage and on the release of the library
         raise PipelineError(
             f"{checkpoint_folder}: its tokenizer ({', '.join(_tokenizer_files(checkpoint_folder))}) cannot be loaded: "
-            f"{one_line(error)}; get the checkpoint again"
+            f"{one_line(error)}. Download the checkpoint again"
         ) from None
     return tokenizer
 
@@ -128,7 +139,7 @@ def _tokenizer_files(folder: Path) -> list[str]:
 
 
 def retokenize(text: TextTable, tokenizer: PromptTokenizer) -> TextTable:
-    """The same questions under another prompt or tokenizer."""
+    """Return the same questions, tokenized with another prompt or tokenizer."""
     examples = [VQAExample.from_record(text.record(i)) for i in with_bar("questions", range(len(text)), "questions")]
     prompt_ids, target_ids = _token_rows(examples, tokenizer)
     fingerprint = tokenizer.fingerprint()
@@ -141,9 +152,13 @@ def tokenize(
     tokenizer: PromptTokenizer,
     earlier: TextTable | None = None,
 ) -> TextTable:
-    """The text of one split; an example without an answer gets an empty target.
+    """Return the text of one split; an example without an answer has an empty target.
 
-    Of questions whose records are in `earlier`, with its prompt and tokenizer, the tokens are taken from there.
+    Args:
+        examples: the questions.
+        image_rows: (n,) cache row of each one's image.
+        tokenizer: the tokenizer.
+        earlier: text of an earlier run. Tokens of its records are reused if prompt and tokenizer are the same.
     """
     records = _records(examples)
     rows = np.full(len(examples), -1)
@@ -164,7 +179,7 @@ def tokenize(
 
 
 def select(text: TextTable, rows: np.ndarray) -> TextTable:
-    """Some of the questions, by their numbers."""
+    """Return a subset of the questions, by row."""
     return replace(
         text,
         records=text.records.take(rows),
@@ -175,7 +190,7 @@ def select(text: TextTable, rows: np.ndarray) -> TextTable:
 
 
 def truncated_answers(text: TextTable, tokenizer: PromptTokenizer) -> dict[int, int]:
-    """Numbers of the questions that have answers of which only a part can be said -> how many of them."""
+    """Return the number of truncated answers of each question that has any, by row."""
     if not tokenizer.end_text:
         return {}
     data, offsets = text.records.values.tobytes(), text.records.offsets
@@ -188,15 +203,16 @@ def truncated_answers(text: TextTable, tokenizer: PromptTokenizer) -> dict[int, 
 
 
 def log_truncated_answers(split: str, questions: int, tokenizer: PromptTokenizer) -> None:
+    """Log the number of questions of a split with truncated answers, if there are any."""
     if questions:
         log_info(
             f"{split}: {questions} questions have answers of several lines. The model ends an answer with "
-            f"{json.dumps(tokenizer.end_text)}, so only the first line that is not blank is trained"
+            f"{json.dumps(tokenizer.end_text)}, so only the first non-blank line is trained"
         )
 
 
 def _token_rows(examples: Sequence[VQAExample], tokenizer: PromptTokenizer) -> tuple[Ragged, Ragged]:
-    """Prompts, and targets, empty where there is no answer."""
+    """Return the prompts, and the targets, empty if there is no answer."""
     answered = iter(tokenizer.targets([example.target for example in examples if example.answers]))
     prompts = tokenizer.prompts([example.question for example in examples])
     targets = [next(answered) if example.answers else [] for example in examples]
@@ -207,29 +223,29 @@ def _records(examples: Sequence[VQAExample]) -> Ragged:
     if isinstance(examples, CachedExamples):
         return examples.text.records
     listed = with_bar("questions", examples, "questions")
-    # A file's name that is no UTF-8 holds halves of surrogate pairs, which JSON can escape.
+    # A file name that is not UTF-8 contains halves of surrogate pairs, which JSON can escape.
     rows = [_to_json(example.to_record()).encode("utf-8", "backslashreplace") for example in listed]
     return Ragged.from_rows(rows, np.uint8)
 
 
-def _rows_with(sought: bytes, data: bytes, offsets: np.ndarray) -> Iterable[int]:
-    place = data.find(sought)
-    while place >= 0:
-        row = bisect_right(offsets, place) - 1
+def _rows_with(pattern: bytes, data: bytes, offsets: np.ndarray) -> Iterable[int]:
+    position = data.find(pattern)
+    while position >= 0:
+        row = bisect_right(offsets, position) - 1
         yield row
-        place = data.find(sought, int(offsets[row + 1]))
+        position = data.find(pattern, int(offsets[row + 1]))
 
 
 def _rows_in(known: Ragged, wanted: Ragged) -> np.ndarray:
-    """(n,) for each of `wanted` the row of `known` that has the same bytes, or -1."""
+    """Return for each of `wanted` the row of `known` with the same bytes, or -1: (n,)."""
     if np.array_equal(known.offsets, wanted.offsets) and np.array_equal(known.values, wanted.values):
         return np.arange(len(wanted))
-    place = {known[row].tobytes(): row for row in range(len(known))}
-    return np.array([place.get(wanted[row].tobytes(), -1) for row in range(len(wanted))], np.int64)
+    row_of = {known[row].tobytes(): row for row in range(len(known))}
+    return np.array([row_of.get(wanted[row].tobytes(), -1) for row in range(len(wanted))], np.int64)
 
 
 def _merge(known: Ragged, rows: np.ndarray, new: Ragged) -> Ragged:
-    """Rows `rows` of `known`, and where one is -1 the next of `new`."""
+    """Return the rows `rows` of `known`; each -1 stands for the next row of `new`."""
     if len(new) == 0 and np.array_equal(rows, np.arange(len(known))):
         return known
     values = np.concatenate([known.values, new.values])

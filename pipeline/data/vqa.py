@@ -1,8 +1,7 @@
-"""Visual question answering data sets in their published formats -> `VQAExample`s.
+"""Read visual question answering datasets in their published formats.
 
-A module a format in `pipeline.data.formats`, listed in `FORMATS`. A reader checks the text that it reads: a malformed
-record is an error that says where it stands, a well-formed one that training cannot use is left out and listed.
-Whether the pictures are there is for the stage that opens them.
+Each format is a module in `pipeline.data.formats`, listed in `FORMATS`. A malformed record is an error that names its
+position; a well-formed record that training cannot use is skipped and listed. Image files are checked by stage one.
 """
 
 import difflib
@@ -23,7 +22,7 @@ Results = Callable[[Sequence[VQAExample], Sequence[str]], object]
 
 
 def _rows(question: str, answer: str) -> Results:
-    """A list of objects with an id and an answer, under these names."""
+    """Return a formatter that writes a list of objects with an id and an answer, under these keys."""
 
     def results(examples: Sequence[VQAExample], answers: Sequence[str]) -> object:
         pairs = zip(examples, answers, strict=True)
@@ -33,7 +32,7 @@ def _rows(question: str, answer: str) -> Results:
 
 
 class Format(NamedTuple):
-    """How a data set's files are read, and how answers are handed in to its evaluation server."""
+    """Reader of a dataset, and formatter of predictions for its evaluation server."""
 
     read: Callable[[Sources], Split]
     results: Results = _rows("question_id", "answer")
@@ -62,18 +61,24 @@ def read_examples(
     on_read: OnRead = lambda path, data: None,
     tables: Mapping[str, TableName] | None = None,
 ) -> Split:
-    """All questions of one split, in the file's order, and what is left out.
+    """Return all questions of one split, in the file's order, and the skipped items.
 
-    Which files a format needs, and what stands in them, is told at its reader in `pipeline.data.formats`. The paths are
-    those of the config's `data.{split}`; `on_read` is told the bytes of each file. Left out are questions
-    without an answer, except on splits whose name begins with "test", and of usable questions with the
-    same id all but the first.
+    Questions without an answer are skipped, except on splits whose name begins with "test". Of questions with the same
+    id, all but the first are skipped.
+
+    Args:
+        format: key of `FORMATS`; the reader in `pipeline.data.formats` documents the files it needs.
+        split: name of the split.
+        annotations: `data.{split}.annotations` of the config, as are the following paths.
+        images: folder of the images.
+        questions: a second annotation file.
+        on_read: called with the bytes of each file.
+        tables: table names by config key.
 
     Raises:
         ConfigError: an unknown format.
-        PipelineError: an unknown split, a file that is not set, not there, not UTF-8 or not
-            JSON, a malformed record (file and position are named), files of another format (it is named), or no
-            questions that can be used.
+        PipelineError: an unknown split; a file that is not set, not found, not UTF-8 or not JSON; a malformed record;
+            files of another format, which is named; or no valid questions.
     """
     read = _format(format).read
     sources = Sources(split, annotations, images, questions, on_read, tables or {})
@@ -81,7 +86,7 @@ def read_examples(
         with _without_garbage_collection():
             found = read(sources)
         if not found.examples:
-            raise PipelineError(_nothing(format, sources, found))
+            raise PipelineError(_no_questions_message(format, sources, found))
     except PipelineError as error:
         instead = suggest_format(format, sources)
         if instead is None:
@@ -94,30 +99,32 @@ def read_examples(
 
 
 def results_formatter(format: str) -> Results:
-    """Puts answers as the data set's evaluation takes them, in JSON types. ConfigError for an unknown format."""
+    """Return the formatter of predictions for the dataset's evaluation server. Raises `ConfigError`."""
     return _format(format).results
 
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0)[0]
-        raise ConfigError(f"no data.format {name!r}; nearest: {near}; allowed: {', '.join(FORMATS)}")
+        raise ConfigError(f"unknown data.format {name!r}; did you mean {near}? Allowed: {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-def _nothing(format: str, sources: Sources, found: Split) -> str:
+def _no_questions_message(format: str, sources: Sources, found: Split) -> str:
     tables = [table.dataset for table in sources.tables.values()]
     named = next(filter(None, [sources.questions, sources.annotations, *tables]), format)
-    message = f"data.{sources.split}: no questions in {named}"
     if not found.skipped:
-        return message
+        return f"data.{sources.split}: no questions in {named}"
     last = found.skipped[-1]
-    return f"{message} that can be used: {len(found.skipped)} left out, the last at {last.where}: {last.reason}"
+    return (
+        f"data.{sources.split}: no valid questions in {named}: {len(found.skipped)} skipped, the last one "
+        f"at {last.where}: {last.reason}"
+    )
 
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Parsing makes millions of objects that are all kept: searching them for garbage takes a third of the time."""
+    """Disable garbage collection: parsing keeps millions of objects, and scanning them takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What the features of a checkpoint's encoder are: the `CacheSpec` that stage one writes and stage two checks."""
+"""Compute the `CacheSpec` of a checkpoint's encoder, which stage one writes and stage two checks."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fingerprint
 from pipeline.common.errors import PipelineError
 from pipeline.encoding.images import Preprocessor
 
-# What of the config decides the features. Named one by one: a new release of transformers may add keys, and no cache
-# is stale for that.
+# The config keys that determine the features. They are listed, since keys that a new release of transformers adds must
+# not invalidate caches.
 _LAYERS = (
     "hidden_size",
     "intermediate_size",
@@ -29,7 +29,7 @@ _SETTINGS = {
 
 
 def encoder_settings(folder: Path) -> dict[str, Any]:
-    """What the encoder computes with its tensors, by `config.json` and the defaults for what that leaves out."""
+    """Return the settings that determine what the encoder computes, from `config.json` and the library's defaults."""
     model = Blip2Config.from_pretrained(folder)
     settings = {
         f"{section}.{key}": getattr(getattr(model, section), key) for section, keys in _SETTINGS.items() for key in keys
@@ -38,22 +38,26 @@ def encoder_settings(folder: Path) -> dict[str, Any]:
 
 
 def load_preprocessor(folder: Path) -> Preprocessor:
-    """The checkpoint's preprocessing. Raises `PipelineError` if its pixels are not those that the encoder takes."""
+    """Load the checkpoint's preprocessing. Raises `PipelineError` if its image size is not the encoder's."""
     preprocess = Preprocessor(folder)
     side = Blip2Config.from_pretrained(folder).vision_config.image_size
     if preprocess.size != (side, side):
         height, width = preprocess.size
         raise PipelineError(
-            f"{folder}: the image processor's size is {height} x {width}, and config.json has "
-            f"vision_config.image_size {side}; they are not of one checkpoint"
+            f"{folder}: the image processor's size is {height} x {width}, but config.json has "
+            f"vision_config.image_size {side}; they belong to different checkpoints"
         )
     return preprocess
 
 
 def encoder_spec(folder: Path, encoder_dtype: str, storage_dtype: str, encoder_fingerprint: str = "") -> CacheSpec:
-    """From the checkpoint's files alone; no model is loaded.
+    """Compute the spec from the checkpoint's files, without loading the model.
 
-    `encoder_fingerprint`, where the tensors cannot be had, takes the place of the one over them and the settings.
+    Args:
+        folder: the checkpoint.
+        encoder_dtype: dtype of the encoder.
+        storage_dtype: dtype of the stored features.
+        encoder_fingerprint: used as it is if the encoder's tensors are not on this machine; empty: computed from them.
     """
     settings = encoder_settings(folder)
     return CacheSpec(

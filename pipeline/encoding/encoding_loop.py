@@ -1,4 +1,4 @@
-"""The loop of stage one: pictures are decoded ahead, encoded, and written behind, all at the same time."""
+"""The encoding loop of stage one: images are decoded ahead, encoded, and written in the background, all in parallel."""
 
 import time
 from collections import deque
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,258 +21,301 @@ from pipeline.blip2.encoder import Blip2Encoder
 from pipeline.blip2.memory import is_out_of_memory
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info, progress_bar
-from pipeline.data.tables import ImageSource
+from pipeline.data.image_sources import ImageSource
 from pipeline.encoding.images import ImageError, ImageUnreachableError, Preprocessor, image_digest, read_image_bytes
 
-TRIED = 8  # pictures, to tell in a moment how fast it will be
-BATCHES_AHEAD = 2  # decoded while one is encoded: memory is theirs, whatever the number of pictures
-LOOP_TIMES = ("waiting_for_images", "encoding", "waiting_for_disk")
-BATCHES_TIMED = 3  # before the time for all is told; the first warms up
+MAX_TIMED_IMAGES = 8
+"""Images of the speed estimate of a dry run."""
+BATCHES_AHEAD = 2
+"""Batches decoded while one is encoded; they bound the memory, whatever the number of images."""
+BATCHES_BEFORE_ESTIMATE = 3
+"""Batches before the total time is logged; the first is a warm-up and not counted."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodingReport:
-    """What one process did."""
+    """What one rank encoded, and where its time went, in seconds."""
 
     rows: int = 0
-    failures: dict[bytes, str] = field(default_factory=dict)
-    """Digest of the picture -> why it has no features."""
+    failures: Mapping[bytes, str] = field(default_factory=dict)
+    """Digest of each image without features -> the reason."""
     waiting_for_images: float = 0.0
     encoding: float = 0.0
     waiting_for_disk: float = 0.0
-    """Seconds of the loop."""
 
     @property
     def seconds(self) -> float:
-        return sum(getattr(self, name) for name in LOOP_TIMES)
+        """Duration of the loop."""
+        return self.waiting_for_images + self.encoding + self.waiting_for_disk
 
 
 @dataclass
 class _Batch:
-    """Some rows of a part on their way; a slot without a picture is black, so that the others' rounding stays."""
+    """Rows of a part whose images are being decoded.
+
+    A slot without an image stays black: the batch keeps its shape, so that the other rows round the same.
+    """
 
     part: PartWriter
     rows: range
-    is_open: np.ndarray
-    """(n,) bool: the rows to be written; a batch cut by a kill has others."""
+    is_unwritten: np.ndarray
+    """(n,) bool: the rows to write. In a batch that an interrupted run wrote in part, the others are stored already."""
     pixel_values: Tensor
     """(n, 3, H, W) float32."""
-    slots: list["Future[None] | None"]
+    decoding: list["Future[None] | None"]
+    """Per slot."""
 
 
 @dataclass
-class _Launched:
+class _EncodedBatch:
+    """A batch on its way from the device."""
+
     batch: _Batch
     failures: dict[int, str]
+    """Slot -> reason."""
     features: Tensor
-    """(n, Q, D) on the host, there once `event` has passed."""
+    """(n, Q, D) on the host, valid after `event`."""
     event: Any
 
 
+class _Stopwatch:
+    """Sum of the seconds spent in its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
 class EncodingLoop:
-    """Fills parts of a cache with the features of their pictures, in batches on the parts' fixed grid."""
+    """Fills parts of a cache with query features, in batches aligned to the start of each part."""
 
     def __init__(self, encoder: Blip2Encoder, preprocess: Preprocessor, batch_size: int, workers: int) -> None:
+        """Create the loop.
+
+        Args:
+            encoder: the encoder half, on this process's device.
+            preprocess: the image processing of its checkpoint.
+            batch_size: images per batch.
+            workers: decoding threads; at least one is used.
+        """
         self.encoder, self.preprocess, self.batch_size = encoder, preprocess, batch_size
         self.device = pick_device()
-        self.done = EncodingReport()
-        self._in_work: list[PartWriter] = []  # one, or two where a batch of the next is being decoded
+        self._rows = 0
+        self._failures: dict[bytes, str] = {}
+        self._image_wait, self._encoding_time, self._disk_wait = _Stopwatch(), _Stopwatch(), _Stopwatch()
+        self._open_parts: list[PartWriter] = []  # one, or two while a batch of the next one is being decoded
+        self._pending_write: Future[int] | None = None
         self._decoders = ThreadPoolExecutor(max(1, workers), "decode")
-        self._disk = ThreadPoolExecutor(1, "write")
+        self._writer = ThreadPoolExecutor(1, "write")
 
-    def fill(self, paths: Sequence[Path], pictures: Mapping[bytes, ImageSource]) -> EncodingReport:
-        """Encodes what is open in the parts at `paths`, and seals them; `pictures`: by digest.
+    def fill(self, paths: Sequence[Path], images: Mapping[bytes, ImageSource]) -> EncodingReport:
+        """Encode the unwritten rows of the parts at `paths`, and seal the parts.
 
-        Raises CacheError if the disk does not take it; what is written stays.
+        Args:
+            paths: the parts.
+            images: digest -> image; rows of other digests are not encoded.
+
+        Raises:
+            CacheError: the disk accepts no writes. Rows written before are kept.
+            PipelineError: an image cannot be read any more, or out of memory.
         """
-        with ExitStack() as ending:  # in the reverse order: the threads end before the parts are closed
-            ending.callback(self._close_parts)
-            ending.callback(self._disk.shutdown, cancel_futures=True)
-            ending.callback(self._decoders.shutdown, cancel_futures=True)
+        with ExitStack() as cleanup:  # in reverse order: the threads end before the parts are closed
+            cleanup.callback(self._close_parts)
+            cleanup.callback(self._writer.shutdown, cancel_futures=True)
+            cleanup.callback(self._decoders.shutdown, cancel_futures=True)
             total = sum(int((inspect_part(path).crc32 == NOT_WRITTEN).sum()) for path in paths)
-            clock = _Clock(total)
-            with progress_bar("encoding", total, "pictures") as bar, torch.inference_mode():
-                for rows in self._encode(self._decode_ahead(paths, pictures)):
+            time_estimate = _TimeEstimate(total)
+            with progress_bar("encoding", total, "images") as bar, torch.inference_mode():
+                for rows in self._encode(self._decode_ahead(paths, images)):
                     bar.update(rows)
-                    clock.tick(rows)
-        return self.done
+                    time_estimate.update(rows)
+        return EncodingReport(
+            self._rows,
+            self._failures,
+            self._image_wait.seconds,
+            self._encoding_time.seconds,
+            self._disk_wait.seconds,
+        )
 
-    def images_per_second(self, pictures: Sequence[ImageSource]) -> float | None:
-        """How fast the first pictures are read and encoded, a small batch of them, after one to warm up.
-
-        None if none of them can be decoded.
-        """
-        some = pictures[: min(self.batch_size, TRIED)]
+    def images_per_second(self, images: Sequence[ImageSource]) -> float | None:
+        """Measure the speed on a small batch of the first images, after a warm-up; None if none can be decoded."""
+        sample = images[: min(self.batch_size, MAX_TIMED_IMAGES)]
         with self._decoders, torch.inference_mode():
             for _ in range(2):
                 started = time.perf_counter()
-                decoded = [pixels for pixels in self._decoders.map(self._decode_if_good, some) if pixels is not None]
+                decoded = [pixels for pixels in self._decoders.map(self._try_decode, sample) if pixels is not None]
                 if not decoded:
                     return None
-                with _naming_batch_size(len(decoded)):
+                with _advising_on_memory(len(decoded)):
                     self.encoder(torch.from_numpy(np.stack(decoded)).to(self.device)).cpu()
         return len(decoded) / (time.perf_counter() - started)
 
-    def _decode_if_good(self, picture: ImageSource) -> np.ndarray | None:
+    def _try_decode(self, image: ImageSource) -> np.ndarray | None:
         try:
-            return self.preprocess(read_image_bytes(picture))
-        except ImageError:  # the run will leave it out, and say so
+            return self.preprocess(read_image_bytes(image))
+        except ImageError:  # reported by the run itself
             return None
 
     def _encode(self, batches: Iterator[_Batch]) -> Iterator[int]:
-        """Encodes and writes; -> rows stored or given up, batch by batch.
+        """Encode and write all batches; yield the number of finished rows of each, once it is written.
 
-        CUDA is given a batch before the one before is waited for; the disk is waited for one batch later.
+        On CUDA the next batch is submitted before the results of the previous one are awaited.
         """
-        in_flight = 1 if self.device.type == "cuda" else 0
-        launched: deque[_Launched] = deque()
-        written: Future[int] | None = None
-        for batch in chain(batches, [None]):
-            if batch:
-                launched.append(self._launch(batch))
-            while len(launched) > (in_flight if batch else 0):
-                features = self._fetch(launched[0])
-                if written:
-                    yield self._wait_for_disk(written)
-                written = self._disk.submit(self._write, launched.popleft(), features)
-        if written:
-            yield self._wait_for_disk(written)
+        max_in_flight = 1 if self.device.type == "cuda" else 0
+        in_flight: deque[_EncodedBatch] = deque()
+        for batch in batches:
+            in_flight.append(self._forward(batch))
+            if len(in_flight) > max_in_flight:
+                yield from self._write_in_background(in_flight.popleft())
+        for encoded in in_flight:
+            yield from self._write_in_background(encoded)
+        yield from self._await_write()
 
-    def _decode_ahead(self, paths: Sequence[Path], pictures: Mapping[bytes, ImageSource]) -> Iterator[_Batch]:
-        """The batches in order, each with its pictures decoded or being decoded."""
+    def _write_in_background(self, encoded: _EncodedBatch) -> Iterator[int]:
+        """Start to write a batch after the previous one is written; yield the rows of the previous one."""
+        features = self._features_of(encoded)
+        yield from self._await_write()
+        self._pending_write = self._writer.submit(self._write, encoded, features)
+
+    def _await_write(self) -> Iterator[int]:
+        if self._pending_write is not None:
+            with self._disk_wait:
+                rows = self._pending_write.result()
+            self._pending_write = None
+            yield rows
+
+    def _decode_ahead(self, paths: Sequence[Path], images: Mapping[bytes, ImageSource]) -> Iterator[_Batch]:
+        """Yield the batches in order, while the images of the next ones are being decoded."""
         ahead: deque[_Batch] = deque()
         for path in paths:
             part = PartWriter(path)
-            self._in_work.append(part)
+            self._open_parts.append(part)
             for rows in part.unwritten_batches(self.batch_size):
-                ahead.append(self._begin(part, rows, pictures))
+                ahead.append(self._start_decoding(part, rows, images))
                 if len(ahead) > BATCHES_AHEAD:
                     yield ahead.popleft()
         yield from ahead
 
-    def _begin(self, part: PartWriter, rows: range, pictures: Mapping[bytes, ImageSource]) -> _Batch:
+    def _start_decoding(self, part: PartWriter, rows: range, images: Mapping[bytes, ImageSource]) -> _Batch:
         height, width = self.preprocess.size
         pixel_values = torch.zeros(len(rows), 3, height, width, pin_memory=self.device.type == "cuda")
-        slots: list[Future[None] | None] = [None] * len(rows)
+        decoding: list[Future[None] | None] = [None] * len(rows)
         for slot, row in enumerate(rows):
             digest = part.digests[row].tobytes()
-            if digest in pictures:  # of a row stored before, the picture may not be wanted any more
+            if digest in images:  # no question may need the image of a row that was stored before
                 out = pixel_values[slot].numpy()
-                slots[slot] = self._decoders.submit(self._decode, pictures[digest], digest, out)
-        return _Batch(part, rows, part.crc32[rows.start : rows.stop] == NOT_WRITTEN, pixel_values, slots)
+                decoding[slot] = self._decoders.submit(self._decode, images[digest], digest, out)
+        return _Batch(part, rows, part.crc32[rows.start : rows.stop] == NOT_WRITTEN, pixel_values, decoding)
 
-    def _decode(self, picture: ImageSource, digest: bytes, out: np.ndarray) -> None:
+    def _decode(self, image: ImageSource, digest: bytes, out: np.ndarray) -> None:
         try:
-            data = read_image_bytes(picture)
+            data = read_image_bytes(image)
             if image_digest(data) != digest:
                 raise ImageError("changed since it was first read")
             out[...] = self.preprocess(data)
-        except ImageUnreachableError as error:  # its mount may come back: its row must not be given up
+        except ImageUnreachableError as error:  # it may be back in a moment: its row must not be marked as failed
             raise PipelineError(
-                f"{picture}: {error}, though it could be read before. Nothing is given up: once it can be read again, "
-                "run the same command again, and it goes on from here"
+                f"{image}: {error}, though it could be read before. Completed work is saved. Once the image can be "
+                "read again, run the same command again to continue"
             ) from error
 
-    def _launch(self, batch: _Batch) -> _Launched:
+    def _forward(self, batch: _Batch) -> _EncodedBatch:
+        """Encode a batch. On CUDA this only submits the work."""
         failures = {}
-        with _timed(self.done, "waiting_for_images"):
-            for slot, future in enumerate(batch.slots):
+        with self._image_wait:
+            for slot, future in enumerate(batch.decoding):
                 try:
                     if future:
                         future.result()
                 except ImageError as error:
                     failures[slot] = str(error)
-        with _timed(self.done, "encoding"), _naming_batch_size(len(batch.rows)):
+        with self._encoding_time, _advising_on_memory(len(batch.rows)):
             features = self.encoder(batch.pixel_values.to(self.device, non_blocking=True))
             features = features.to(getattr(torch, batch.part.spec.dtype))
             if self.device.type != "cuda":
-                return _Launched(batch, failures, features, None)
+                return _EncodedBatch(batch, failures, features, None)
             host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
             host.copy_(features, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(features.device))  # that of the copy, whatever device is current
-            return _Launched(batch, failures, host, event)
+            event.record(torch.cuda.current_stream(features.device))  # the stream of the copy, not the current device's
+            return _EncodedBatch(batch, failures, host, event)
 
-    def _fetch(self, launched: _Launched) -> np.ndarray:
-        """The features as numpy stores them: bfloat16, which numpy lacks, as uint16."""
-        with _timed(self.done, "encoding"):
-            if launched.event:
-                launched.event.synchronize()
-        features = launched.features
+    def _features_of(self, encoded: _EncodedBatch) -> np.ndarray:
+        """Wait for the features, (n, Q, D); bfloat16, which numpy lacks, is returned as uint16."""
+        with self._encoding_time:
+            if encoded.event:
+                encoded.event.synchronize()
+        features = encoded.features
         return (features.view(torch.uint16) if features.dtype == torch.bfloat16 else features).numpy()
 
-    def _write(self, launched: _Launched, features: np.ndarray) -> int:
-        """Stores what is open and good, gives up what has failed, seals the part when it is full; -> rows done with."""
-        batch, part = launched.batch, launched.batch.part
-        good = finite(features, part.spec)
-        for slot in np.flatnonzero(~good).tolist():
-            launched.failures.setdefault(slot, f"its features are not finite in {part.spec.dtype}")
-        good[list(launched.failures)] = False
+    def _write(self, encoded: _EncodedBatch, features: np.ndarray) -> int:
+        """Write the unwritten rows of a batch, mark those that failed, and seal the part once it is full.
+
+        Returns:
+            The number of rows written or marked.
+        """
+        batch, part = encoded.batch, encoded.batch.part
+        is_good = finite(features, part.spec)
+        for slot in np.flatnonzero(~is_good).tolist():
+            encoded.failures.setdefault(slot, f"its features are not finite in {part.spec.dtype}")
+        is_good[list(encoded.failures)] = False
         rows = np.asarray(batch.rows)
-        part.write(rows[good & batch.is_open], features[good & batch.is_open])
-        self.done.rows += int((good & batch.is_open).sum())
-        part.mark_failed(rows[~good & batch.is_open])
+        written, failed = is_good & batch.is_unwritten, ~is_good & batch.is_unwritten
+        part.write(rows[written], features[written])
+        self._rows += int(written.sum())
+        part.mark_failed(rows[failed])
         if not part.unwritten_rows.size:
             part.seal()
-            self._in_work.remove(part)
-        for slot in np.flatnonzero(~good & batch.is_open).tolist():
-            self.done.failures[part.digests[rows[slot]].tobytes()] = launched.failures[slot]
-        return int(batch.is_open.sum())
-
-    def _wait_for_disk(self, written: "Future[int]") -> int:
-        with _timed(self.done, "waiting_for_disk"):
-            return written.result()
+            self._open_parts.remove(part)
+        for slot in np.flatnonzero(failed).tolist():
+            self._failures[part.digests[rows[slot]].tobytes()] = encoded.failures[slot]
+        return int(batch.is_unwritten.sum())
 
     def _close_parts(self) -> None:
-        for part in self._in_work:
+        for part in self._open_parts:
             part.close()
 
 
-class _Clock:
-    """Says once, after the first batches, how long it all will take."""
+class _TimeEstimate:
+    """Logs the estimated total time once, after the first batches."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.ticks, self.rows, self.started = total, 0, 0, 0.0
+        self.total, self.batches, self.rows, self.started = total, 0, 0, 0.0
 
-    def tick(self, rows: int) -> None:
-        self.ticks += 1
-        if self.ticks == 1:
+    def update(self, rows: int) -> None:
+        """Count a finished batch."""
+        self.batches += 1
+        if self.batches == 1:
             self.started = time.perf_counter()
             return
         self.rows += rows
-        if self.ticks == BATCHES_TIMED and self.rows:
-            a_second = self.rows / (time.perf_counter() - self.started)
-            log_info(
-                f"{a_second:.3g} pictures a second: about {duration(self.total / a_second)} for {self.total} pictures"
-            )
+        if self.batches == BATCHES_BEFORE_ESTIMATE and self.rows:
+            rate = self.rows / (time.perf_counter() - self.started)
+            log_info(f"{rate:.3g} images/s: about {format_duration(self.total / rate)} for {self.total} images")
 
 
 @contextmanager
-def _naming_batch_size(pictures: int) -> Iterator[None]:
-    """Raises `PipelineError` where memory is out."""
+def _advising_on_memory(batch_size: int) -> Iterator[None]:
+    """Turn an out-of-memory error into a `PipelineError` that suggests a smaller batch."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = f"try precompute.batch_size={pictures // 2}" if pictures > 1 else "that is the least"
+        advice = f"Try precompute.batch_size={batch_size // 2}" if batch_size > 1 else "The batch cannot be smaller"
         raise PipelineError(
-            f"out of memory with {pictures} pictures at a time; {advice}. What is written stays good: the same command "
-            "goes on"
+            f"out of memory with a batch of {batch_size} images. {advice}. Completed work is saved; run the same "
+            "command again to continue"
         ) from None
 
 
-@contextmanager
-def _timed(done: EncodingReport, name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        setattr(done, name, getattr(done, name) + time.perf_counter() - started)
-
-
-def duration(seconds: float) -> str:
-    """A time in words: 42 s, 12 min, 3 h 5 min."""
+def format_duration(seconds: float) -> str:
+    """Format a time as "42 s", "12 min" or "3 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

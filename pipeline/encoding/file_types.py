@@ -1,4 +1,4 @@
-"""What a file is that Pillow does not know, by how it begins, and what to do with it."""
+"""Identify files that Pillow cannot read by their first bytes, and suggest what to do."""
 
 import zlib
 
@@ -8,7 +8,7 @@ _CONVERT = "convert it to JPEG or PNG, e.g. with ImageMagick"
 
 CAMERA_RAW = f"a camera's raw image, of which Pillow reads only a small preview: {_CONVERT}"
 
-_IMAGES = (  # offset, bytes, what it is
+_IMAGES = (  # offset, bytes, description
     (0, b"\xff\x0a", "a JPEG XL image"),
     (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
     (0, b"II\xbc\x01", "a JPEG XR image"),
@@ -56,53 +56,53 @@ _TEXTS = {
     b"{": "JSON",
     b"%pdf": "PDF",
     b"%!ps": "PostScript",
-    b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
+    b"version https://git-lfs": "a Git LFS pointer whose file was not downloaded",
 }
-_IN_PART = (  # forms that Pillow knows, but not all that can be in them
+_IN_PART = (  # formats that Pillow reads only in part
     ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF", "such as a camera's raw file, float RGB or 64-bit pixels"),
     ((b"\xff\xd8\xff",), "JPEG", "such as one of 12 bits, or lossless"),
 )
 _AVIF = {b"avif", b"avis"}
-_BRANDS = {  # of the ISO container that starts with `ftyp`; the first that the file names
+_BRANDS = {  # of the ISO container that starts with `ftyp`; the first one in the file is used
     "a HEIC image": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"},
     "a HEIF image": {b"mif1", b"mif2", b"msf1"},
     "a camera's raw image (CR3)": {b"crx "},
 }
 
 
-def why_not_known(data: bytes) -> str:
-    """Why Pillow does not know a file, and what to do, in a line."""
+def describe_unknown_file(data: bytes) -> str:
+    """Return, in one line, why Pillow cannot identify a file, and what to do."""
     if data[4:8] == b"ftyp":
-        return _why_container_not_known(data)
-    if image := unreadable_image(data):
+        return _describe_container(data)
+    if image := describe_unreadable_image(data):
         return image
     for beginnings, image, kinds in _IN_PART:
         if data.startswith(beginnings):
             return f"a {image} image that Pillow cannot read ({kinds}), or its header is damaged: {_CONVERT}"
     if kind := _gzipped(data) or _find(_OTHERS, data) or _text(data):
-        return f"not a picture: it begins like {kind}"
+        return f"not an image: it looks like {kind}"
     if not any(data):
-        return "not a picture: all its bytes are zero"
-    return "not a picture: of no form that is known, or its header is damaged"
+        return "not an image: all bytes are zero"
+    return "not an image: unknown format, or a damaged header"
 
 
-def unreadable_image(data: bytes) -> str | None:
-    """The same of images that Pillow cannot decode, also if it takes their header for one that it knows."""
+def describe_unreadable_image(data: bytes) -> str | None:
+    """Return the same for known image formats that Pillow cannot decode, even if it misidentifies their header."""
     image = _find(_IMAGES, data)
     return f"{image}, which Pillow cannot read: {_CONVERT}" if image else None
 
 
-def _why_container_not_known(data: bytes) -> str:
+def _describe_container(data: bytes) -> str:
     box = data[: min(int.from_bytes(data[:4], "big"), 4096)]
     named = {data[8:12], *(box[start : start + 4] for start in range(16, len(box), 4))}
     if named & _AVIF:
-        if "AVIF" in Image.SAVE:  # what this Pillow writes it reads
+        if "AVIF" in Image.SAVE:  # a Pillow that writes AVIF also reads it
             return "cannot be decoded: an AVIF image whose header is damaged"
         return f"an AVIF image, which Pillow reads from version 11.3 on: update Pillow, or {_CONVERT}"
     for image, brands in _BRANDS.items():
         if named & brands:
             return f"{image}, which Pillow cannot read: {_CONVERT}"
-    return "not a picture: it begins like an MP4 or QuickTime video"
+    return "not an image: it looks like an MP4 or QuickTime video"
 
 
 def _gzipped(data: bytes) -> str | None:

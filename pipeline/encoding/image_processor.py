@@ -1,4 +1,4 @@
-"""The settings of a checkpoint's image processor, checked: what is wrong in its file is raised by key."""
+"""Load and validate the image processor of a checkpoint; errors name the key."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -30,17 +30,17 @@ class _Settings(BaseModel):
     image_std: _Positive | _Deviations | None
 
     @model_validator(mode="after")
-    def _has_what_it_needs(self) -> Self:
+    def _check_required_values(self) -> Self:
         needed = {"do_rescale": ("rescale_factor",), "do_normalize": ("image_mean", "image_std")}
         for step, keys in needed.items():
             for key in keys:
                 if getattr(self, step) and getattr(self, key) is None:
-                    raise ValueError(f"{step} is true, and {key} null")
+                    raise ValueError(f"{step} is true, but {key} is null")
         return self
 
 
 def load_image_processor(folder: Path) -> Any:
-    """The image processor of the checkpoint in `folder`, by Pillow. Raises `PipelineError` if it cannot be had."""
+    """Load the Pillow image processor of the checkpoint in `folder`. Raises `PipelineError` if it is invalid."""
     files = [folder / name for name in FILES if (folder / name).exists()]
     if not files:
         raise PipelineError(f"{folder}: the checkpoint has no image processor ({' or '.join(FILES)})")
@@ -54,11 +54,11 @@ def load_image_processor(folder: Path) -> Any:
             values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
         _Settings.model_validate(values)
     except ValidationError as error:
-        raise PipelineError(_refusal(files, "; ".join(explain(error)))) from None
-    except Exception as error:  # each release of the library checks in its own way
-        raise PipelineError(_refusal(files, one_line(error))) from None
+        raise PipelineError(_invalid_message(files, "; ".join(explain(error)))) from None
+    except Exception as error:  # the type depends on the release of the library
+        raise PipelineError(_invalid_message(files, one_line(error))) from None
     return processor
 
 
-def _refusal(files: list[Path], reason: str) -> str:
-    return f"{' or '.join(map(str, files))}: the image processor cannot be used: {reason}; get the checkpoint again"
+def _invalid_message(files: list[Path], reason: str) -> str:
+    return f"{' or '.join(map(str, files))}: invalid image processor: {reason}. Download the checkpoint again"

@@ -25,10 +25,10 @@ def digest_of_folder(folder: Path) -> dict[str, bytes]:
 def test_every_distinct_picture_is_encoded_once_and_every_question_kept(data_set: Path) -> None:
     shutil.copy(data_set / "images" / "0.png", data_set / "images" / "23.png")  # the same bytes, another name
     summary = precompute(load_config(data_set / "config.yaml"))
-    assert (summary["images"], summary["encoded"], summary["reused"], summary["failed"]) == (23, 23, 0, 0)
-    assert summary["questions"] == {"train": 54, "val": 18}
-    assert summary["images_per_second"] > 0
-    assert summary["cache_bytes"] > 23 * 16 * 128 * 4
+    assert (summary.images, summary.encoded, summary.reused, summary.failed) == (23, 23, 0, 0)
+    assert summary.questions == {"train": 54, "val": 18}
+    assert summary.images_per_second > 0
+    assert summary.cache_bytes > 23 * 16 * 128 * 4
     features = FeatureReader(data_set / "cache")
     assert features.text("train").image_row[0] == features.text("val").image_row[-1]
 
@@ -39,7 +39,7 @@ def test_a_second_run_encodes_nothing_and_changes_nothing(data_set: Path, monkey
     before = digest_of_folder(data_set / "cache")
     monkeypatch.setattr("pipeline.commands.precompute.load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
     again = precompute(config)
-    assert (again["encoded"], again["reused"], again["images_per_second"]) == (0, 24, None)
+    assert (again.encoded, again.reused, again.images_per_second) == (0, 24, None)
     assert digest_of_folder(data_set / "cache") == before
 
 
@@ -54,7 +54,7 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
     read = pipeline.encoding.encoding_loop.read_image_bytes
     monkeypatch.setattr(
         pipeline.encoding.encoding_loop,
-        "read_picture",
+        "read_image_bytes",
         lambda path: (_ for _ in ()).throw(KeyboardInterrupt) if path.name == "18.png" else read(path),
     )
     with pytest.raises(KeyboardInterrupt):
@@ -64,7 +64,7 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
     with pytest.raises(CacheError, match="unfinished"):
         FeatureReader(config.cache.dir)
     summary = precompute(config)
-    assert 0 < summary["reused"] < 24
+    assert 0 < summary.reused < 24
     assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
 
 
@@ -77,7 +77,7 @@ def test_only_new_and_changed_pictures_are_encoded(data_set: Path) -> None:
     with (data_set / "train.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"image": "new.png", "question": "what is it?", "answer": "new"}))
     summary = precompute(config)
-    assert (summary["encoded"], summary["reused"]) == (2, 23)
+    assert (summary.encoded, summary.reused) == (2, 23)
     text = FeatureReader(config.cache.dir).text("train")
     assert text.record(len(text) - 1)["answers"] == ["new"]
 
@@ -96,8 +96,8 @@ def test_missing_pictures_are_an_error_or_a_counted_skip(data_set: Path) -> None
     listed = skipped(report)
     assert [(one["split"], one["reason"], one["questions"]) for one in listed] == [("train", "not there", 3)] * 2
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
-    assert (summary["images"], summary["failed"], summary["questions"]["train"]) == (22, 2, 48)
-    assert summary["skipped"] == {"not there": 6}
+    assert (summary.images, summary.failed, summary.questions["train"]) == (22, 2, 48)
+    assert summary.skipped == {"not there": 6}
     assert skipped(FeatureReader(data_set / "cache").attachment("skipped.jsonl")) == listed
     assert not report.exists()  # the cache holds it now
 
@@ -140,8 +140,8 @@ def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_se
         precompute(load_config(data_set / "config.yaml"))
     (data_set / "2.png").rename(data_set / "images" / "2.png")
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
-    assert summary["skipped"] == {"duplicate question_id": 1, "no answer": 1}
-    assert (summary["questions"]["train"], summary["failed"]) == (54, 0)
+    assert summary.skipped == {"duplicate question_id": 1, "no answer": 1}
+    assert (summary.questions["train"], summary.failed) == (54, 0)
 
 
 def truncate(path: Path) -> None:
@@ -158,12 +158,12 @@ def test_a_picture_that_turns_out_broken_costs_no_other_its_features(data_set: P
     assert skipped(data_set / "cache.skipped.jsonl")[0]["image"].endswith("5.png")
     skipping = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     summary = precompute(skipping)
-    assert (summary["encoded"], summary["reused"], summary["failed"]) == (0, 23, 1)
-    assert summary["questions"] == {"train": 51, "val": 18}
+    assert (summary.encoded, summary.reused, summary.failed) == (0, 23, 1)
+    assert summary.questions == {"train": 51, "val": 18}
     write_data_set(data_set / "other", seed=5)
     shutil.copy(data_set / "other" / "images" / "5.png", data_set / "images" / "5.png")
     summary = precompute(config)
-    assert (summary["encoded"], summary["reused"], summary["failed"]) == (1, 23, 0)
+    assert (summary.encoded, summary.reused, summary.failed) == (1, 23, 0)
 
 
 def test_each_thing_left_out_is_said_once_and_the_last_line_says_where_the_list_is(
@@ -184,7 +184,7 @@ def test_each_thing_left_out_is_said_once_and_the_last_line_says_where_the_list_
 def test_a_disk_that_is_too_full_is_told_in_fitting_units(
     data_set: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, advised: bool
 ) -> None:
-    monkeypatch.setattr("pipeline.encoding.preflight.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("pipeline.encoding.disk_space.free_disk_bytes", lambda folder: 1000)
     with pytest.raises(PipelineError, match=r"need 0\.\d\d MB, the disk has 0\.00 MB free") as told:
         precompute(load_config(data_set / "config.yaml", [f"cache.dtype={dtype}"]))
     assert ("cache.dtype=float16" in str(told.value)) == advised
@@ -211,7 +211,7 @@ def test_a_picture_that_changes_during_the_run_is_not_stored_under_its_old_diges
     read = pipeline.encoding.encoding_loop.read_image_bytes
     monkeypatch.setattr(
         pipeline.encoding.encoding_loop,
-        "read_picture",
+        "read_image_bytes",
         lambda path: read(path.with_name("2.png") if path.name == "5.png" else path),
     )
     with pytest.raises(PipelineError, match="changed since it was first read"):
@@ -301,7 +301,7 @@ def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_not
     whole = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/whole"])
     precompute(whole)
     config = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/elsewhere/cache"])
-    begin, begun = pipeline.encoding.encoding_loop.EncodingLoop._begin, []
+    begin, begun = pipeline.encoding.encoding_loop.EncodingLoop._start_decoding, []
 
     def vanish(self, part, rows, pictures):
         begun.append(rows)
@@ -309,14 +309,14 @@ def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_not
             (data_set / "images").rename(data_set / "away")
         return begin(self, part, rows, pictures)
 
-    monkeypatch.setattr(pipeline.encoding.encoding_loop.EncodingLoop, "_begin", vanish)
+    monkeypatch.setattr(pipeline.encoding.encoding_loop.EncodingLoop, "_start_decoding", vanish)
     with pytest.raises(
         PipelineError, match=r"images/\d+\.png: not there, though it could .* run the same command again"
     ):
         precompute(config)
     monkeypatch.undo()
     (data_set / "away").rename(data_set / "images")
-    assert precompute(config)["failed"] == 0
+    assert precompute(config).failed == 0
     assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
 
 
@@ -325,7 +325,7 @@ def test_want_of_memory_gives_no_row_up(data_set: Path, monkeypatch: pytest.Monk
     with pytest.raises(PipelineError, match=r"images/\d+\.png: not enough memory"):
         precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
     monkeypatch.undo()
-    assert precompute(load_config(data_set / "config.yaml"))["failed"] == 0
+    assert precompute(load_config(data_set / "config.yaml")).failed == 0
 
 
 def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
@@ -343,14 +343,14 @@ def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
         "pipeline.encoding.encoding_loop.read_image_bytes", lambda path: (read.append(path.name), known(path))[1]
     )
     told = estimate_precompute(config)
-    assert (told["to_encode"], set(read)) == (3, {"0.png", "1.png", "2.png"})
-    assert told["images_per_second"] > 0
+    assert (told.to_encode, set(read)) == (3, {"0.png", "1.png", "2.png"})
+    assert told.images_per_second > 0
 
 
 def test_a_cache_may_be_the_folder_that_one_is_in(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data_set / "here").mkdir()
     monkeypatch.chdir(data_set / "here")
-    assert precompute(load_config(data_set / "config.yaml", ["cache.dir=."]))["encoded"] == 24
+    assert precompute(load_config(data_set / "config.yaml", ["cache.dir=."])).encoded == 24
 
 
 def test_splits_that_another_config_leaves_out_are_told(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +370,7 @@ def test_a_repair_keeps_the_parts_as_long_as_they_are(data_set: Path) -> None:
     config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
     precompute(config)
     damage(config.cache.dir / "features-00001.h5")
-    assert repair(config.cache.dir)["encoded"] == 1
+    assert repair(config.cache.dir).encoded == 1
     assert FeatureReader(config.cache.dir).manifest.part_rows == 10
 
 
@@ -396,4 +396,4 @@ def test_a_repair_finds_the_pictures_from_every_folder(data_set: Path, monkeypat
     damage(config.cache.dir / "features-00000.h5")
     (data_set / "elsewhere").mkdir()
     monkeypatch.chdir(data_set / "elsewhere")
-    assert repair(config.cache.dir)["encoded"] == 1
+    assert repair(config.cache.dir).encoded == 1

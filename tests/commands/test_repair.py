@@ -18,7 +18,8 @@ from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.encoding import encoding_loop as encoding
-from pipeline.encoding import upkeep
+from pipeline.commands import cache as cache_command
+from pipeline.commands.cache import cache_info, verify_cache
 
 PART = "features-00000.h5"
 
@@ -78,7 +79,7 @@ def test_nothing_is_thrown_away_before_its_picture_is_found(
         repair(data_set / "config.yaml")
     assert files(cache) == before
     away.rename(picture)
-    assert repair(data_set / "config.yaml")["encoded"] == (24 if whole_part else 1)
+    assert repair(data_set / "config.yaml").encoded == (24 if whole_part else 1)
     assert audit.verify(cache).damage == []
 
 
@@ -90,7 +91,7 @@ def test_a_damaged_row_that_no_question_needs_bars_no_repair(data_set: Path, con
         file.write_text("\n".join(line for line in lines if f'"{picture.name}"' not in line))
     picture.unlink()
     precompute(config)
-    assert repair(config.cache.dir)["encoded"] == 0
+    assert repair(config.cache.dir).encoded == 0
     assert audit.verify(config.cache.dir).damage == []
 
 
@@ -98,25 +99,25 @@ def test_a_row_that_is_not_stored_is_found_told_at_training_and_encoded_again(co
     cache = config.cache.dir
     damage_row(cache, 5)
     drop_damaged(cache, audit.verify(cache).damage)
-    summary = upkeep.verify(cache)
-    assert [re.sub(r"features-\d+", "features", line) for line in summary["damaged"]] == [
+    summary = verify_cache(cache)
+    assert [re.sub(r"features-\d+", "features", line) for line in summary.damaged] == [
         f"features.h5: row 5 {audit.NOT_STORED}"
     ]
     with pytest.raises(
         CacheError, match=r"row 5 .* was never written\. Run `pipe precompute` again to encode its image"
     ):
         open_split(config, "train").features.gather(np.array([5]))
-    assert repair(cache)["encoded"] == 1
-    assert upkeep.verify(cache)["damaged"] == []
+    assert repair(cache).encoded == 1
+    assert verify_cache(cache).damaged == []
 
 
 @pytest.mark.parametrize("hurt", [cut, Path.unlink], ids=["cut", "missing"])
 def test_a_lost_part_is_repaired_by_the_folder_alone(config: Config, hurt) -> None:
     cache = config.cache.dir
     hurt(cache / PART)
-    assert upkeep.verify(cache)["damaged"]
-    assert repair(cache)["encoded"] == 24
-    assert upkeep.verify(cache)["damaged"] == []
+    assert verify_cache(cache).damaged
+    assert repair(cache).encoded == 24
+    assert verify_cache(cache).damaged == []
 
 
 def test_a_cache_of_another_kind_is_left_alone(data_set: Path, config: Config) -> None:
@@ -133,14 +134,14 @@ def test_a_file_that_is_no_part_is_named_with_what_to_do(config: Config) -> None
     cache = config.cache.dir
     stray = cache / "features-00007.h5"
     stray.write_bytes(bytes(50_000))
-    assert upkeep.verify(cache)["damaged"] == [f"{stray.name}: {audit.NOT_A_PART}"]
-    assert upkeep.cache_info(cache)["not_in_manifest"] == [stray.name]
+    assert verify_cache(cache).damaged == [f"{stray.name}: {audit.NOT_A_PART}"]
+    assert cache_info(cache).not_in_manifest == [stray.name]
     for run in (lambda: precompute(config), lambda: repair(cache)):
         with pytest.raises(CacheError, match=r"features-00007\.h5: is not a part of this cache.*(D|d)elete") as told:
             run()
         assert "synchronously" not in str(told.value)
     stray.unlink()
-    assert precompute(config)["encoded"] == 0
+    assert precompute(config).encoded == 0
 
 
 def bars(monkeypatch: pytest.MonkeyPatch, module: object) -> list:
@@ -150,8 +151,8 @@ def bars(monkeypatch: pytest.MonkeyPatch, module: object) -> list:
 
 
 def test_the_bar_of_verify_ends_at_its_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = bars(monkeypatch, upkeep)
-    assert upkeep.verify(config.cache.dir)["damaged"] == []
+    made = bars(monkeypatch, cache_command)
+    assert verify_cache(config.cache.dir).damaged == []
     assert [(bar.n, bar.desc) for bar in made] == [(bar.total, "verifying") for bar in made]
 
 
@@ -162,5 +163,5 @@ def test_the_bar_of_encoding_ends_at_its_end_with_a_broken_picture(
     broken.write_bytes(broken.read_bytes()[:-200])
     made = bars(monkeypatch, encoding)
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
-    assert (summary["encoded"], summary["failed"]) == (23, 1)
+    assert (summary.encoded, summary.failed) == (23, 1)
     assert [(bar.n, bar.total) for bar in made] == [(24, 24)]

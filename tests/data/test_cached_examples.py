@@ -9,7 +9,7 @@ import pytest
 from data_set import write_config, write_data_set
 
 import pipeline.data.cached_examples
-import pipeline.encoding.preflight
+import pipeline.encoding.dataset_scan
 from cache.manifest import Manifest
 from cache.reader import FeatureReader
 from pipeline.commands.precompute import precompute
@@ -44,13 +44,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The splits that were parsed."""
     seen: list[str] = []
-    read = pipeline.encoding.preflight.read_split
+    read = pipeline.encoding.dataset_scan.read_split
 
     def noting(format: str, split: str, *rest: object) -> object:
         seen.append(split)
         return read(format, split, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline.encoding.preflight, "read_split", noting)
+    monkeypatch.setattr(pipeline.encoding.dataset_scan, "read_split", noting)
     return seen
 
 
@@ -70,15 +70,15 @@ def test_with_nothing_changed_nothing_is_parsed_or_written(data: Path, parsed: l
     summary = again()
     assert parsed == []
     assert text_files() == before
-    assert summary["questions"] == {"train": 18, "val": 6}
+    assert summary.questions == {"train": 18, "val": 6}
 
 
 def test_cached_questions_are_those_that_were_read(data: Path) -> None:
     config = load_config(data / "config.yaml").data
-    found = pipeline.data.cached_examples.unchanged_split(FeatureReader(Path("cache")), config, "train")
+    found = pipeline.data.cached_examples.load_unchanged_split(FeatureReader(Path("cache")), config, "train")
     assert found
     assert config.train
-    read, hashes = pipeline.encoding.preflight.read_split("jsonl", "train", config.train)
+    read, hashes = pipeline.encoding.dataset_scan.read_split("jsonl", "train", config.train)
     assert isinstance(found[0], CachedExamples)
     assert list(found[0]) == list(read.examples)
     assert found[0][1:3] == list(read.examples)[1:3]
@@ -128,7 +128,7 @@ def test_what_has_changed_is_parsed(
     assert parsed == wanted
     config = load_config(data / "config.yaml", overrides).data
     assert config.train
-    read, _ = pipeline.encoding.preflight.read_split("jsonl", "train", config.train)
+    read, _ = pipeline.encoding.dataset_scan.read_split("jsonl", "train", config.train)
     text = FeatureReader(Path("cache")).text("train")
     assert [VQAExample.from_record(text.record(number)) for number in range(len(text))] == list(read.examples)
 
@@ -174,8 +174,8 @@ def test_a_picture_that_is_gone_or_edited_is_noticed(data: Path, parsed: list[st
     (data / "images" / "5.png").unlink()
     summary = again("precompute.on_invalid=skip")
     assert parsed == []
-    assert summary["skipped"] == {"not there": 3}
-    assert summary["questions"] == {"train": 15, "val": 6}
+    assert summary.skipped == {"not there": 3}
+    assert summary.questions == {"train": 15, "val": 6}
 
 
 def test_a_damaged_text_is_read_again(data: Path, parsed: list[str]) -> None:

@@ -230,7 +230,7 @@ def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_se
     files = {"annotations": f"{data_set}/captions.json", "images": f"{data_set}/images"}
     path = write_config(data_set, data={"format": "coco_captions", "train": files, "val": None})
     config = load_config(path)
-    assert precompute(config)["questions"] == {"train": 4}
+    assert precompute(config).questions == {"train": 4}
     text, tokenizer = open_split(config, "train").text, load_tokenizer(config)
 
     def ids(words: str) -> list[int]:

@@ -26,16 +26,16 @@ from cache.reader import FeatureReader
 from pipeline.batches.split import open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.commands.repair import reencode, repair
+from pipeline.encoding.reencode import reencode, repair
 from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.table_name import TableName
 from pipeline.config import Config, SplitFiles, load_config
 from pipeline.data.examples import DIFFICULT, Split
-from pipeline.data.tables import TableImage, table_fingerprint
+from pipeline.data.image_sources import TableImage, table_fingerprint
 from pipeline.data.vqa import read_examples
 from pipeline.encoding.images import ImageError, read_image_bytes
-from pipeline.encoding.preflight import scan_dataset
+from pipeline.encoding.dataset_scan import scan_dataset
 from pipeline.runs.run import Run
 
 PART = "features-00000.h5"
@@ -298,9 +298,9 @@ def test_a_picture_goes_to_other_processes(tmp_path: Path) -> None:
     assert [again[n] for n in range(3)] == pictures == sorted(pictures)
     (tmp_path / "them").write_bytes(pickle.dumps(again))
     script = (
-        "import pickle, sys, pathlib; from pipeline.encoding.images import read_picture; from hashlib import sha256\n"
+        "import pickle, sys, pathlib; from pipeline.encoding.images import read_image_bytes; from hashlib import sha256\n"
         "for picture in pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).values():\n"
-        "    print(sha256(read_picture(picture)).hexdigest())"
+        "    print(sha256(read_image_bytes(picture)).hexdigest())"
     )
     told = subprocess.run([sys.executable, "-c", script, tmp_path / "them"], capture_output=True, text=True, check=True)
     assert told.stdout.split() == [sha256(png(n)).hexdigest() for n in range(3)]
@@ -507,7 +507,7 @@ def test_offline_it_says_so(tmp_path: Path) -> None:
 def test_the_library_is_imported_by_no_other_format(data_set: Path) -> None:
     script = (
         "import sys; from pathlib import Path\nfrom pipeline.config import load_config\nimport pipeline.cli\n"
-        "from pipeline.encoding.preflight import read_inputs\nread_inputs(load_config(Path(sys.argv[1])).data)\n"
+        "from pipeline.encoding.dataset_scan import scan_dataset\nscan_dataset(load_config(Path(sys.argv[1])).data)\n"
         "sys.exit('datasets' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, data_set / "config.yaml"], check=True)
@@ -596,7 +596,7 @@ def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> 
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(PipelineError, match=r"train\.parquet \(data\.train\.dataset\) has changed since .* was made"):
         open_split(tables, "train")
-    assert precompute(tables)["encoded"] == 0
+    assert precompute(tables).encoded == 0
     record = open_split(tables, "train").text.record(0)
     assert record["answers"] == [answers[-1]]
     path.unlink()
@@ -626,7 +626,7 @@ def test_a_cache_of_tables_is_repaired_and_compared(tables: Config, monkeypatch:
     compared = reencode(cache, 5)
     assert (compared["reencoded"], compared["reencode_differs"]) == (5, False)
     (cache / PART).write_bytes((cache / PART).read_bytes()[:-1])
-    assert repair(cache)["encoded"] == 24
+    assert repair(cache).encoded == 24
     assert verify(cache).damage == []
 
 
@@ -639,8 +639,8 @@ def test_broken_pictures_in_tables_are_left_out_by_row(tables: Config) -> None:
     with pytest.raises(PipelineError, match=r"1 questions \(no picture in this row: .*train\.parquet: row 4\)"):
         precompute(tables)
     skipping = tables.precompute.model_copy(update={"on_invalid": "skip"})
-    summary = precompute(tables.model_copy(update={"precompute": skipping})) or {}
-    assert (summary["failed"], summary["questions"]["train"]) == (3, 51)
+    summary = precompute(tables.model_copy(update={"precompute": skipping}))
+    assert (summary.failed, summary.questions["train"]) == (3, 51)
     listed = (tables.cache.dir / FeatureReader(tables.cache.dir).attachment("skipped.jsonl")).read_text()
     assert [json.loads(line)["where"].rpartition(": ")[2] for line in listed.splitlines()] == [
         "row 4",

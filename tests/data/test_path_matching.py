@@ -85,7 +85,7 @@ def test_precompute_uses_the_same_and_names_the_near(tmp_path: Path) -> None:
     for _ in range(2):
         summary = precompute(load_config(path))
         assert summary
-        assert (summary["images"], summary["questions"], summary["failed"]) == (3, {"train": 4}, 0)
+        assert (summary.images, summary.questions, summary.failed) == (3, {"train": 4}, 0)
     text = FeatureReader(tmp_path / "cache").text("train")
     assert text.record(0)["image"] == str(images / NFD)
     assert text.image_row[0] == text.image_row[1]

@@ -234,12 +234,12 @@ def test_answers_of_several_lines_are_counted(tokenizer: PromptTokenizer) -> Non
 def test_all_stages_say_how_many_answers_have_several_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row("what?", "red\nand more"), row("where?", "left", 1), row("who?", "\nme\n", 2)]
     config = data_of(tmp_path, rows)
-    assert precompute(config)["multiline_answers"] == {"train": 1, "val": 1}
+    assert precompute(config).multiline_answers == {"train": 1, "val": 1}
     assert "train: 1 questions have answers of several lines" in capsys.readouterr().err
     run = Run(tmp_path / "runs" / "a")
     summary = train(config, run)
     assert summary
-    assert summary["multiline_answers"] == 1
+    assert summary.multiline_answers == 1
     assert "only the first line" in capsys.readouterr().err
     assert evaluate(run)["multiline_references"] == 1
     assert "val: 1 references have several lines" in capsys.readouterr().err
@@ -267,8 +267,8 @@ def test_too_long_questions_are_listed_and_skipped(tmp_path: Path, split: str) -
     for _ in range(2):  # the second time with tokens from the cache
         summary = precompute(load_config(path, ["precompute.on_invalid=skip"]))
         assert summary
-        assert summary["questions"][split] == 2
-        assert sum(summary["skipped"].values()) == 2
+        assert summary.questions[split] == 2
+        assert sum(summary.skipped.values()) == 2
     text = FeatureReader(tmp_path / "cache").text(split)
     assert [text.record(number)["question_id"] for number in range(2)] == [1, 3]
 
@@ -311,15 +311,15 @@ def test_the_longest_answer_that_may_be_trained_counts(
     config = config.model_copy(update={"precompute": config.precompute.model_copy(update={"on_invalid": "skip"})})
     summary = precompute(config)
     assert summary
-    assert summary["questions"] == {"train": 1 + fits}
+    assert summary.questions == {"train": 1 + fits}
 
 
 def test_room_for_an_answer_is_needed_where_the_split_is_answered(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
     rows = [row(longest_question(tokenizer, 10), "red"), row("what?", "red")]
     config = data_of(tmp_path, rows, precompute={"on_invalid": "skip"}, evaluate={"max_new_tokens": 11})
-    assert precompute(config)["questions"] == {"train": 2, "val": 1}
+    assert precompute(config).questions == {"train": 2, "val": 1}
     config = data_of(tmp_path / "b", rows, precompute={"on_invalid": "skip"}, evaluate={"max_new_tokens": 10})
-    assert precompute(config)["questions"] == {"train": 2, "val": 2}
+    assert precompute(config).questions == {"train": 2, "val": 2}
     assert len(open_split(config, "val", trained=False, answered=True).text) == 2
     with pytest.raises(PipelineError, match=r"longer, .*val\.jsonl: line 1\)"):  # of a text that was there already
         precompute(load_config(tmp_path / "b" / "config.yaml", ["evaluate.max_new_tokens=11",

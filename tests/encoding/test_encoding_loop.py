@@ -88,14 +88,14 @@ def test_features_are_read_when_the_copy_from_their_own_gpu_is_done(monkeypatch:
     Machine(monkeypatch)
     loop = EncodingLoop(lambda pixels: OnDevice(), None, 2, 1)  # type: ignore[arg-type, return-value]
     batch = SimpleNamespace(
-        slots=[None, None],
+        decoding=[None, None],
         rows=range(2),
         pixel_values=SimpleNamespace(to=lambda device, non_blocking: device),
         part=SimpleNamespace(spec=SimpleNamespace(dtype="float32")),
     )
-    launched = loop._launch(batch)  # type: ignore[arg-type]
+    launched = loop._forward(batch)  # type: ignore[arg-type]
     assert not launched.features.numpy().any(), "the copy is on its way"
-    assert (loop._fetch(launched) == FEATURES).all()
+    assert (loop._features_of(launched) == FEATURES).all()
 
 
 def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
@@ -118,7 +118,7 @@ def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
             precompute(config)
         with pytest.raises(PipelineError, match="out of memory"):
             estimate_precompute(config)
-    assert precompute(config)["reused"] > 0
+    assert precompute(config).reused > 0
     assert not verify(config.cache.dir).damage
 
 

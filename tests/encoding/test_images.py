@@ -303,7 +303,7 @@ def test_deep_images_are_counted_and_named_in_one_line(data_set: Path, capfd: py
     config = load_config(data_set / "config.yaml")
     line = rf"float pixels: 2 \(first: {data_set}/images/[01].png\); each is scaled to its own range"
     for run in dry_run, precompute, precompute:  # the last one encodes nothing
-        assert (run(config) or {})["rescaled_images"] == 2
+        assert (run(config) or {}).rescaled_images == 2
         told = capfd.readouterr().err
         assert len(re.findall(line, told)) == told.count("scaled to its own range") == 1
 

@@ -22,7 +22,7 @@ from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
 from pipeline.config import load_config
 from pipeline.encoding.images import MAX_KEPT_BYTES, ImageError, Preprocessor, image_digest, thumbnail
-from pipeline.encoding.upkeep import cache_info
+from pipeline.commands.cache import cache_info
 
 
 def picture(format: str, width: int, height: int, mode: str = "RGB") -> bytes:
@@ -143,7 +143,7 @@ def made(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def run(data_set: Path, *overrides: str) -> dict[str, Any]:
-    return precompute(load_config(data_set / "config.yaml", overrides)) or {}
+    return precompute(load_config(data_set / "config.yaml", overrides))
 
 
 def thumbnails(data_set: Path) -> dict[bytes, bytes]:
@@ -159,8 +159,8 @@ def test_each_picture_has_one_and_a_second_run_makes_none(data_set: Path, made: 
     found = thumbnails(data_set)
     assert found == {image_digest(data): thumbnail(data, 128) for data in files}
     assert len(made) == 24
-    assert 0 < summary["thumbnail_bytes"] < summary["cache_bytes"]
-    assert cache_info(data_set / "cache")["thumbnail_bytes"] == summary["thumbnail_bytes"]
+    assert 0 < summary.thumbnail_bytes < summary.cache_bytes
+    assert cache_info(data_set / "cache").thumbnail_bytes == summary.thumbnail_bytes
     run(data_set)
     assert len(made) == 24
 
@@ -185,7 +185,7 @@ def test_another_size_makes_them_anew_and_encodes_nothing(
     sides = [max(Image.open(BytesIO(data)).size) for data in thumbnails(data_set).values()]
     assert sorted(sides) == [50] * 12 + [64] * 12
     assert len([*(data_set / "cache").glob("thumbnails-*")]) == 1
-    assert run(data_set, "precompute.thumbnail_size=0")["thumbnail_bytes"] == 0
+    assert run(data_set, "precompute.thumbnail_size=0").thumbnail_bytes == 0
     assert thumbnails(data_set) == {}
     assert not [*(data_set / "cache").glob("thumbnails-*")]
     assert audit.verify(data_set / "cache").damage == []
@@ -216,10 +216,10 @@ def test_one_that_fails_costs_nothing_else(data_set: Path, monkeypatch: pytest.M
         return thumbnail(data, longer_side)
 
     monkeypatch.setattr(pipeline.encoding.thumbnails, "thumbnail", fails)
-    assert run(data_set)["encoded"] == 24
+    assert run(data_set).encoded == 24
     assert image_digest(broken) not in thumbnails(data_set)
     monkeypatch.undo()
-    assert run(data_set)["encoded"] == 0
+    assert run(data_set).encoded == 0
     assert len(thumbnails(data_set)) == 24
 
 
@@ -232,7 +232,7 @@ def test_a_full_disk_is_told_and_what_was_encoded_stays(data_set: Path, monkeypa
         with pytest.raises(CacheError, match=r"cannot write thumbnails: .*No space left .*run the same command again"):
             run(data_set)
     again = run(data_set)
-    assert (again["encoded"], again["reused"], len(thumbnails(data_set))) == (0, 24, 24)
+    assert (again.encoded, again.reused, len(thumbnails(data_set))) == (0, 24, 24)
 
 
 def test_damage_is_found_told_and_mended(data_set: Path) -> None:
@@ -245,7 +245,7 @@ def test_damage_is_found_told_and_mended(data_set: Path) -> None:
     ]
     with pytest.raises(CacheError, match="is damaged"):
         thumbnails(data_set)
-    assert repair(data_set / "cache")["encoded"] == 0
+    assert repair(data_set / "cache").encoded == 0
     assert file.read_bytes() == whole
     assert audit.verify(data_set / "cache").damage == []
 

@@ -1,1 +1,1 @@
-"""The published forms of data sets, a module each: `read(sources) -> Split`."""
+"""Readers of the published dataset formats, one module each: `read(sources) -> Split`."""

@@ -1,4 +1,4 @@
-"""A-OKVQA."""
+"""Read A-OKVQA."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from pipeline.data.sources import Sources, collect_list, image_resolver
 
 
 def read(sources: Sources) -> Split:
-    """A-OKVQA (aokvqa_v1p0_{split}.json): a list of `question_id, image_id, question, difficult_direct_answer,
-    direct_answers[]`, the last not on test; the pictures are COCO 2017's, `{image_id:012d}.jpg`.
+    """Read A-OKVQA, aokvqa_v1p0_{split}.json.
 
-    The direct answers are read, not the choices. Those questions that are called difficult for direct answers have
-    the answer type `DIFFICULT`.
+    A list of `question_id, image_id, question, difficult_direct_answer, direct_answers[]`, the last not on test. The
+    images are those of COCO 2017, `{image_id:012d}.jpg`. The direct answers are read, not the choices. Questions that
+    are marked as difficult for direct answers have the answer type `DIFFICULT`.
     """
     resolve_image = image_resolver(sources.require("images"))
 
@@ -30,6 +30,6 @@ def read(sources: Sources) -> Split:
 
 
 def results(examples: Sequence[VQAExample], answers: Sequence[str]) -> object:
-    """As its leaderboard takes them, without the multiple choice."""
+    """Return predictions in the form of the leaderboard, without the multiple choice."""
     pairs = zip(examples, answers, strict=True)
     return {example.question_id: {"direct_answer": answer} for example, answer in pairs}

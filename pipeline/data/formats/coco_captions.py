@@ -1,4 +1,4 @@
-"""COCO's captions: pictures to describe, with no question."""
+"""Read the captions of COCO: images to describe, without questions."""
 
 from pipeline.data.examples import NO_IMAGE, SkippedItem, Split, VQAExample
 from pipeline.data.records import answer_of, field, map_records, object_of, parse_json, prefix_errors
@@ -6,11 +6,11 @@ from pipeline.data.sources import Sources, collect, image_resolver
 
 
 def read(sources: Sources) -> Split:
-    """COCO captions (captions_{split}.json): `images[]{id, file_name}, annotations[]{image_id, caption}`, no
-    annotations in a test split's image_info_{split}.json.
+    """Read COCO captions, captions_{split}.json.
 
-    An example a picture: its id is the question's id, the question is empty, the answers are the captions in the
-    file's order. Captions of images that are not listed are left out.
+    `images[]{id, file_name}, annotations[]{image_id, caption}`; a test split's image_info_{split}.json has no
+    annotations. There is one example per image: its id is the question's id, the question is empty, and the answers are
+    the captions in the file's order. Captions of unlisted images are skipped.
     """
     path, resolve_image = sources.require("annotations"), image_resolver(sources.require("images"))
     captions: dict[int, list[str]] = {}

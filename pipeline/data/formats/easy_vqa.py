@@ -1,4 +1,4 @@
-"""easy-VQA, a PyPI package."""
+"""Read easy-VQA, a PyPI package."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.data.sources import Sources, collect, image_resolver
 
 
 def read(sources: Sources) -> Split:
-    """easy-VQA (PyPI, easy-vqa): the package carries text and pictures, so no path is needed.
+    """Read easy-VQA (PyPI: easy-vqa). The package contains text and images, so no path is needed.
 
     `data/{split}/questions.json` is [[question, answer, image id], ...]; the id is the position.
     """

@@ -1,4 +1,4 @@
-"""GQA."""
+"""Read GQA."""
 
 from sys import intern
 from typing import Any
@@ -16,13 +16,13 @@ from pipeline.data.records import (
 )
 from pipeline.data.sources import Sources, collect, image_resolver
 
-_READ = ("imageId", "question", "answer", "types")  # of a question; its scene graph and programs are ten times that
+_READ = ("imageId", "question", "answer", "types")  # of a question; its scene graph and programs are ten times as large
 
 
 def read(sources: Sources) -> Split:
-    """GQA ({split}_questions.json): an object of question id -> `{imageId, question, answer, types?}`, no answer on
-    test; the picture is `{imageId}.jpg`.
+    """Read GQA, {split}_questions.json.
 
+    An object of question id -> `{imageId, question, answer, types?}`, no answer on test. The image is `{imageId}.jpg`.
     The short answer is read, not `fullAnswer`. The answer type is `types.structural` (verify, query, choose, logical,
     compare), the question type `types.semantic`. One file: the shards of all 14 million questions are not joined.
     """
@@ -42,15 +42,15 @@ def read(sources: Sources) -> Split:
         )
 
     with prefix_errors(path):
-        whole = object_of(parse_json(sources.read_text(path), pairs_hook=_what_is_read))
+        whole = object_of(parse_json(sources.read_text(path), pairs_hook=_keep_read_fields))
         return collect(sources, path, "{}", whole.items(), example)
 
 
-def _what_is_read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without what is not read, dropped while the file is being parsed."""
+def _keep_read_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object without the fields that are not read, to drop them while the file is being parsed."""
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RecordError(f"{twice!r} is there twice")
+        raise RecordError(f"duplicate key {twice!r}")
     return {name: record[name] for name in _READ if name in record} if "imageId" in record else record

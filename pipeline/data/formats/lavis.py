@@ -1,4 +1,4 @@
-"""LAVIS's own form, in which it offers VQAv2, OK-VQA and Visual Genome."""
+"""Read the format of LAVIS, in which it publishes VQAv2, OK-VQA and Visual Genome."""
 
 from pipeline.data.examples import Split, VQAExample
 from pipeline.data.records import answers_of, field, object_of, question_id_of
@@ -6,10 +6,10 @@ from pipeline.data.sources import Sources, collect_list, image_resolver
 
 
 def read(sources: Sources) -> Split:
-    """LAVIS (vqa_train.json and its like): a list of `image, question, answer, question_id?`, no answer on test.
+    """Read LAVIS, such as vqa_train.json: a list of `image, question, answer, question_id?`, no answer on test.
 
-    `answer` is a list, in which an answer stands as often as it was given, or one text; `image` is relative to the
-    images folder. Where there is an answer, the default of `question_id` is the position, from 0.
+    `answer` is a text, or a list in which answers repeat. `image` is relative to the images folder. If there is an
+    answer, `question_id` defaults to the position, from 0.
     """
     resolve_image = image_resolver(sources.require("images"))
 

@@ -1,4 +1,4 @@
-"""TextVQA."""
+"""Read TextVQA."""
 
 from pipeline.data.examples import Split, VQAExample
 from pipeline.data.records import field, object_of, optional_texts, parse_json, prefix_errors
@@ -6,8 +6,9 @@ from pipeline.data.sources import Sources, collect, image_resolver
 
 
 def read(sources: Sources) -> Split:
-    """TextVQA (TextVQA_0.5.1_{split}.json): `data[]{question_id, image_id, question, answers[]}`, no answers on test;
-    the picture is `{image_id}.jpg`.
+    """Read TextVQA, TextVQA_0.5.1_{split}.json.
+
+    `data[]{question_id, image_id, question, answers[]}`, no answers on test. The image is `{image_id}.jpg`.
     """
     path, resolve_image = sources.require("annotations"), image_resolver(sources.require("images"))
 

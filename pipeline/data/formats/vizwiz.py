@@ -1,4 +1,4 @@
-"""VizWiz-VQA."""
+"""Read VizWiz-VQA."""
 
 from pipeline.data.examples import Split, VQAExample
 from pipeline.data.records import answer_of, field, object_of, optional_text
@@ -6,9 +6,9 @@ from pipeline.data.sources import Sources, collect_list, image_resolver
 
 
 def read(sources: Sources) -> Split:
-    """VizWiz ({split}.json): a list of `image, question, answers[]{answer}, answer_type?`, no answers on test.
+    """Read VizWiz, {split}.json: a list of `image, question, answers[]{answer}, answer_type?`, no answers on test.
 
-    A picture has one question, so the id of a question is the name of its picture, `image`.
+    An image has one question, so the id of a question is the name of its image, `image`.
     """
     resolve_image = image_resolver(sources.require("images"))
 

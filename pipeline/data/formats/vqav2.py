@@ -1,4 +1,4 @@
-"""VQAv2 and OK-VQA."""
+"""Read VQAv2 and OK-VQA."""
 
 from sys import intern
 from typing import Any
@@ -22,24 +22,24 @@ _NOT_ANNOTATED: _Annotation = ((), None, None)
 
 
 def read(sources: Sources) -> Split:
-    """VQAv2 and OK-VQA: a questions file, an annotations file joined on `question_id`, COCO's images.
+    """Read VQAv2 or OK-VQA: a questions file, an annotations file joined on `question_id`, and the images of COCO.
 
-    Questions: `data_subtype, questions[]{question_id, image_id, question}`; the picture is
+    Questions: `data_subtype, questions[]{question_id, image_id, question}`; the image is
     `COCO_{data_subtype}_{image_id:012d}.jpg`. Annotations: `annotations[]{question_id, answers[]{answer},
-    question_type?, answer_type?}`; a test split may have none. Annotations of other questions are ignored;
-    where the file is given, questions that are not in it are left out, on test splits too.
+    question_type?, answer_type?}`; optional on a test split. Annotations of other questions are ignored. If there is an
+    annotations file, questions that it does not contain are skipped, on test splits too.
     """
     path, resolve_image = sources.require("questions"), image_resolver(sources.require("images"))
-    annotations, annotated_twice = _annotations(sources)
+    annotations, duplicates = _annotations(sources)
 
-    def lacks(question_id: int | str) -> str | None:
+    def skip_reason(question_id: int | str) -> str | None:
         if annotations is None or question_id in annotations:
             return sources.skip_reason(question_id)
         return f"no annotation in {sources.annotations}"
 
     with prefix_errors(path):
         whole = object_of(parse_json(sources.read_text(path)))
-        # test-dev is a part of test: its pictures are test's.
+        # test-dev is a subset of test and has its images.
         prefix = f"COCO_{field(whole, 'data_subtype', str).replace('test-dev', 'test')}"
 
         def example(_: int, value: object) -> VQAExample:
@@ -50,17 +50,17 @@ def read(sources: Sources) -> Split:
             return VQAExample(key, image, field(record, "question", str), answers, answer_type, question_type)
 
         records = enumerate(field(whole, "questions", list))
-        found = collect(sources, path, "questions[{}]", records, example, lacks)
-    return found._replace(skipped=annotated_twice + found.skipped)
+        found = collect(sources, path, "questions[{}]", records, example, skip_reason)
+    return found._replace(skipped=duplicates + found.skipped)
 
 
 def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None, list[SkippedItem]]:
-    """Annotations by question id, None on a test split without; and the repeated ones, of which the first counts."""
+    """Return the annotations by question id, None if a test split has none, and the skipped duplicates."""
     if sources.annotations is None and sources.may_lack_answers:
         return None, []
     path = sources.require("annotations")
     annotations: dict[int | str, _Annotation] = {}
-    twice: list[SkippedItem] = []
+    duplicates: list[SkippedItem] = []
 
     def annotation(_: int, value: object) -> tuple[int | str, _Annotation]:
         record = object_of(value)
@@ -69,20 +69,20 @@ def _annotations(sources: Sources) -> tuple[dict[int | str, _Annotation] | None,
         return question_id_of(record), (answers, *types)
 
     with prefix_errors(path):
-        records = field(object_of(parse_json(sources.read_text(path), hook=_answer_alone)), "annotations", list)
+        records = field(object_of(parse_json(sources.read_text(path), hook=_unwrap_answer)), "annotations", list)
         for position, (key, made) in map_records(enumerate(records), "annotations[{}]", annotation):
             if key not in annotations:
                 annotations[key] = made
             else:
                 where = f"{path}: annotations[{position}]"
-                twice.append(SkippedItem(sources.split, DUPLICATE_ANNOTATION, where, key, questions=0))
-    return annotations, twice
+                duplicates.append(SkippedItem(sources.split, DUPLICATE_ANNOTATION, where, key, questions=0))
+    return annotations, duplicates
 
 
-def _answer_alone(record: dict[str, Any]) -> object:
-    """An answer record -> its answer, while the file is being parsed; any other record as it is.
+def _unwrap_answer(record: dict[str, Any]) -> object:
+    """Replace an answer record by its answer, while the file is being parsed; return any other record as it is.
 
-    VQAv2's 4.4 million answer records take 1.3 GB, and some 200,000 answers are distinct.
+    The 4.4 million answer records of VQAv2 take 1.3 GB, while only some 200,000 answers are distinct.
     """
     answer = record.get("answer")
     return intern(answer) if type(answer) is str and "answers" not in record else record
