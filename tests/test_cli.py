@@ -333,9 +333,9 @@ def test_dry_run_writes_no_list_of_skipped_questions(data_set: Path) -> None:
     before = sorted(data_set.rglob("*"))
     refused = pipe("precompute", data_set / "config.yaml", "--dry-run")
     assert (refused.exit_code, "skipped.jsonl" in refused.stderr) == (1, False)
-    assert "cannot be used: 3 questions (not there: " in refused.stderr
+    assert "Invalid questions: 3 questions (not found: " in refused.stderr
     estimate = pipe("precompute", data_set / "config.yaml", "precompute.on_invalid=skip", "--dry-run", "--json")
-    assert json.loads(estimate.stdout)["skipped"] == {"not there": 3}
+    assert json.loads(estimate.stdout)["skipped"] == {"not found": 3}
     assert "24 pictures, 1 of them unusable, 23 distinct" in estimate.stderr
     assert sorted(data_set.rglob("*")) == before
 

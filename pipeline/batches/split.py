@@ -10,6 +10,7 @@ from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES,
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 from pipeline.config import Config, SplitFiles
+from pipeline.data.in_memory import is_in_memory
 from pipeline.data.sequence_length import check_answer_lengths, check_lengths
 from pipeline.data.tables import table_fingerprint
 from pipeline.data.text import PromptTokenizer, retokenize
@@ -92,8 +93,11 @@ def _check_annotations(features: FeatureReader, config: Config, split: str) -> N
 
     Annotations that are not on this machine are not needed, and not checked.
     """
-    fingerprints = features.manifest.provenance.get("sources", {}).get(split, {})
-    files = config.data.splits.get(split)
+    sources = features.manifest.provenance.get("sources", {})
+    fingerprints, files = sources.get(split, {}), config.data.splits.get(split)
+    if files and is_in_memory(sources, split):
+        log_info(f"{config.cache.dir}: the split {split} was passed from Python, and data.{split} is not used")
+        return
     for key, cached in fingerprints.items():
         if files and _fingerprint(files, key) not in (cached, None):
             source = files.tables[key].dataset if key in files.tables else getattr(files, key)

@@ -37,9 +37,9 @@ from cache.writer import FeatureWriter
 from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.config import load_config
+from pipeline.encoding.dataset_scan import scan_dataset
 from pipeline.encoding.encoder_spec import encoder_spec
 from pipeline.encoding.images import thumbnail
-from pipeline.encoding.dataset_scan import scan_dataset
 
 SPLITS = {"train": ("train2014", 82_783, 443_757), "val": ("val2014", 40_504, 214_354)}
 JPEGS = 16  # different ones, before the comments

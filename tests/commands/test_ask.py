@@ -133,7 +133,7 @@ def test_a_conversation_from_a_pipe_answers_on_stdout_and_goes_on_after_errors(
     assert len(done.stdout.splitlines()) == len(lines)
     assert done.stdout.splitlines()[9] == ask(run, Path(second), QUESTION, (), True)["answer"]
     told = done.stderr.splitlines()
-    assert told[0] == "nowhere: not there; name a picture before a question"
+    assert told[0] == "nowhere: not found; name a picture before a question"
     assert told[1].startswith("the question is too long: ")
     assert [line.split(": ")[0] for line in told[2:]] == [
         f"{tmp_path}/notes", QUESTION, f"{tmp_path}/broken.png", "other.png", "pipe"]  # fmt: skip
@@ -198,7 +198,7 @@ def test_a_question_of_any_bytes_is_answered(run: Run, picture: Path, words: tup
 def test_a_picture_that_is_named_and_cannot_be_read_ends_it(run: Run, tmp_path: Path) -> None:
     done = pipe("ask", run.path, tmp_path / "none.png", typed=f"{QUESTION}\n{QUESTION}\n")
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == f"pipe: {tmp_path}/none.png: not there\n"
+    assert done.stderr == f"pipe: {tmp_path}/none.png: not found\n"
 
 
 def test_who_reads_no_further_is_told_nothing(run: Run, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,9 +244,9 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_pat
     for words, message in (
         ((run.path, picture, " "), "the question is empty"),
         ((run.path, picture, "why " * 300), "the question is too long: "),
-        ((run.path, "nowhere.png", QUESTION), "nowhere.png: not there"),
+        ((run.path, "nowhere.png", QUESTION), "nowhere.png: not found"),
         ((run.path, tmp_path, QUESTION), f"{tmp_path}: a folder, not a file"),
-        ((run.path, run.config, QUESTION), f"{run.config}: not a picture"),
+        ((run.path, run.config, QUESTION), f"{run.config}: not an image"),
         ((tmp_path, picture, QUESTION), f"{tmp_path}: not a run folder"),
     ):
         done = pipe("ask", *words)

@@ -22,7 +22,7 @@ def digest_of_folder(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_every_distinct_picture_is_encoded_once_and_every_question_kept(data_set: Path) -> None:
+def test_distinct_images_are_encoded_once_and_all_questions_kept(data_set: Path) -> None:
     shutil.copy(data_set / "images" / "0.png", data_set / "images" / "23.png")  # the same bytes, another name
     summary = precompute(load_config(data_set / "config.yaml"))
     assert (summary.images, summary.encoded, summary.reused, summary.failed) == (23, 23, 0, 0)
@@ -33,7 +33,7 @@ def test_every_distinct_picture_is_encoded_once_and_every_question_kept(data_set
     assert features.text("train").image_row[0] == features.text("val").image_row[-1]
 
 
-def test_a_second_run_encodes_nothing_and_changes_nothing(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_run_encodes_and_changes_nothing(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(data_set / "config.yaml")
     precompute(config)
     before = digest_of_folder(data_set / "cache")
@@ -43,9 +43,7 @@ def test_a_second_run_encodes_nothing_and_changes_nothing(data_set: Path, monkey
     assert digest_of_folder(data_set / "cache") == before
 
 
-def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
-    data_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_resumes_to_the_same_bytes(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
     whole = config.model_copy(
         update={"cache": config.cache.model_copy(update={"dir": data_set / "elsewhere" / "whole"})}
@@ -68,7 +66,7 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
     assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
 
 
-def test_only_new_and_changed_pictures_are_encoded(data_set: Path) -> None:
+def test_only_new_and_changed_images_are_encoded(data_set: Path) -> None:
     config = load_config(data_set / "config.yaml")
     precompute(config)
     write_data_set(data_set / "other", seed=5)
@@ -86,56 +84,58 @@ def skipped(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_missing_pictures_are_an_error_or_a_counted_skip(data_set: Path) -> None:
+def test_missing_images_raise_or_are_skipped(data_set: Path) -> None:
     for name in ("0.png", "1.png"):
         (data_set / "images" / name).unlink()
-    with pytest.raises(PipelineError, match=r"6 questions \(not there: .*/0.png, .*/1.png\).*on_invalid=skip"):
+    with pytest.raises(PipelineError, match=r"6 questions \(not found: .*/0.png, .*/1.png\).*on_invalid=skip"):
         precompute(load_config(data_set / "config.yaml"))
     report = data_set / "cache.skipped.jsonl"
     assert not (data_set / "cache").exists()
     listed = skipped(report)
-    assert [(one["split"], one["reason"], one["questions"]) for one in listed] == [("train", "not there", 3)] * 2
+    assert [(one["split"], one["reason"], one["questions"]) for one in listed] == [("train", "not found", 3)] * 2
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
     assert (summary.images, summary.failed, summary.questions["train"]) == (22, 2, 48)
-    assert summary.skipped == {"not there": 6}
+    assert summary.skipped == {"not found": 6}
     assert skipped(FeatureReader(data_set / "cache").attachment("skipped.jsonl")) == listed
     assert not report.exists()  # the cache holds it now
 
 
-def test_what_training_will_not_see_is_said_at_its_start(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_logs_skipped_questions(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data_set / "images" / "0.png").unlink()
     config = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     precompute(config)
     capsys.readouterr()
     open_split(config, "train")
-    assert "3 questions were skipped (not there: 3)" in capsys.readouterr().err
+    assert "3 questions were skipped (not found: 3)" in capsys.readouterr().err
 
 
-def test_no_picture_at_all_is_an_error_even_if_missing_ones_are_skipped(data_set: Path) -> None:
+def test_no_images_raise_even_with_skip(data_set: Path) -> None:
     config = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     shutil.rmtree(data_set / "images")
     with pytest.raises(PipelineError, match=r"images \(data.train.images\): no such folder"):
         precompute(config)
     (data_set / "images").mkdir()
-    with pytest.raises(PipelineError, match=r"no question of train, val is left: 72 questions .*Check data.\*.images"):
+    with pytest.raises(
+        PipelineError, match=r"no questions of train, val are left: 72 questions .*Check data.\*.images"
+    ):
         precompute(config)
 
 
-def test_a_split_of_which_nothing_is_left_is_an_error_even_if_questions_are_skipped(data_set: Path) -> None:
+def test_empty_split_raises_even_with_skip(data_set: Path) -> None:
     rows = [json.loads(line) for line in (data_set / "val.jsonl").read_text().splitlines()]
     (data_set / "val.jsonl").write_text("\n".join(json.dumps(row | {"question": "why " * 900}) for row in rows))
     with pytest.raises(
-        PipelineError, match=r"no question of val is left: \d+ questions \(longer, .*val\.jsonl: line 1"
+        PipelineError, match=r"no questions of val are left: \d+ questions \(longer, .*val\.jsonl: line 1"
     ):
         precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
 
 
-def test_doubles_and_questions_without_answers_are_counted_with_the_rest(data_set: Path) -> None:
+def test_duplicates_and_unanswered_questions_are_counted(data_set: Path) -> None:
     with (data_set / "train.jsonl").open("a") as file:
         for row in ({"question_id": 1, "answer": "twice"}, {"question_id": 99}):
             file.write("\n" + json.dumps({"image": "0.png", "question": "what?", **row}))
     (data_set / "images" / "2.png").rename(data_set / "2.png")
-    told = r"3 questions \(not there: .*duplicate question_id: 1 of train at .*train\.jsonl: line 55\)"
+    told = r"3 questions \(not found: .*duplicate question_id: 1 of train at .*train\.jsonl: line 55\)"
     with pytest.raises(PipelineError, match=told):
         precompute(load_config(data_set / "config.yaml"))
     (data_set / "2.png").rename(data_set / "images" / "2.png")
@@ -149,7 +149,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def test_a_picture_that_turns_out_broken_costs_no_other_its_features(data_set: Path) -> None:
+def test_undecodable_image_keeps_the_other_features(data_set: Path) -> None:
     truncate(data_set / "images" / "5.png")
     config = load_config(data_set / "config.yaml")
     with pytest.raises(PipelineError, match=r"3 questions \(cannot be decoded: .*/5\.png\).*on_invalid=skip"):
@@ -166,7 +166,7 @@ def test_a_picture_that_turns_out_broken_costs_no_other_its_features(data_set: P
     assert (summary.encoded, summary.reused, summary.failed) == (1, 23, 0)
 
 
-def test_each_thing_left_out_is_said_once_and_the_last_line_says_where_the_list_is(
+def test_skipped_items_are_logged_once_with_the_path_of_the_list(
     data_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data_set / "images" / "0.png").unlink()
@@ -174,24 +174,24 @@ def test_each_thing_left_out_is_said_once_and_the_last_line_says_where_the_list_
     precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
     told = capsys.readouterr().err
     assert (told.count("0.png"), told.count("5.png")) == (1, 1)
-    listed = Path(told.rstrip().splitlines()[-1].removeprefix("all that was left out: "))
+    listed = Path(told.rstrip().splitlines()[-1].removeprefix("list of skipped questions: "))
     assert [Path(one["image"]).name for one in skipped(listed)] == ["0.png", "5.png"]
     assert listed.parent == data_set / "cache"
     assert not (data_set / "cache.skipped.jsonl").exists()
 
 
 @pytest.mark.parametrize(("dtype", "advised"), [("float32", True), ("float16", False), ("bfloat16", False)])
-def test_a_disk_that_is_too_full_is_told_in_fitting_units(
+def test_full_disk_error_has_readable_units(
     data_set: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, advised: bool
 ) -> None:
     monkeypatch.setattr("pipeline.encoding.disk_space.free_disk_bytes", lambda folder: 1000)
-    with pytest.raises(PipelineError, match=r"need 0\.\d\d MB, the disk has 0\.00 MB free") as told:
+    with pytest.raises(PipelineError, match=r"need 0\.\d\d MB, but only 0\.00 MB are free") as told:
         precompute(load_config(data_set / "config.yaml", [f"cache.dtype={dtype}"]))
     assert ("cache.dtype=float16" in str(told.value)) == advised
 
 
-def test_a_broken_picture_leaves_the_others_features_as_they_are(data_set: Path) -> None:
-    """A resumed run must give the same bytes whether or not a picture of the batch fails."""
+def test_undecodable_image_leaves_other_features_unchanged(data_set: Path) -> None:
+    """A resumed run must give the same bytes whether or not an image of the batch fails."""
     config = load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"])
     precompute(
         config.model_copy(update={"cache": config.cache.model_copy(update={"dir": data_set / "elsewhere" / "whole"})})
@@ -205,9 +205,7 @@ def test_a_broken_picture_leaves_the_others_features_as_they_are(data_set: Path)
     assert np.array_equal(whole.gather([a for a, _ in shared]), holed.gather([b for _, b in shared]))
 
 
-def test_a_picture_that_changes_during_the_run_is_not_stored_under_its_old_digest(
-    data_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_changed_during_the_run_raises(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = pipeline.encoding.encoding_loop.read_image_bytes
     monkeypatch.setattr(
         pipeline.encoding.encoding_loop,
@@ -218,7 +216,7 @@ def test_a_picture_that_changes_during_the_run_is_not_stored_under_its_old_diges
         precompute(load_config(data_set / "config.yaml"))
 
 
-def test_a_cache_of_other_features_is_refused_and_kept(data_set: Path) -> None:
+def test_cache_of_other_features_raises_and_is_kept(data_set: Path) -> None:
     config = load_config(data_set / "config.yaml")
     precompute(config)
     before = digest_of_folder(data_set / "cache")
@@ -230,7 +228,7 @@ def test_a_cache_of_other_features_is_refused_and_kept(data_set: Path) -> None:
     assert digest_of_folder(data_set / "cache") == before
 
 
-def test_another_encoder_is_noticed_before_training(data_set: Path, checkpoint: Path) -> None:
+def test_another_encoder_is_detected_before_training(data_set: Path, checkpoint: Path) -> None:
     precompute(load_config(data_set / "config.yaml"))
     other = data_set / "checkpoint"
     shutil.copytree(checkpoint, other)
@@ -241,7 +239,7 @@ def test_another_encoder_is_noticed_before_training(data_set: Path, checkpoint: 
         open_split(load_config(data_set / "config.yaml", [f"model.checkpoint={other}"]), "train")
 
 
-def test_a_changed_prompt_remakes_the_tokens_from_the_cache(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_prompt_retokenizes_the_cached_text(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precompute(load_config(data_set / "config.yaml"))
     shutil.rmtree(data_set / "images")
     changed = load_config(data_set / "config.yaml", ['data.prompt="Q: {question} A:"'])
@@ -253,7 +251,7 @@ def test_a_changed_prompt_remakes_the_tokens_from_the_cache(data_set: Path, caps
     assert np.array_equal(text.image_row, fresh.image_row)
 
 
-def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> None:
+def test_bfloat16_features_stay_bfloat16(data_set: Path) -> None:
     exact, rounded = (
         load_config(data_set / "config.yaml", [f"cache.dtype={dtype}", f"cache.dir={data_set}/{dtype}"])
         for dtype in ("float32", "bfloat16")
@@ -266,7 +264,7 @@ def test_storage_in_bfloat16_reaches_the_model_as_bfloat16(data_set: Path) -> No
     assert torch.equal(found, wanted.to(torch.bfloat16))
 
 
-def test_a_folder_of_other_files_is_not_taken_for_a_cache(data_set: Path) -> None:
+def test_folder_with_other_files_is_rejected(data_set: Path) -> None:
     (data_set / "cache").mkdir()
     (data_set / "cache" / "thesis.tex").write_text("x")
     with pytest.raises(CacheError, match="contains other files"):
@@ -274,7 +272,7 @@ def test_a_folder_of_other_files_is_not_taken_for_a_cache(data_set: Path) -> Non
     assert [path.name for path in (data_set / "cache").iterdir()] == ["thesis.tex"]
 
 
-def test_features_of_a_split_the_cache_lacks_are_asked_for_by_name(data_set: Path) -> None:
+def test_missing_split_error_lists_the_cached_splits(data_set: Path) -> None:
     config = load_config(write_config(data_set))
     precompute(config)
     with pytest.raises(CacheError, match="no split 'test'; there are: train, val"):
@@ -282,7 +280,7 @@ def test_features_of_a_split_the_cache_lacks_are_asked_for_by_name(data_set: Pat
 
 
 @pytest.mark.slow
-def test_a_compiled_encoder_gives_the_same_features_to_rounding(data_set: Path) -> None:
+def test_compiled_encoder_gives_the_same_features(data_set: Path) -> None:
     eager, compiled = (
         load_config(data_set / "config.yaml", [f"precompute.compile={on}", f"cache.dir={data_set}/{on}/cache"])
         for on in ("false", "true")
@@ -294,7 +292,7 @@ def test_a_compiled_encoder_gives_the_same_features_to_rounding(data_set: Path) 
 
 
 @pytest.mark.parametrize("on_invalid", ["error", "skip"])
-def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_nothing(
+def test_images_that_become_unreachable_stop_the_run_without_loss(
     data_set: Path, monkeypatch: pytest.MonkeyPatch, on_invalid: str
 ) -> None:
     overrides = [f"precompute.on_invalid={on_invalid}", "cache.part_rows=8"]
@@ -311,7 +309,7 @@ def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_not
 
     monkeypatch.setattr(pipeline.encoding.encoding_loop.EncodingLoop, "_start_decoding", vanish)
     with pytest.raises(
-        PipelineError, match=r"images/\d+\.png: not there, though it could .* run the same command again"
+        PipelineError, match=r"images/\d+\.png: not found, though it could .* run the same command again"
     ):
         precompute(config)
     monkeypatch.undo()
@@ -320,7 +318,7 @@ def test_pictures_that_vanish_while_others_are_encoded_stop_the_run_and_cost_not
     assert digest_of_folder(config.cache.dir) == digest_of_folder(whole.cache.dir)
 
 
-def test_want_of_memory_gives_no_row_up(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_decoding_marks_no_row_as_failed(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.Image.Image.resize", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(PipelineError, match=r"images/\d+\.png: not enough memory"):
         precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
@@ -328,9 +326,7 @@ def test_want_of_memory_gives_no_row_up(data_set: Path, monkeypatch: pytest.Monk
     assert precompute(load_config(data_set / "config.yaml")).failed == 0
 
 
-def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
-    data_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_estimate_times_valid_unencoded_images(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(data_set / "config.yaml")
     precompute(config)
     write_data_set(data_set / "other", seed=5)
@@ -347,13 +343,13 @@ def test_a_dry_run_times_pictures_that_are_to_be_encoded_and_can_be(
     assert told.images_per_second > 0
 
 
-def test_a_cache_may_be_the_folder_that_one_is_in(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_may_be_the_current_folder(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data_set / "here").mkdir()
     monkeypatch.chdir(data_set / "here")
     assert precompute(load_config(data_set / "config.yaml", ["cache.dir=."])).encoded == 24
 
 
-def test_splits_that_another_config_leaves_out_are_told(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_splits_are_logged(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precompute(load_config(data_set / "config.yaml"))
     assert "no longer" not in capsys.readouterr().err
     precompute(load_config(data_set / "config.yaml", ["data.val=null"]))
@@ -366,7 +362,7 @@ def damage(part: Path) -> None:
     part.write_bytes(data)
 
 
-def test_a_repair_keeps_the_parts_as_long_as_they_are(data_set: Path) -> None:
+def test_repair_keeps_the_part_size(data_set: Path) -> None:
     config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
     precompute(config)
     damage(config.cache.dir / "features-00001.h5")
@@ -374,9 +370,7 @@ def test_a_repair_keeps_the_parts_as_long_as_they_are(data_set: Path) -> None:
     assert FeatureReader(config.cache.dir).manifest.part_rows == 10
 
 
-def test_a_repair_changes_nothing_while_something_cannot_be_read(
-    data_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_of_an_unreadable_cache_changes_nothing(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(data_set / "config.yaml")
     precompute(config)
     damage(config.cache.dir / "features-00000.h5")
@@ -388,7 +382,7 @@ def test_a_repair_changes_nothing_while_something_cannot_be_read(
     assert digest_of_folder(config.cache.dir) == before
 
 
-def test_a_repair_finds_the_pictures_from_every_folder(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_works_from_any_folder(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data_set)
     files = {"train": {"annotations": "train.jsonl", "images": "images"}, "val": None}
     config = load_config(write_config(data_set, data=files))

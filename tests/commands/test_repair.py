@@ -13,13 +13,13 @@ from cache.reader import FeatureReader
 from cache.repair import drop_damaged
 from cache.spec import CacheError
 from pipeline.batches.split import open_split
+from pipeline.commands import cache as cache_command
+from pipeline.commands.cache import cache_info, verify_cache
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.encoding import encoding_loop as encoding
-from pipeline.commands import cache as cache_command
-from pipeline.commands.cache import cache_info, verify_cache
 
 PART = "features-00000.h5"
 
@@ -57,7 +57,7 @@ def cut(part: Path) -> None:
 @pytest.mark.parametrize("on_invalid", ["error", "skip"])
 @pytest.mark.parametrize("whole_part", [False, True])
 @pytest.mark.parametrize("hurt", ["gone", "changed"])
-def test_nothing_is_thrown_away_before_its_picture_is_found(
+def test_nothing_is_removed_before_its_image_is_found(
     data_set: Path, config: Config, on_invalid: str, whole_part: bool, hurt: str
 ) -> None:
     text = (data_set / "config.yaml").read_text()
@@ -83,7 +83,7 @@ def test_nothing_is_thrown_away_before_its_picture_is_found(
     assert audit.verify(cache).damage == []
 
 
-def test_a_damaged_row_that_no_question_needs_bars_no_repair(data_set: Path, config: Config) -> None:
+def test_damaged_row_without_questions_does_not_prevent_repair(data_set: Path, config: Config) -> None:
     picture = damage_row(config.cache.dir, 5)
     for split in ("train", "val"):
         file = data_set / f"{split}.jsonl"
@@ -95,7 +95,7 @@ def test_a_damaged_row_that_no_question_needs_bars_no_repair(data_set: Path, con
     assert audit.verify(config.cache.dir).damage == []
 
 
-def test_a_row_that_is_not_stored_is_found_told_at_training_and_encoded_again(config: Config) -> None:
+def test_missing_row_is_detected_and_encoded_again(config: Config) -> None:
     cache = config.cache.dir
     damage_row(cache, 5)
     drop_damaged(cache, audit.verify(cache).damage)
@@ -112,7 +112,7 @@ def test_a_row_that_is_not_stored_is_found_told_at_training_and_encoded_again(co
 
 
 @pytest.mark.parametrize("hurt", [cut, Path.unlink], ids=["cut", "missing"])
-def test_a_lost_part_is_repaired_by_the_folder_alone(config: Config, hurt) -> None:
+def test_lost_part_is_repaired_without_a_config(config: Config, hurt) -> None:
     cache = config.cache.dir
     hurt(cache / PART)
     assert verify_cache(cache).damaged
@@ -120,17 +120,17 @@ def test_a_lost_part_is_repaired_by_the_folder_alone(config: Config, hurt) -> No
     assert verify_cache(cache).damaged == []
 
 
-def test_a_cache_of_another_kind_is_left_alone(data_set: Path, config: Config) -> None:
+def test_cache_with_another_spec_is_kept(data_set: Path, config: Config) -> None:
     damage_row(config.cache.dir, 5)
     path = data_set / "config.yaml"
     path.write_text(path.read_text().replace('"float32"', '"float16"', 1))
     before = files(config.cache.dir)
-    with pytest.raises(PipelineError, match=r"not made with this checkpoint and config; nothing was changed"):
+    with pytest.raises(PipelineError, match=r"not made with this checkpoint and config. Nothing was changed"):
         repair(path)
     assert files(config.cache.dir) == before
 
 
-def test_a_file_that_is_no_part_is_named_with_what_to_do(config: Config) -> None:
+def test_foreign_part_is_named_with_a_remedy(config: Config) -> None:
     cache = config.cache.dir
     stray = cache / "features-00007.h5"
     stray.write_bytes(bytes(50_000))
@@ -150,13 +150,13 @@ def bars(monkeypatch: pytest.MonkeyPatch, module: object) -> list:
     return made
 
 
-def test_the_bar_of_verify_ends_at_its_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_of_verify_completes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     made = bars(monkeypatch, cache_command)
     assert verify_cache(config.cache.dir).damaged == []
     assert [(bar.n, bar.desc) for bar in made] == [(bar.total, "verifying") for bar in made]
 
 
-def test_the_bar_of_encoding_ends_at_its_end_with_a_broken_picture(
+def test_progress_bar_of_encoding_completes_with_an_invalid_image(
     data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = data_set / "images" / "5.png"

@@ -65,7 +65,7 @@ def text_files() -> dict[str, tuple[str, int]]:
     return {split: (entry.file, Path("cache", entry.file).stat().st_mtime_ns) for split, entry in splits.items()}
 
 
-def test_with_nothing_changed_nothing_is_parsed_or_written(data: Path, parsed: list[str]) -> None:
+def test_unchanged_data_is_neither_parsed_nor_written(data: Path, parsed: list[str]) -> None:
     before = text_files()
     summary = again()
     assert parsed == []
@@ -73,7 +73,7 @@ def test_with_nothing_changed_nothing_is_parsed_or_written(data: Path, parsed: l
     assert summary.questions == {"train": 18, "val": 6}
 
 
-def test_cached_questions_are_those_that_were_read(data: Path) -> None:
+def test_cached_questions_equal_the_parsed_ones(data: Path) -> None:
     config = load_config(data / "config.yaml").data
     found = pipeline.data.cached_examples.load_unchanged_split(FeatureReader(Path("cache")), config, "train")
     assert found
@@ -120,7 +120,7 @@ def another_file(data: Path) -> list[str]:
         (another_file, ["train"]),
     ],
 )
-def test_what_has_changed_is_parsed(
+def test_changed_files_are_parsed(
     data: Path, parsed: list[str], change: Callable[[Path], list[str]], wanted: list[str]
 ) -> None:
     overrides = change(data)
@@ -133,24 +133,24 @@ def test_what_has_changed_is_parsed(
     assert [VQAExample.from_record(text.record(number)) for number in range(len(text))] == list(read.examples)
 
 
-def test_other_code_reads_again(data: Path, parsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_reader_code_parses_again(data: Path, parsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.data.cached_examples, "reader_fingerprint", lambda: "other")
     again()
     assert parsed == ["train", "val"]
 
 
-def test_what_was_skipped_is_looked_for_again(data: Path, parsed: list[str]) -> None:
+def test_skipped_images_are_checked_again(data: Path, parsed: list[str]) -> None:
     skip = "precompute.on_invalid=skip"
     (data / "images" / "plain.png").rename(data / "away.png")
-    assert again(skip)["skipped"] == {"not there": 3}
+    assert again(skip).skipped == {"not found": 3}
     parsed.clear()
     (data / "away.png").rename(data / "images" / "plain.png")
-    assert again(skip)["skipped"] == {}
+    assert again(skip).skipped == {}
     assert parsed == ["train", "val"]
-    assert again(skip)["questions"] == {"train": 18, "val": 6}
+    assert again(skip).questions == {"train": 18, "val": 6}
 
 
-def test_a_name_that_was_respelled_is_looked_for_again(data: Path, parsed: list[str]) -> None:
+def test_respelled_names_are_checked_again(data: Path, parsed: list[str]) -> None:
     lines = (data / "train.jsonl").read_text()
     (data / "train.jsonl").write_text(lines.replace("plain.png", "cafe\u0301.png"))
     (data / "images" / "caf\u00e9.png").write_bytes((data / "images" / "5.png").read_bytes())
@@ -165,20 +165,20 @@ def test_a_name_that_was_respelled_is_looked_for_again(data: Path, parsed: list[
     assert "images/caf\u00e9.png" not in images
 
 
-def test_a_picture_that_is_gone_or_edited_is_noticed(data: Path, parsed: list[str]) -> None:
+def test_missing_or_edited_image_is_detected(data: Path, parsed: list[str]) -> None:
     (data / "images" / "5.png").write_bytes((data / "images" / "6.png").read_bytes())
-    assert again()["encoded"] == 0
+    assert again().encoded == 0
     text = FeatureReader(Path("cache")).text("train")
     row = {text.record(number)["image"]: int(text.image_row[number]) for number in range(len(text))}
     assert row["images/5.png"] == row["images/6.png"]
     (data / "images" / "5.png").unlink()
     summary = again("precompute.on_invalid=skip")
     assert parsed == []
-    assert summary.skipped == {"not there": 3}
+    assert summary.skipped == {"not found": 3}
     assert summary.questions == {"train": 15, "val": 6}
 
 
-def test_a_damaged_text_is_read_again(data: Path, parsed: list[str]) -> None:
+def test_damaged_cached_text_is_parsed_again(data: Path, parsed: list[str]) -> None:
     path = Path("cache") / Manifest.load(Path("cache")).splits["train"].file
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     again()

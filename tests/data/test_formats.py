@@ -133,12 +133,12 @@ def read(folder: Path, data_set: str, files: Mapping[str, Any], split: str = "tr
 
 
 @pytest.mark.parametrize("data_set", published.TRAIN)
-def test_a_data_set_as_it_is_published(tmp_path: Path, data_set: str) -> None:
+def test_published_files_are_read(tmp_path: Path, data_set: str) -> None:
     assert read(tmp_path, data_set, published.TRAIN[data_set]) == (EXPECTED[data_set], [])
 
 
 @pytest.mark.parametrize("data_set", published.TEST)
-def test_a_test_split_as_it_is_published_has_no_answers(tmp_path: Path, data_set: str) -> None:
+def test_published_test_split_has_no_answers(tmp_path: Path, data_set: str) -> None:
     examples, skipped = read(tmp_path, data_set, published.TEST[data_set], split="test")
     expected = EXPECTED[data_set][: len(examples)]
     assert skipped == []
@@ -148,18 +148,18 @@ def test_a_test_split_as_it_is_published_has_no_answers(tmp_path: Path, data_set
 
 
 @pytest.mark.parametrize("data_set", sorted(published.TEST.keys() - {"vqav2", "coco_captions"}))
-def test_a_test_split_that_is_read_as_train_is_left_out_with_positions(tmp_path: Path, data_set: str) -> None:
-    with pytest.raises(PipelineError, match=r"left out, the last at .*annotations\.json: .*: no answer") as error:
+def test_test_split_read_as_train_is_skipped_with_positions(tmp_path: Path, data_set: str) -> None:
+    with pytest.raises(PipelineError, match=r"skipped, the last one at .*annotations\.json: .*: no answer") as error:
         read(tmp_path, data_set, published.TEST[data_set])
     assert "looks like" not in str(error.value)
 
 
-def test_captions_of_a_train_split_are_asked_for(tmp_path: Path) -> None:
+def test_train_split_requires_captions(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"annotations\.json: no field 'annotations'"):
         read(tmp_path, "coco_captions", published.TEST["coco_captions"])
 
 
-def test_a_picture_without_captions_and_captions_without_picture_are_left_out(tmp_path: Path) -> None:
+def test_images_without_captions_and_captions_without_images_are_skipped(tmp_path: Path) -> None:
     annotations = [published.COCO_CAPTIONS["annotations"][0], {"image_id": 3, "id": 4, "caption": "A cat."}]
     examples, skipped = read(
         tmp_path, "coco_captions", {"annotations": published.COCO_CAPTIONS | {"annotations": annotations}}
@@ -172,7 +172,7 @@ def test_a_picture_without_captions_and_captions_without_picture_are_left_out(tm
     ]
 
 
-def test_a_question_that_is_there_twice_is_left_out_and_in_gqa_is_malformed(tmp_path: Path) -> None:
+def test_duplicate_question_is_skipped_and_malformed_in_gqa(tmp_path: Path) -> None:
     _, skipped = read(tmp_path, "aokvqa", {"annotations": [*published.AOKVQA, published.AOKVQA[0]]})
     assert [(one.reason, one.where) for one in skipped] == [
         ("duplicate question_id", f"{tmp_path / 'annotations.json'}: [2]")
@@ -180,26 +180,26 @@ def test_a_question_that_is_there_twice_is_left_out_and_in_gqa_is_malformed(tmp_
     path = tmp_path / "gqa.json"
     text = json.dumps(published.GQA).replace("07333408", "02930152")
     path.write_text(text)
-    with pytest.raises(PipelineError, match=r"gqa\.json: '02930152' is there twice"):
+    with pytest.raises(PipelineError, match=r"gqa\.json: duplicate key '02930152'"):
         read_examples("gqa", "train", annotations=path, images=FOLDER)
 
 
 @pytest.mark.parametrize(
     ("data_set", "broken", "told"),
     [
-        ("aokvqa", {"question_id": 3}, r"\[1\]: 'question_id' is a whole number, not a text"),
-        ("aokvqa", {"image_id": "3"}, r"\[1\]: 'image_id' is a text, not a whole number"),
-        ("aokvqa", {"difficult_direct_answer": "no"}, r"\[1\]: 'difficult_direct_answer' is a text, not true or false"),
-        ("aokvqa", {"direct_answers": ["a", 3.5]}, r"\[1\]: 'direct_answers\[1\]' is a number with a fraction, not"),
-        ("vizwiz", {"answers": ["a"]}, r"\[1\]: not an object but a text"),
-        ("vizwiz", {"answers": [{"answer": True}]}, r"\[1\]: 'answer' is true or false, not a text; write"),
-        ("lavis", {"answer": 3.5}, r"\[1\]: 'answer' is a number with a fraction, not a text"),
-        ("lavis", {"answer": ["\ud800"]}, r"\[1\]: 'answer\[0\]' holds half of a surrogate pair"),
-        ("lavis", {"question_id": "\ud800"}, r"\[1\]: 'question_id' holds half of a surrogate pair"),
+        ("aokvqa", {"question_id": 3}, r"\[1\]: 'question_id' is an integer, not text"),
+        ("aokvqa", {"image_id": "3"}, r"\[1\]: 'image_id' is text, not an integer"),
+        ("aokvqa", {"difficult_direct_answer": "no"}, r"\[1\]: 'difficult_direct_answer' is text, not a boolean"),
+        ("aokvqa", {"direct_answers": ["a", 3.5]}, r"\[1\]: 'direct_answers\[1\]' is a float, not"),
+        ("vizwiz", {"answers": ["a"]}, r"\[1\]: expected an object, found text"),
+        ("vizwiz", {"answers": [{"answer": True}]}, r"\[1\]: 'answer' is a boolean, not text; write"),
+        ("lavis", {"answer": 3.5}, r"\[1\]: 'answer' is a float, not text"),
+        ("lavis", {"answer": ["\ud800"]}, r"\[1\]: 'answer\[0\]' contains half of a surrogate pair"),
+        ("lavis", {"question_id": "\ud800"}, r"\[1\]: 'question_id' contains half of a surrogate pair"),
         ("lavis", {"image": "../a.jpg"}, r"\[1\]: image '\.\./a\.jpg' does not name a file inside"),
     ],
 )
-def test_a_malformed_record_is_named(tmp_path: Path, data_set: str, broken: dict[str, object], told: str) -> None:
+def test_malformed_record_is_named(tmp_path: Path, data_set: str, broken: dict[str, object], told: str) -> None:
     records = published.TRAIN[data_set]["annotations"]
     with pytest.raises(PipelineError, match=rf"annotations\.json: {told}"):
         read(tmp_path, data_set, {"annotations": [records[0], records[1] | broken]})
@@ -208,11 +208,11 @@ def test_a_malformed_record_is_named(tmp_path: Path, data_set: str, broken: dict
 @pytest.mark.parametrize(
     ("question_id", "image_id", "told"),
     [
-        ("9", 3, "9: 'imageId' is a whole number, not a text"),
-        ("\ud800", "3", ".*: 'question id' holds half of a surrogate pair"),
+        ("9", 3, "9: 'imageId' is an integer, not text"),
+        ("\ud800", "3", ".*: 'question id' contains half of a surrogate pair"),
     ],
 )
-def test_the_malformed_question_of_gqa_is_named_by_its_id(
+def test_malformed_gqa_question_is_named_by_its_id(
     tmp_path: Path, question_id: str, image_id: object, told: str
 ) -> None:
     broken = published.GQA | {question_id: {"imageId": image_id, "question": "what?", "answer": "a"}}
@@ -220,7 +220,7 @@ def test_the_malformed_question_of_gqa_is_named_by_its_id(
         read(tmp_path, "gqa", {"annotations": broken})
 
 
-def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_set: Path) -> None:
+def test_caption_follows_the_prompt_and_ends_with_the_end_token(data_set: Path) -> None:
     pictures = sorted(path.name for path in (data_set / "images").iterdir())[:4]
     captions = {
         "images": [{"id": number, "file_name": name} for number, name in enumerate(pictures)],
@@ -259,17 +259,17 @@ def test_a_caption_is_trained_after_the_prompt_and_ends_in_the_end_token(data_se
         ),
     ],
 )
-def test_answers_are_written_as_the_evaluation_takes_them(data_set: str, expected: object) -> None:
+def test_predictions_have_the_form_of_the_evaluation_server(data_set: str, expected: object) -> None:
     found = results_formatter(data_set)(EXPECTED[data_set], ["a", "b"])
     assert json.loads(json.dumps(found)) == expected
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_results_need_an_answer_for_each_question(format: str) -> None:
+def test_results_require_a_prediction_per_question(format: str) -> None:
     with pytest.raises(ValueError, match="zip"):
         results_formatter(format)(EXPECTED["vqav2"], ["a"])
 
 
-def test_results_of_an_unknown_format_are_refused() -> None:
-    with pytest.raises(ConfigError, match="nearest: gqa"):
+def test_results_of_an_unknown_format_raise() -> None:
+    with pytest.raises(ConfigError, match="did you mean gqa"):
         results_formatter("qga")

@@ -223,12 +223,12 @@ def check_all_are_counted(data_set: str, files: dict[str, Any], found: Split, se
 
 
 @pytest.mark.parametrize(("data_set", "key"), FILES)
-def test_every_place_damaged_in_every_way(tmp_path: Path, data_set: str, key: str) -> None:
+def test_damage_at_every_position(tmp_path: Path, data_set: str, key: str) -> None:
     check_every_place(tmp_path, data_set, key)
 
 
 @pytest.mark.parametrize(("data_set", "key"), FILES)
-def test_a_file_that_is_cut_off_anywhere_is_named(tmp_path: Path, data_set: str, key: str) -> None:
+def test_truncated_file_is_named(tmp_path: Path, data_set: str, key: str) -> None:
     paths = published.write(tmp_path, data_set, published.TRAIN[data_set])
     text = paths[key].read_text().rstrip()
     for end in {*range(0, len(text), 29), *range(len(text) - 20, len(text))}:
@@ -242,7 +242,7 @@ def test_a_file_that_is_cut_off_anywhere_is_named(tmp_path: Path, data_set: str,
 
 
 @pytest.mark.parametrize(("data_set", "key"), FILES)
-def test_bytes_that_are_not_text_anywhere_are_named(tmp_path: Path, data_set: str, key: str) -> None:
+def test_invalid_utf8_at_every_position_is_named(tmp_path: Path, data_set: str, key: str) -> None:
     paths = published.write(tmp_path, data_set, published.TRAIN[data_set])
     data = paths[key].read_bytes()
     for at in range(0, len(data), 97):
@@ -251,7 +251,7 @@ def test_bytes_that_are_not_text_anywhere_are_named(tmp_path: Path, data_set: st
 
 
 @pytest.mark.parametrize(("data_set", "key"), FILES)
-def test_bytes_changed_at_random_are_an_error_or_counted(tmp_path: Path, data_set: str, key: str) -> None:
+def test_random_byte_changes_are_an_error_or_counted(tmp_path: Path, data_set: str, key: str) -> None:
     rng = random.Random(0)
     files = published.TRAIN[data_set]
     paths = published.write(tmp_path, data_set, files)
@@ -272,7 +272,7 @@ def test_bytes_changed_at_random_are_an_error_or_counted(tmp_path: Path, data_se
 @pytest.mark.parametrize(
     "monster", ["[" * 200_000 + "]" * 200_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "9" * 5000]
 )
-def test_what_json_cannot_hold_is_an_error_in_words(tmp_path: Path, data_set: str, key: str, monster: str) -> None:
+def test_values_beyond_json_raise_readable_errors(tmp_path: Path, data_set: str, key: str, monster: str) -> None:
     paths = published.write(tmp_path, data_set, published.TRAIN[data_set])
     text = paths[key].read_text()
     for at in text.index(": ") + 2, text.rindex(": ") + 2:
@@ -281,7 +281,7 @@ def test_what_json_cannot_hold_is_an_error_in_words(tmp_path: Path, data_set: st
 
 
 @pytest.mark.parametrize(("data_set", "key"), FILES)
-def test_a_record_that_is_there_twice_is_counted(tmp_path: Path, data_set: str, key: str) -> None:
+def test_duplicate_record_is_counted(tmp_path: Path, data_set: str, key: str) -> None:
     if data_set == "gqa":
         pytest.skip("its ids are keys: see test_formats")
     files = published.TRAIN[data_set]
@@ -340,7 +340,7 @@ def _careless(forgives: bool) -> Callable[[Sources], Split]:
 
 
 @pytest.mark.parametrize("forgives", [True, False])
-def test_the_fuzz_finds_a_careless_reader(tmp_path: Path, forgives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fuzzing_finds_an_unsafe_reader(tmp_path: Path, forgives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "lavis", Format(_careless(forgives)))
     with pytest.raises((AssertionError, TypeError, KeyError)):
         check_every_place(tmp_path, "lavis", "annotations")

@@ -26,16 +26,18 @@ from cache.reader import FeatureReader
 from pipeline.batches.split import open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.encoding.reencode import reencode, repair
+from pipeline.commands.repair import repair
 from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.table_name import TableName
 from pipeline.config import Config, SplitFiles, load_config
 from pipeline.data.examples import DIFFICULT, Split
-from pipeline.data.image_sources import TableImage, table_fingerprint
+from pipeline.data.image_sources import TableImage
+from pipeline.data.tables import table_fingerprint
 from pipeline.data.vqa import read_examples
-from pipeline.encoding.images import ImageError, read_image_bytes
 from pipeline.encoding.dataset_scan import scan_dataset
+from pipeline.encoding.images import ImageError, read_image_bytes
+from pipeline.encoding.reencode import reencode
 from pipeline.runs.run import Run
 
 PART = "features-00000.h5"
@@ -153,7 +155,7 @@ def saved_arrow_file_form(folder: Path, table: Dataset) -> str:
     "save",
     [saved_parquet, saved_parts, saved_repository, saved_to_disk, saved_splits, saved_arrow, saved_arrow_file_form],
 )
-def test_vqav2_in_every_form_that_it_is_kept_in(tmp_path: Path, save: Callable[[Path, Dataset], str]) -> None:
+def test_vqav2_in_every_file_form(tmp_path: Path, save: Callable[[Path, Dataset], str]) -> None:
     (tmp_path / "t").mkdir()
     examples, skipped = read(save(tmp_path / "t", vqav2(*range(6))))
     assert skipped == []
@@ -164,14 +166,14 @@ def test_vqav2_in_every_form_that_it_is_kept_in(tmp_path: Path, save: Callable[[
     }
 
 
-def test_rows_are_named_by_file_and_row(tmp_path: Path) -> None:
+def test_errors_name_table_and_row(tmp_path: Path) -> None:
     path = saved_parquet(tmp_path, vqav2(0, 1))
     assert [str(example.image) for example in read(path).examples] == [f"{path}: row 0", f"{path}: row 1"]
     folder = saved_splits(tmp_path, vqav2(0))
     assert str(read(folder).examples[0].image) == f"{folder} validation: row 0"
 
 
-def test_textvqa_and_a_test_split_without_answers(tmp_path: Path) -> None:
+def test_textvqa_and_test_split_without_answers(tmp_path: Path) -> None:
     rows = [
         {"image_id": "a", "question_id": 34602, "question": "what brand?", "image": {"bytes": png()}, "answers": given}
         for given in (["dakota", "dakota digital"], [], None)
@@ -186,7 +188,7 @@ def test_textvqa_and_a_test_split_without_answers(tmp_path: Path) -> None:
 
 
 def gqa(folder: Path) -> dict[str, str]:
-    """lmms-lab/GQA: questions in one table, pictures in another; the last question's picture is not there."""
+    """lmms-lab/GQA: questions in one table, pictures in another; the last question's picture is not found."""
     asked = [{"id": f"0{n}", "imageId": f"n{n % 2}", "question": "is it red?", "answer": "yes"} for n in range(4)]
     Dataset.from_list([*asked, asked[0] | {"id": "09", "imageId": "n7"}]).to_parquet(folder / "instructions.parquet")
     pictures = [{"id": f"n{n}", "image": {"bytes": png(n), "path": f"{n}.jpg"}} for n in (1, 0)]
@@ -195,14 +197,14 @@ def gqa(folder: Path) -> dict[str, str]:
     return {"dataset": f"{folder}/instructions.parquet", "image_dataset": f"{folder}/images.parquet"}
 
 
-def test_gqa_joins_its_two_tables(tmp_path: Path) -> None:
+def test_gqa_joins_two_tables(tmp_path: Path) -> None:
     paths = gqa(tmp_path)
     examples, skipped = read(**paths)
     assert [(e.question_id, e.answers) for e in examples] == [(f"0{n}", ("yes",)) for n in range(4)]
     assert [read_image_bytes(example.image) for example in examples] == [png(n % 2) for n in range(4)]
     assert str(examples[0].image) == f"{paths['image_dataset']}: row 1"
     assert [(one.reason, one.where, one.image) for one in skipped] == [
-        ("no picture in data.val.image_dataset", f"{paths['dataset']}: row 4", "n7")
+        ("no image in data.val.image_dataset", f"{paths['dataset']}: row 4", "n7")
     ]
     with pytest.raises(PipelineError, match=r"instructions\.parquet: no column image, and no image_dataset"):
         read(paths["dataset"])
@@ -222,33 +224,31 @@ def test_gqa_joins_its_two_tables(tmp_path: Path) -> None:
         ({"direct_answers": "['red', __import__('os').abort()]"}, None),
     ],
 )
-def test_answers_are_taken_from_where_they_are(
-    tmp_path: Path, cells: dict[str, Any], answers: tuple[str, ...] | None
-) -> None:
+def test_answer_columns_are_detected(tmp_path: Path, cells: dict[str, Any], answers: tuple[str, ...] | None) -> None:
     row = {"question": "what?", "image": {"bytes": png(), "path": None}} | cells
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "table.parquet")
     if answers is None:
-        with pytest.raises(PipelineError, match=r"table\.parquet: row 0: 'direct_answers' is no list"):
+        with pytest.raises(PipelineError, match=r"table\.parquet: row 0: 'direct_answers' is not a list"):
             read(tmp_path / "table.parquet")
     else:
         assert [example.answers for example in read(tmp_path / "table.parquet").examples] == [answers]
 
 
-def test_a_okvqa_keeps_its_difficult_questions_apart(tmp_path: Path) -> None:
+def test_aokvqa_marks_difficult_questions(tmp_path: Path) -> None:
     difficult = [{"difficult_direct_answer": value} for value in (True, False)]
     assert [example.answer_type for example in read(plain(tmp_path, *difficult)).examples] == [DIFFICULT, None]
 
 
 @pytest.mark.parametrize("name", ["question_id", "questionId", "id"])
-def test_the_id_is_taken_from_where_it_is(tmp_path: Path, name: str) -> None:
+def test_id_column_is_detected(tmp_path: Path, name: str) -> None:
     assert [e.question_id for e in read(plain(tmp_path, {name: "a"}, {name: "b"})).examples] == ["a", "b"]
 
 
-def test_without_an_id_it_is_the_row(tmp_path: Path) -> None:
+def test_default_id_is_the_row_number(tmp_path: Path) -> None:
     assert [example.question_id for example in read(plain(tmp_path, {}, {})).examples] == [0, 1]
 
 
-def test_a_part_of_a_split_has_the_pictures_of_its_rows(tmp_path: Path) -> None:
+def test_sliced_split_has_the_images_of_its_rows(tmp_path: Path) -> None:
     for path in (saved_parquet(tmp_path, vqav2(*range(10))), saved_to_disk(tmp_path, vqav2(*range(10)))):
         ends = [read(path, dataset_split=part).examples for part in ("train[:60%]", "train[60%:]")]
         assert [e.question_id for end in ends for e in end] == list(range(1000, 1010))
@@ -263,15 +263,15 @@ def test_a_part_of_a_split_has_the_pictures_of_its_rows(tmp_path: Path) -> None:
     [
         ({"bytes": png(3), "path": "/nowhere/a.png"}, png(3)),
         ({"bytes": None, "path": "a.png"}, png(9)),
-        ({"bytes": None, "path": "gone.png"}, "not there"),
-        ({"bytes": None, "path": "../a.png"}, "no picture in this row"),
-        ({"bytes": None, "path": __file__}, "no picture in this row"),
+        ({"bytes": None, "path": "gone.png"}, "not found"),
+        ({"bytes": None, "path": "../a.png"}, "no image in this row"),
+        ({"bytes": None, "path": __file__}, "no image in this row"),
         ({"bytes": b"", "path": "a.png"}, b""),
-        ({"bytes": None, "path": ""}, "no picture in this row"),
-        (None, "no picture in this row"),
+        ({"bytes": None, "path": ""}, "no image in this row"),
+        (None, "no image in this row"),
     ],
 )
-def test_a_picture_is_its_bytes_or_the_file_beside_the_table(tmp_path: Path, image: Any, stored: bytes | str) -> None:
+def test_image_is_bytes_or_a_file_next_to_the_table(tmp_path: Path, image: Any, stored: bytes | str) -> None:
     (tmp_path / "a.png").write_bytes(png(9))
     path = plain(tmp_path, {"image": {"bytes": png(), "path": "x"}}, {"image": image})
     picture = read(path).examples[1].image
@@ -282,7 +282,7 @@ def test_a_picture_is_its_bytes_or_the_file_beside_the_table(tmp_path: Path, ima
             read_image_bytes(picture)
 
 
-def test_columns_of_bytes_and_of_names(tmp_path: Path) -> None:
+def test_columns_of_bytes_and_of_file_names(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png(9))
     assert read_image_bytes(read(plain(tmp_path, image=[png(5)])).examples[0].image) == png(5)
@@ -290,7 +290,7 @@ def test_columns_of_bytes_and_of_names(tmp_path: Path) -> None:
     assert read_image_bytes(named[0].image) == png(9)
 
 
-def test_a_picture_goes_to_other_processes(tmp_path: Path) -> None:
+def test_table_image_is_picklable(tmp_path: Path) -> None:
     pictures = [example.image for example in read(saved_parquet(tmp_path, vqav2(0, 2, 4))).examples]
     assert read_image_bytes(pictures[0]) == png(0)  # so that the column is open
     again = pickle.loads(pickle.dumps(dict(enumerate(pictures))))
@@ -312,30 +312,30 @@ def test_a_picture_goes_to_other_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "told"),
     [
-        ([{}, {"question": None}], {}, r"row 1: 'question' is null, not a text"),
-        ([{}], {"question": [5]}, r"row 0: 'question' is a whole number, not a text"),
-        ([{}], {"question": [["a"]]}, r"row 0: 'question' is a list, not a text"),
-        ([{}, {}], {"answer": [None, 7.5]}, r"row 1: 'answer' is a number with a fraction, not a text; write"),
-        ([{}], {"answers": [[["red"]]]}, r"row 0: 'answers\[0\]' is a list, not a text"),
-        ([{}], {"answers": [["red", None]]}, r"row 0: 'answers\[1\]' is null, not a text"),
-        ([{}], {"answers": [[{"text": "red"}]]}, r"row 0: 'answers\[0\]' is null, not a text"),
-        ([{}], {"answers": [2.5]}, r"row 0: 'answers' is a number with a fraction, not a text"),
-        ([{}], {"question_id": [None]}, r"row 0: 'question_id' is null, not a whole number"),
-        ([{}], {"question_id": [1.5]}, r"row 0: 'question_id' is a number with a fraction"),
-        ([{}], {"image": [7]}, r"column 'image' holds int64, no pictures"),
-        ([{}], {"image": [[png()]]}, r"column 'image' holds list<.*>, no pictures"),
-        ([{}], {"image": [{"bytes": "text"}]}, r"column 'image' holds struct<bytes: string>, no pictures"),
-        ([{}], {"image": [{"width": 7}]}, r"column 'image' holds struct<width: int64>, no pictures"),
+        ([{}, {"question": None}], {}, r"row 1: 'question' is null, not text"),
+        ([{}], {"question": [5]}, r"row 0: 'question' is an integer, not text"),
+        ([{}], {"question": [["a"]]}, r"row 0: 'question' is a list, not text"),
+        ([{}, {}], {"answer": [None, 7.5]}, r"row 1: 'answer' is a float, not text; write"),
+        ([{}], {"answers": [[["red"]]]}, r"row 0: 'answers\[0\]' is a list, not text"),
+        ([{}], {"answers": [["red", None]]}, r"row 0: 'answers\[1\]' is null, not text"),
+        ([{}], {"answers": [[{"text": "red"}]]}, r"row 0: 'answers\[0\]' is null, not text"),
+        ([{}], {"answers": [2.5]}, r"row 0: 'answers' is a float, not text"),
+        ([{}], {"question_id": [None]}, r"row 0: 'question_id' is null, not an integer"),
+        ([{}], {"question_id": [1.5]}, r"row 0: 'question_id' is a float"),
+        ([{}], {"image": [7]}, r"column 'image' has type int64, not images"),
+        ([{}], {"image": [[png()]]}, r"column 'image' has type list<.*>, not images"),
+        ([{}], {"image": [{"bytes": "text"}]}, r"column 'image' has type struct<bytes: string>, not images"),
+        ([{}], {"image": [{"width": 7}]}, r"column 'image' has type struct<width: int64>, not images"),
     ],
 )
-def test_a_malformed_row_or_column_is_named(
+def test_malformed_row_or_column_is_named(
     tmp_path: Path, rows: list[dict[str, Any]], columns: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(PipelineError, match=rf"table\.parquet: {told}"):
         read(plain(tmp_path, *rows, **columns))
 
 
-def test_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported(tmp_path: Path) -> None:
     damaged = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     path = plain(tmp_path)
     table = pq.read_table(path).set_column(0, "question", damaged)
@@ -349,10 +349,10 @@ def test_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
     [
         ("question", r"no column question; its columns are id, image, answer"),
         ("answer", r"no column answers or direct_answers or answer or multiple_choice_answer; its columns are id"),
-        ("image", r"no column image, and no image_dataset or image_subset in the config; its columns are"),
+        ("image", r"no column image, and the config sets neither image_dataset nor image_subset; its columns are"),
     ],
 )
-def test_a_column_that_is_missing_is_told_with_those_that_are_there(tmp_path: Path, without: str, told: str) -> None:
+def test_missing_column_error_lists_the_columns(tmp_path: Path, without: str, told: str) -> None:
     row = {"id": 1, "question": "what?", "image": png(), "answer": "red"}
     row.pop(without)
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "table.parquet")
@@ -360,14 +360,14 @@ def test_a_column_that_is_missing_is_told_with_those_that_are_there(tmp_path: Pa
         read(tmp_path / "table.parquet")
 
 
-def test_optional_types_of_another_kind_are_no_hindrance(tmp_path: Path) -> None:
+def test_optional_columns_of_other_types_are_ignored(tmp_path: Path) -> None:
     (example,) = read(plain(tmp_path, answer_type=[3], question_type=[["a"]])).examples
     assert (example.answer_type, example.question_type) == (None, None)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -200, -4])
 @pytest.mark.parametrize("name", ["table.parquet", "table.arrow"])
-def test_files_that_are_cut_or_something_else(tmp_path: Path, keep: int, name: str) -> None:
+def test_truncated_or_foreign_files_are_reported(tmp_path: Path, keep: int, name: str) -> None:
     path = tmp_path / name
     whole = Path(saved_parquet(tmp_path, vqav2(0, 1)) if name.endswith("parquet") else saved_stream(tmp_path))
     path.write_bytes(whole.read_bytes()[:keep])
@@ -382,7 +382,7 @@ def saved_stream(folder: Path) -> str:
     return str(folder / "saved" / "data-00000-of-00001.arrow")
 
 
-def test_files_of_other_columns_together(tmp_path: Path) -> None:
+def test_files_with_different_columns_are_reported(tmp_path: Path) -> None:
     vqav2(0).to_parquet(tmp_path / "part-0.parquet")
     vqav2(1).remove_columns("answers").rename_column("question", "text").to_parquet(tmp_path / "part-1.parquet")
     with pytest.raises(PipelineError, match=r"part-\*\.parquet \(data\.val\.dataset\): ") as told:
@@ -393,22 +393,22 @@ def test_files_of_other_columns_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "told"),
     [
-        ("nowhere.parquet", r"not there, or nothing in it ends in \.parquet or \.arrow"),
-        ("no/such/folder", r"not there, or nothing in it"),
-        ("*.parquet", r"not there, or nothing in it"),
-        ("text.txt", r"format hf reads files that end in \.parquet or \.arrow"),
-        ("", r"not there, or nothing in it"),
+        ("nowhere.parquet", r"not found, or contains no files with the suffix \.parquet or \.arrow"),
+        ("no/such/folder", r"not found, or contains no files"),
+        ("*.parquet", r"not found, or contains no files"),
+        ("text.txt", r"format hf reads only files with the suffix \.parquet or \.arrow"),
+        ("", r"not found, or contains no files"),
     ],
 )
-def test_what_is_not_there(tmp_path: Path, dataset: str, told: str) -> None:
+def test_missing_files_are_reported(tmp_path: Path, dataset: str, told: str) -> None:
     (tmp_path / "text.txt").write_text("a")
     with pytest.raises(PipelineError, match=rf"\(data\.val\.dataset\): {told}"):
         read(tmp_path / dataset)
 
 
-def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_split_error_lists_the_splits(tmp_path: Path) -> None:
     folder = saved_splits(tmp_path, vqav2(0))
-    with pytest.raises(PipelineError, match=r"no split 'train'; name one of validation, test in dataset_split"):
+    with pytest.raises(PipelineError, match=r"no split 'train'; set dataset_split to one of validation, test"):
         read(folder, "train")
     assert read(folder, "train", dataset_split="validation").examples
     with pytest.raises(PipelineError, match=r"no split 'nix'; name one of validation, test"):
@@ -417,7 +417,7 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
         read(folder, dataset_split="validation[nix]")
 
 
-def test_a_table_without_rows(tmp_path: Path) -> None:
+def test_empty_table_is_reported(tmp_path: Path) -> None:
     path = saved_parquet(tmp_path, vqav2(0).select([]))
     with pytest.raises(PipelineError, match=r"validation\.parquet \(data\.val\.dataset\): .*no data"):
         read(path)
@@ -437,17 +437,19 @@ class Hub:
         return SimpleNamespace(name="parquet", config=SimpleNamespace(data_files=self.splits))
 
 
-def test_a_hub_id_fetches_its_split_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_downloads_only_its_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(validation=[saved_parquet(tmp_path, vqav2(0, 1))], test=[f"{tmp_path}/not-fetched.parquet"])
     monkeypatch.setattr(datasets, "load_dataset_builder", hub)
     examples, _ = read("lmms-lab/VQAv2", revision="abc")
     assert str(examples[1].image) == "lmms-lab/VQAv2@abc validation: row 1"
     assert hub.asked == [("lmms-lab/VQAv2", None, "abc")]
-    with pytest.raises(PipelineError, match=r"lmms-lab/VQAv2 \(data\.train\.dataset\): no split 'train'; name one of"):
+    with pytest.raises(
+        PipelineError, match=r"lmms-lab/VQAv2 \(data\.train\.dataset\): no split 'train'; set dataset_split to one of"
+    ):
         read("lmms-lab/VQAv2", "train")
 
 
-def test_a_hub_id_with_pictures_in_another_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_with_images_in_another_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = gqa(tmp_path)
     subsets = {"instructions": Hub(val=[local["dataset"]]), "images": Hub(val=[local["image_dataset"]])}
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, name, revision: subsets[name](path))
@@ -456,7 +458,7 @@ def test_a_hub_id_with_pictures_in_another_subset(tmp_path: Path, monkeypatch: p
     assert str(examples[0].image) == "lmms-lab/GQA images val: row 1"
 
 
-def test_offline_the_library_may_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_cached_hub_dataset_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     config, info = SimpleNamespace(data_files=None), SimpleNamespace(splits={"train": None, "validation": None})
     cached = SimpleNamespace(config=config, info=info, as_dataset=lambda split: vqav2(len(split)))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: cached)
@@ -473,9 +475,7 @@ def test_offline_the_library_may_have_it(monkeypatch: pytest.MonkeyPatch) -> Non
         (KeyError(), r"KeyError"),
     ],
 )
-def test_what_goes_wrong_with_the_hub_is_told_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
-) -> None:
+def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -484,7 +484,7 @@ def test_what_goes_wrong_with_the_hub_is_told_in_a_line(
         read("a/b")
 
 
-def test_without_the_library_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_datasets_library_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PipelineError, match=r'pip install "datasets>=4"'):
         read("a/b")
@@ -496,7 +496,7 @@ def run_pipe(*words: str | Path, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_offline_it_says_so(tmp_path: Path) -> None:
+def test_offline_error_names_the_remedy(tmp_path: Path) -> None:
     config = write_config(tmp_path, data={"format": "hf", "train": {"dataset": "lmms-lab/VQAv2"}, "val": None})
     told = run_pipe("precompute", config, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     assert (told.returncode, told.stdout) == (1, "")
@@ -504,7 +504,7 @@ def test_offline_it_says_so(tmp_path: Path) -> None:
     assert told.stderr.count("\n") == 1
 
 
-def test_the_library_is_imported_by_no_other_format(data_set: Path) -> None:
+def test_other_formats_do_not_import_datasets(data_set: Path) -> None:
     script = (
         "import sys; from pathlib import Path\nfrom pipeline.config import load_config\nimport pipeline.cli\n"
         "from pipeline.encoding.dataset_scan import scan_dataset\nscan_dataset(load_config(Path(sys.argv[1])).data)\n"
@@ -519,23 +519,26 @@ def test_the_library_is_imported_by_no_other_format(data_set: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ({"format": "jsonl", "train": {"dataset": "a/b"}}, r"train\.dataset is no key of the format jsonl"),
-        ({"format": "hf", "val": {"dataset": "a", "annotations": "b"}}, r"val\.annotations is no key of the format hf"),
+        ({"format": "jsonl", "train": {"dataset": "a/b"}}, r"train\.dataset is not a key of the format jsonl"),
+        (
+            {"format": "hf", "val": {"dataset": "a", "annotations": "b"}},
+            r"val\.annotations is not a key of the format hf",
+        ),
     ],
 )
-def test_keys_of_other_formats_are_refused(tmp_path: Path, data: dict[str, Any], told: str) -> None:
+def test_keys_of_other_formats_raise(tmp_path: Path, data: dict[str, Any], told: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"data": data, "cache": {"dir": "c"}}))
     with pytest.raises(ConfigError, match=told):
         load_config(path)
 
 
-def test_a_dataset_is_needed() -> None:
+def test_dataset_key_is_required() -> None:
     with pytest.raises(PipelineError, match=r"data\.train\.dataset is not set"):
         read_examples("hf", "train")
 
 
-def test_files_are_made_absolute_and_hub_ids_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_become_absolute_but_hub_ids_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()
     for local in ("saved", "a.parquet", "data/*.parquet", "./a/b"):
@@ -566,7 +569,7 @@ def tables(data_set: Path) -> Config:
     return load_config(in_tables(data_set))
 
 
-def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -> None:
+def test_tables_and_files_give_the_same_results(tmp_path: Path) -> None:
     made = {}
     for kind in ("files", "tables"):
         folder = tmp_path / kind
@@ -574,7 +577,7 @@ def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -
         config = load_config(in_tables(folder) if kind == "tables" else write_config(folder))
         made[kind] = config, precompute(config), scan_dataset(config.data)
     (files, of_files, in_files), (table, of_tables, in_table) = made.values()
-    assert (of_files["images"], of_tables["images"], of_tables["encoded"]) == (24, 24, 24)
+    assert (of_files.images, of_tables.images, of_tables.encoded) == (24, 24, 24)
     assert (in_files.pictures, in_table.pictures) == (24, 72)  # rows: each picture is there for each of its questions
     assert list(in_files.paths) == list(in_table.paths)
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
@@ -585,7 +588,7 @@ def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -
     assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by pictures, not by rows
 
 
-def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> None:
+def test_training_detects_an_edited_table_and_works_without_it(tables: Config) -> None:
     precompute(tables)
     path = Path(tables.data.splits["train"].dataset or "")
     before, times = path.read_bytes(), path.stat()
@@ -606,7 +609,7 @@ def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> 
         open_split(tables, "train")
 
 
-def test_training_notices_another_part_or_revision() -> None:
+def test_training_detects_another_slice_or_revision() -> None:
     names = [
         TableName("a/b"),
         TableName("a/b", revision="1"),
@@ -617,26 +620,26 @@ def test_training_notices_another_part_or_revision() -> None:
     assert table_fingerprint(TableName("nowhere.parquet")) is None
 
 
-def test_a_cache_of_tables_is_repaired_and_compared(tables: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_tables_is_repaired_and_reencoded(tables: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tables.cache.dir.parent)
     relative = {"train": SplitFiles(dataset="train.parquet"), "val": SplitFiles(dataset="val.parquet")}
     precompute(tables.model_copy(update={"data": tables.data.model_copy(update=relative)}))
     cache = tables.cache.dir
     monkeypatch.chdir("/")
     compared = reencode(cache, 5)
-    assert (compared["reencoded"], compared["reencode_differs"]) == (5, False)
+    assert (compared.reencoded, compared.mismatches) == (5, ())
     (cache / PART).write_bytes((cache / PART).read_bytes()[:-1])
     assert repair(cache).encoded == 24
     assert verify(cache).damage == []
 
 
-def test_broken_pictures_in_tables_are_left_out_by_row(tables: Config) -> None:
+def test_invalid_table_images_are_skipped_by_row(tables: Config) -> None:
     path = Path(tables.data.splits["train"].dataset or "")
     rows = pq.read_table(path).to_pylist()
     rows[4]["image"], rows[5]["image"] = None, {"bytes": b"<html>", "path": None}
     rows[9]["image"]["bytes"] = rows[9]["image"]["bytes"][:-30]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(PipelineError, match=r"1 questions \(no picture in this row: .*train\.parquet: row 4\)"):
+    with pytest.raises(PipelineError, match=r"1 questions \(no image in this row: .*train\.parquet: row 4\)"):
         precompute(tables)
     skipping = tables.precompute.model_copy(update={"on_invalid": "skip"})
     summary = precompute(tables.model_copy(update={"precompute": skipping}))
@@ -649,5 +652,5 @@ def test_broken_pictures_in_tables_are_left_out_by_row(tables: Config) -> None:
     ]
 
 
-def test_a_picture_of_a_table_is_one_of_its_row() -> None:
+def test_table_images_compare_by_row() -> None:
     assert str(TableImage("t.parquet", 12, None)) == "t.parquet: row 12"  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ NFC, NFD = normalize("NFC", "café é.png"), normalize("NFD", "café é.png")
         (f"{NFC}/b.png", f"{NFD}/b.png"),
     ],
 )
-def test_the_same_name_is_found(tmp_path: Path, written: str, there: str) -> None:
+def test_equivalent_name_is_found(tmp_path: Path, written: str, there: str) -> None:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).touch()
     assert match_paths([tmp_path / written]) == ({tmp_path / written: tmp_path / there}, {})
@@ -42,7 +42,7 @@ def test_the_same_name_is_found(tmp_path: Path, written: str, there: str) -> Non
         ("É.png", normalize("NFD", "é.PNG")),
     ],
 )
-def test_a_name_in_other_case_is_near(tmp_path: Path, written: str, there: str) -> None:
+def test_name_in_other_case_is_similar(tmp_path: Path, written: str, there: str) -> None:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).touch()
     assert match_paths([tmp_path / written]) == ({}, {tmp_path / written: tmp_path / there})
@@ -58,7 +58,7 @@ def test_a_name_in_other_case_is_near(tmp_path: Path, written: str, there: str) 
         ("a.png", ["a.PNG/inside"]),
     ],
 )
-def test_what_fits_several_files_or_none_is_neither(tmp_path: Path, written: str, there: list[str]) -> None:
+def test_ambiguous_or_unknown_name_is_not_matched(tmp_path: Path, written: str, there: list[str]) -> None:
     (tmp_path / "secret.png").touch()
     for name in there:
         (tmp_path / "images" / name).parent.mkdir(exist_ok=True, parents=True)
@@ -66,7 +66,7 @@ def test_what_fits_several_files_or_none_is_neither(tmp_path: Path, written: str
     assert match_paths([tmp_path / "images" / written]) == ({}, {})
 
 
-def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed: list[Path] = []
     list_folder = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda folder: listed.append(folder) or list_folder(folder))
@@ -74,7 +74,7 @@ def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(listed) <= 2
 
 
-def test_precompute_uses_the_same_and_names_the_near(tmp_path: Path) -> None:
+def test_precompute_uses_equivalent_and_names_similar_files(tmp_path: Path) -> None:
     write_data_set(tmp_path, pictures=4)
     images = tmp_path / "images"
     (images / "0.png").rename(images / NFD)
@@ -91,5 +91,5 @@ def test_precompute_uses_the_same_and_names_the_near(tmp_path: Path) -> None:
     assert text.image_row[0] == text.image_row[1]
     rows.append({"image": "one.png", "question": "what?", "answer": "red"})
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(PipelineError, match=r"capital letters: .*one\.png \(there is .*One\.PNG\)"):
+    with pytest.raises(PipelineError, match=r"other letter case: .*one\.png \(found .*One\.PNG\)"):
         precompute(load_config(path))

@@ -24,14 +24,14 @@ def told(format: str, split: str = "train", **paths: Path) -> str:
 
 @pytest.mark.parametrize(("mine", "given"), sorted({*permutations(ONE_FILE, 2)} - {("lavis", "jsonl")}))  # both read it
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_another_format_is_named(tmp_path: Path, mine: str, given: str, split: str) -> None:
+def test_detected_format_is_suggested(tmp_path: Path, mine: str, given: str, split: str) -> None:
     path = published.write(tmp_path, mine, published.TRAIN[mine])["annotations"]
     message = told(given, split, annotations=path)
     assert message.startswith(f"{path}: this looks like {mine}, not {given}: set data.format={mine}")
 
 
 @pytest.mark.parametrize("mine", ONE_FILE)
-def test_a_file_at_the_key_of_vqav2_is_told_its_own(tmp_path: Path, mine: str) -> None:
+def test_file_at_a_vqav2_key_is_suggested_its_own_format(tmp_path: Path, mine: str) -> None:
     path = published.write(tmp_path, mine, published.TRAIN[mine])["annotations"]
     message = told("vqav2", questions=path, annotations=path)
     assert f"{path}: this looks like {mine}, not vqav2: set data.format={mine}" in message
@@ -41,7 +41,7 @@ def test_a_file_at_the_key_of_vqav2_is_told_its_own(tmp_path: Path, mine: str) -
 @pytest.mark.parametrize("given", ONE_FILE)
 @pytest.mark.parametrize("data_set", ["vqav2", "okvqa"])
 @pytest.mark.parametrize("key", ["questions", "annotations"])
-def test_a_file_of_vqav2_or_ok_vqa_is_recognised(tmp_path: Path, given: str, data_set: str, key: str) -> None:
+def test_vqav2_and_okvqa_files_are_detected(tmp_path: Path, given: str, data_set: str, key: str) -> None:
     path = published.write(tmp_path, data_set, published.TRAIN[data_set])[key]
     message = told(given, annotations=path)
     assert message.startswith(f"{path}: this looks like vqav2's {key}, not {given}: set data.format=vqav2")
@@ -49,7 +49,7 @@ def test_a_file_of_vqav2_or_ok_vqa_is_recognised(tmp_path: Path, given: str, dat
 
 
 @pytest.mark.parametrize("data_set", ["vqav2", "okvqa"])
-def test_questions_and_annotations_that_are_swapped_are_told_apart(tmp_path: Path, data_set: str) -> None:
+def test_swapped_questions_and_annotations_are_detected(tmp_path: Path, data_set: str) -> None:
     paths = published.write(tmp_path, data_set, published.TRAIN[data_set])
     questions, annotations = paths["questions"], paths["annotations"]
     message = told("vqav2", questions=annotations, annotations=questions)
@@ -58,7 +58,7 @@ def test_questions_and_annotations_that_are_swapped_are_told_apart(tmp_path: Pat
     assert f"{annotations}: this looks like" in told("vqav2", "test", questions=annotations)
 
 
-def test_data_of_ones_own_in_a_list_or_a_table_is_recognised(tmp_path: Path) -> None:
+def test_custom_list_or_table_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"image": "a.png", "question": "what?", "answers": ["red"]}]))
     assert "this looks like jsonl, not lavis: set data.format=jsonl" in told("lavis", annotations=path)
@@ -67,7 +67,7 @@ def test_data_of_ones_own_in_a_list_or_a_table_is_recognised(tmp_path: Path) -> 
     assert "this looks like jsonl, not vizwiz: set data.format=jsonl" in told("vizwiz", annotations=path)
 
 
-def test_a_broken_list_of_ones_own_is_not_taken_for_laviss(tmp_path: Path) -> None:
+def test_broken_custom_list_is_not_detected_as_lavis(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text('[{"image": "a.png", "question": "what?", "answer": "red"},]')
     assert told("jsonl", annotations=path).startswith(f"{path}: not JSON at line 1")
@@ -81,14 +81,12 @@ LLAVA = {"id": "0", "image": "0.png", "conversations": [{"from": "human", "value
 @pytest.mark.parametrize(
     ("record", "remedy"),
     [
-        (RAD, "rename image_name to image and qid to question_id; then data.format=jsonl reads it"),
+        (RAD, "rename image_name to image and qid to question_id; then set data.format=jsonl"),
         ({"img": "0.png", "q": "what?", "a": "red"}, "rename img to image and q to question"),
-        (LLAVA, "this looks like LLaVA's conversations: write a record with image, question and answer for each"),
+        (LLAVA, "this looks like LLaVA's conversations: write one record with image, question and answer for each"),
     ],
 )
-def test_forms_that_are_nearly_ours_are_told_how_they_become_ours(
-    tmp_path: Path, record: dict[str, object], remedy: str, given: str
-) -> None:
+def test_nearly_valid_records_get_a_remedy(tmp_path: Path, record: dict[str, object], remedy: str, given: str) -> None:
     path = tmp_path / "train.json"
     texts = [json.dumps([record] * 2), json.dumps([record], indent=2), json.dumps(record)]
     if record is not LLAVA:
@@ -98,19 +96,21 @@ def test_forms_that_are_nearly_ours_are_told_how_they_become_ours(
         assert told(given, annotations=path, questions=path).startswith(f"{path}: {remedy}")
 
 
-def test_the_complaint_of_the_reader_is_kept(tmp_path: Path) -> None:
+def test_reader_error_is_kept(tmp_path: Path) -> None:
     path = published.write(tmp_path, "textvqa", published.TRAIN["textvqa"])["annotations"]
-    assert told("lavis", annotations=path).endswith(f"set data.format=textvqa ({path}: not a list but an object)")
+    assert told("lavis", annotations=path).endswith(
+        f"set data.format=textvqa ({path}: expected a list, found an object)"
+    )
 
 
-def test_an_unknown_format_stays_a_wrong_config(tmp_path: Path) -> None:
+def test_unknown_format_is_a_config_error(tmp_path: Path) -> None:
     path = published.write(tmp_path, "lavis", published.TRAIN["lavis"])["annotations"]
-    with pytest.raises(ConfigError, match="nearest: lavis"):
+    with pytest.raises(ConfigError, match="did you mean lavis"):
         read_examples("lavi", "train", annotations=path)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_files_of_the_format_that_is_set_are_not_complained_of(tmp_path: Path, split: str) -> None:
+def test_files_of_the_configured_format_get_no_suggestion(tmp_path: Path, split: str) -> None:
     """A file of which something else is wrong, each: it is empty from some place on, or its last record is broken."""
     for data_set, files in (published.TRAIN if split == "train" else published.TEST).items():
         paths = published.write(tmp_path / data_set, data_set, files)
@@ -124,13 +124,13 @@ def test_files_of_the_format_that_is_set_are_not_complained_of(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("data_set", published.TEST)
-def test_every_file_as_published_is_recognised_as_what_it_is(tmp_path: Path, data_set: str) -> None:
+def test_every_published_file_is_detected(tmp_path: Path, data_set: str) -> None:
     for files in published.TRAIN[data_set], published.TEST[data_set]:
         for key, path in published.write(tmp_path, data_set, files).items():
             assert detect_format(path) == DetectedFormat(data_set, key)
 
 
-def test_the_head_of_a_large_file_is_enough(tmp_path: Path) -> None:
+def test_head_of_a_large_file_suffices(tmp_path: Path) -> None:
     many = [published.COCO_CAPTIONS["images"][0]] * 10_000  # type: ignore[index]
     captions: dict[str, Any] = published.COCO_CAPTIONS | {"images": many}
     path = published.write(tmp_path, "coco_captions", {"annotations": captions})["annotations"]
@@ -143,7 +143,7 @@ def test_the_head_of_a_large_file_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 3_000_000, b'{"a":' * 500_000, b" " * 2_000_000, b'["a', b"3"])
-def test_what_is_nothing_known_is_not_recognised(tmp_path: Path, data: bytes) -> None:
+def test_unknown_files_are_not_detected(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "odd"
     path.write_bytes(data)
     assert detect_format(path) is None
@@ -152,22 +152,20 @@ def test_what_is_nothing_known_is_not_recognised(tmp_path: Path, data: bytes) ->
 
 @pytest.mark.parametrize("broken", ['[{"image": "0.png", "question": "q", "answer": "a"},]',
                                     '[{"image": "0.png", "question": "q", "answer": 0.5}]'])  # fmt: skip
-def test_a_fault_in_a_list_of_ones_own_is_told_alone(tmp_path: Path, broken: str) -> None:
+def test_error_in_a_custom_list_has_no_suggestion(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(broken)
     assert told("jsonl", annotations=path).startswith(f"{path}: ")
     assert "looks like" not in told("jsonl", annotations=path)
 
 
-def test_a_list_inside_an_object_is_found(tmp_path: Path) -> None:
+def test_list_inside_an_object_is_found(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps({"version": 1, "data": [{"image": "0.png", "question": "q", "answer": "a"}]}))
-    assert "keep only the list at 'data' in the file; then data.format=jsonl reads it" in told(
-        "jsonl", annotations=path
-    )
+    assert "keep only the list at 'data' in the file; then set data.format=jsonl" in told("jsonl", annotations=path)
 
 
-def test_records_without_answers_are_not_taken_for_vizwiz(tmp_path: Path) -> None:
+def test_records_without_answers_are_not_detected_as_vizwiz(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"image": "0.png", "question": "q", "label": "a"}]))
     assert "looks like" not in told("jsonl", annotations=path)

@@ -36,9 +36,7 @@ def table(delimiter: str, end: str = "\n") -> str:
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("before", ["", "\ufeff", "sep={}\r\n", "\ufeffsep={}\n"])
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.txt", "train.jsonl"])
-def test_a_table_is_read_as_spreadsheets_write_it(
-    tmp_path: Path, delimiter: str, end: str, before: str, name: str
-) -> None:
+def test_spreadsheet_exports_are_read(tmp_path: Path, delimiter: str, end: str, before: str, name: str) -> None:
     text = before.format(delimiter) + table(delimiter, end) + end
     found = read(written(tmp_path, text, name)).examples
     assert [(str(one.image), one.question, one.answers) for one in found] == [
@@ -67,7 +65,7 @@ def test_optional_columns_and_empty_cells(tmp_path: Path) -> None:
     ]
 
 
-def test_a_quoted_text_may_have_several_lines(tmp_path: Path) -> None:
+def test_quoted_text_may_have_several_lines(tmp_path: Path) -> None:
     path = written(tmp_path, 'image,question,answer\na.png,"one\nor two?",red\nb.png,what?,\n')
     found = read(path)
     assert [(one.question_id, one.question) for one in found.examples] == [(2, "one\nor two?")]
@@ -77,26 +75,32 @@ def test_a_quoted_text_may_have_several_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("image,question,answer\na.png,what, now?,red", r"line 2: 4 cells, the header has 3; a text with ',' in it"),
-        ("image,question,answer\na.png,what?", r"line 2: 2 cells, the header has 3"),
-        ('image,question,answer\na.png,"what?,red\n' * 2, r"line \d: no row of a table: .*quote"),
-        ("image,question,image\na.png,what?,red", r"line 1: the column 'image' is there twice"),
-        ("image,question,answers\na.png,what?,[red", r"line 2: column 'answers' begins like a list and is none: \[red"),
+        (
+            "image,question,answer\na.png,what, now?,red",
+            r"line 2: 4 cells, but the header has 3; quote texts that contain ','",
+        ),
+        ("image,question,answer\na.png,what?", r"line 2: 2 cells, but the header has 3"),
+        ('image,question,answer\na.png,"what?,red\n' * 2, r"line \d: not a valid table row: .*quote"),
+        ("image,question,image\na.png,what?,red", r"line 1: the column 'image' occurs several times"),
+        (
+            "image,question,answers\na.png,what?,[red",
+            r"line 2: column 'answers' begins like a list but cannot be parsed: \[red",
+        ),
         ("image,question,answer\n../a.png,what?,red", r"line 2: image '\.\./a\.png' does not name a file inside"),
         ("picture,text\na.png,what?", r"no columns image and question; its columns are picture, text"),
-        ("hello", r"no columns image and question; it has no line of column names"),
-        ("", r"no columns image and question; it has no line"),
+        ("hello", r"no columns image and question; it has no header line"),
+        ("", r"no columns image and question; it has no header line"),
         (b"image,question,answer\na.png,gro\xdf?,red", r"not UTF-8 at byte 31; save it as UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, text: str | bytes, told: str) -> None:
+def test_invalid_table_is_named(tmp_path: Path, text: str | bytes, told: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(PipelineError, match=rf"train\.csv: {told}"):
         read(path)
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_list_is_read(tmp_path: Path, indent: int | None) -> None:
+def test_json_list_is_read(tmp_path: Path, indent: int | None) -> None:
     rows = [{**ROWS[0], "question_id": "x"}, ROWS[1], {"image": "c.png", "question": "none?"}]
     path = written(tmp_path, json.dumps(rows, indent=indent), "train.json")
     found = read(path)
@@ -115,7 +119,7 @@ def test_a_json_list_is_read(tmp_path: Path, indent: int | None) -> None:
         ({"answer": -3}, ("-3",)),
     ],
 )
-def test_whole_numbers_and_single_answers_are_read(
+def test_integers_and_single_answers_are_read(
     tmp_path: Path, fields: dict[str, object], answers: tuple[str, ...]
 ) -> None:
     path = written(tmp_path, json.dumps({"image": "a.png", "question": "how many?", **fields}), "train.jsonl")
@@ -123,7 +127,7 @@ def test_whole_numbers_and_single_answers_are_read(
 
 
 @pytest.mark.parametrize("fields", [{"answer": None}, {"answer": " "}, {"answers": ["", "\u3000"]}, {}])
-def test_an_empty_cell_is_no_answer(tmp_path: Path, fields: dict[str, object]) -> None:
+def test_empty_cell_is_not_an_answer(tmp_path: Path, fields: dict[str, object]) -> None:
     line = json.dumps({"image": "a.png", "question": "how many?", **fields})
     path = written(tmp_path, f"{json.dumps(ROWS[0])}\n{line}", "train.jsonl")
     assert [(one.reason, one.where) for one in read(path).skipped] == [("no answer", f"{path}: line 2")]

@@ -53,14 +53,14 @@ def spelled(config: Config, tokens: np.ndarray) -> str:
     return load_tokenizer(config).decode([tokens.tolist()])[0]
 
 
-def test_all_gives_each_distinct_answer_once_by_its_share(ten_answers: Config) -> None:
+def test_all_weights_each_distinct_answer(ten_answers: Config) -> None:
     targets, _ = targets_of(ten_answers, "all")
     found = {spelled(ten_answers, tokens): weight for tokens, weight in targets(0, epoch=0)}
     assert found == pytest.approx({"red": 0.6, "blue": 0.3, "a big circle": 0.1})
     assert [weight for _, weight in targets(1, epoch=0)] == [1.0]
 
 
-def test_drawn_is_drawn_anew_each_epoch_in_proportion_and_by_seed(ten_answers: Config) -> None:
+def test_sampled_varies_by_epoch_and_seed_in_proportion(ten_answers: Config) -> None:
     targets, _ = targets_of(ten_answers, "sampled")
     drawn = [spelled(ten_answers, targets(0, epoch)[0][0]) for epoch in range(400)]
     counts = Counter(drawn)
@@ -72,7 +72,7 @@ def test_drawn_is_drawn_anew_each_epoch_in_proportion_and_by_seed(ten_answers: C
     assert [spelled(ten_answers, other(0, epoch)[0][0]) for epoch in range(50)] != drawn[:50]
 
 
-def test_the_loss_of_all_is_the_answers_weighted_mean(ten_answers: Config) -> None:
+def test_loss_of_all_is_the_weighted_mean(ten_answers: Config) -> None:
     from pipeline.blip2.base_model import load_base
 
     targets, builder = targets_of(ten_answers, "all")
@@ -88,9 +88,7 @@ def test_the_loss_of_all_is_the_answers_weighted_mean(ten_answers: Config) -> No
 
 
 @pytest.mark.parametrize("answers", ["sampled", "all"])
-def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
-    ten_answers: Config, tmp_path: Path, answers: str
-) -> None:
+def test_training_on_several_answers_is_deterministic(ten_answers: Config, tmp_path: Path, answers: str) -> None:
     adapters = []
     for name, choice in (("first", answers), ("again", answers), ("common", "most_common")):
         run = Run(tmp_path / name)
@@ -100,7 +98,7 @@ def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
     assert adapters[0] != adapters[2]
 
 
-def test_the_batches_of_a_training_take_the_epoch_into_account(ten_answers: Config) -> None:
+def test_training_batches_depend_on_the_epoch(ten_answers: Config) -> None:
     config = with_answers(ten_answers, "sampled")
     builder = open_split(config, "train")
     batches = training_batches(config, builder, np.arange(12))
@@ -115,7 +113,7 @@ def test_auto_is_the_most_common_answer(ten_answers: Config) -> None:
     assert ten_answers.training_answers == "most_common"
 
 
-def test_an_answer_beyond_the_models_positions_is_told(ten_answers: Config, tmp_path: Path) -> None:
+def test_answer_longer_than_the_model_is_reported(ten_answers: Config, tmp_path: Path) -> None:
     folder = tmp_path / "long"
     from conftest import write_data_set
 

@@ -50,14 +50,14 @@ def row(question: str, answer: object, picture: int = 0) -> dict[str, object]:
 # ---- special tokens
 
 
-def test_ordinary_text_has_the_tokens_that_transformers_gives_it(tokenizer: PromptTokenizer, checkpoint: Path) -> None:
+def test_tokens_equal_those_of_transformers(tokenizer: PromptTokenizer, checkpoint: Path) -> None:
     plain = AutoTokenizer.from_pretrained(checkpoint)
     wanted = plain([PROMPT.replace("{question}", text) for text in ORDINARY], add_special_tokens=False)["input_ids"]
     assert tokenizer.prompts(ORDINARY) == [[tokenizer.bos_token_id, *ids] for ids in wanted]
 
 
 @pytest.mark.parametrize("special", ["<image>", "</s>", "<pad>", "<s>", "<unk>"])
-def test_special_tokens_that_people_write_are_text(checkpoint: Path, special: str) -> None:
+def test_special_tokens_in_texts_are_plain_text(checkpoint: Path, special: str) -> None:
     texts = [f"{special}\nwhat is it?", f"what does {special} mean?", special]
     for prompt in (PROMPT, f"{special} {PROMPT}"):
         tokenizer = PromptTokenizer(checkpoint, prompt)
@@ -69,7 +69,7 @@ def test_special_tokens_that_people_write_are_text(checkpoint: Path, special: st
         assert tokenizer.decode(tokenizer.targets([f"a {special} b"])) == [f"a {special} b"]
 
 
-def test_a_tokenizer_that_cuts_and_pads_does_neither_here(checkpoint: Path, tmp_path: Path) -> None:
+def test_truncation_and_padding_of_the_tokenizer_are_disabled(checkpoint: Path, tmp_path: Path) -> None:
     settings = json.loads((checkpoint / "tokenizer.json").read_text())
     settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     settings["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
@@ -83,14 +83,14 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither_here(checkpoint: Path, tmp_
     assert cutting.fingerprint() == plain.fingerprint()
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tokenizer: PromptTokenizer) -> None:
+def test_byte_order_mark_is_removed(tokenizer: PromptTokenizer) -> None:
     assert tokenizer.prompts(["\ufeffwhat?", "what?\ufeff"]) == tokenizer.prompts(["what?"] * 2)
     example = asked("\ufeffwhat?", "\ufeffred", "red")
     assert (example.question, example.answers) == ("what?", ("red", "red"))
 
 
-def test_what_is_not_unicode_is_told(tokenizer: PromptTokenizer) -> None:
-    with pytest.raises(PipelineError, match="not UTF-8"):
+def test_invalid_unicode_is_reported(tokenizer: PromptTokenizer) -> None:
+    with pytest.raises(PipelineError, match="not valid UTF-8"):
         tokenizer.prompts(["gro\udcdf?"])
 
 
@@ -102,7 +102,7 @@ def some_text(tokenizer: PromptTokenizer, words: list[str]) -> object:
     return tokenize(examples, np.zeros(len(words)), tokenizer)
 
 
-def test_tokens_that_are_there_are_taken_over(tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_tokens_are_reused(tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [asked(f"what is {word}?", *[word] * bool(word), number=number)
                 for number, word in enumerate(["red", "", "a big dog", "red", "two"])]  # fmt: skip
     whole = tokenize(examples, np.arange(5), tokenizer)
@@ -125,14 +125,14 @@ def test_tokens_that_are_there_are_taken_over(tokenizer: PromptTokenizer, monkey
     )
 
 
-def test_another_prompt_takes_nothing_over(tokenizer: PromptTokenizer, checkpoint: Path) -> None:
+def test_another_prompt_reuses_no_tokens(tokenizer: PromptTokenizer, checkpoint: Path) -> None:
     other = PromptTokenizer(checkpoint, "Q: {question} A:")
     examples = [asked("what?", "red")]
     earlier = tokenize(examples, [0], tokenizer)
     assert tokenize(examples, [0], other, earlier).prompt_ids[0].tolist() == other.prompts(["what?"])[0]
 
 
-def test_a_run_with_nothing_to_do_makes_no_tokens(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_data_is_not_tokenized(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(data_set / "config.yaml")
     precompute(config)
     before = {split: FeatureReader(config.cache.dir).text(split) for split in ("train", "val")}
@@ -151,7 +151,7 @@ BLANK = ["", "   ", "\t\n", "\u00a0", "\u3000\u2003", "\u200b", "\ufeff", "\u202
 
 
 @pytest.mark.parametrize("blank", BLANK)
-def test_blank_answers_are_none(blank: str) -> None:
+def test_blank_answers_are_dropped(blank: str) -> None:
     assert is_blank(blank)
     assert asked("what?", blank, blank).answers == ()
     example = asked("what?", blank, blank, "red")
@@ -161,12 +161,12 @@ def test_blank_answers_are_none(blank: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0", ".", "é", "北", "🚀", "\u200bx", "❤\ufe0f"])
-def test_what_can_be_seen_is_not_blank(text: str) -> None:
+def test_visible_text_is_not_blank(text: str) -> None:
     assert not is_blank(text)
     assert asked("what?", text).answers == (text,)
 
 
-def test_no_blank_answer_is_trained(tmp_path: Path) -> None:
+def test_blank_answers_are_never_trained(tmp_path: Path) -> None:
     rows = [{"image": "0.png", "question": "what?", "answers": ["", "", " ", "red", "blue"]}]
     config = data_of(tmp_path, rows, data={"val": None})
     precompute(config)
@@ -177,7 +177,7 @@ def test_no_blank_answer_is_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("metric", "accuracy"), [("official", 90), ("lavis", 90), ("lmms-eval", 90), ("exact", 100)])
-def test_a_blank_answer_among_ten_counts_as_in_the_published_scripts(metric: str, accuracy: float) -> None:
+def test_blank_answer_among_ten_is_scored_like_published_scripts(metric: str, accuracy: float) -> None:
     ten = asked("what?", *["red"] * 3, *["blue"] * 6, "")
     assert score([ten], ["red"], metric) == pytest.approx([accuracy])
     assert score([asked("what?", "", " ")], ["red"], metric) == [None]
@@ -199,7 +199,7 @@ def test_a_blank_answer_among_ten_counts_as_in_the_published_scripts(metric: str
         ("a red\tball", "a red\tball"),
     ],
 )
-def test_the_first_line_is_trained(tokenizer: PromptTokenizer, answer: str, said: str) -> None:
+def test_first_line_is_trained(tokenizer: PromptTokenizer, answer: str, said: str) -> None:
     assert tokenizer.targets([answer]) == tokenizer.targets([said])
     (ids,) = tokenizer.targets([answer])
     assert ids.count(tokenizer.eos_token_id) == 1
@@ -207,7 +207,7 @@ def test_the_first_line_is_trained(tokenizer: PromptTokenizer, answer: str, said
     assert tokenizer.is_truncated(answer) == (answer.strip() != said)
 
 
-def test_where_no_text_spells_the_end_token_nothing_is_cut(checkpoint: Path, tmp_path: Path) -> None:
+def test_special_end_token_truncates_nothing(checkpoint: Path, tmp_path: Path) -> None:
     for path in checkpoint.iterdir():
         (tmp_path / path.name).symlink_to(path)
     config = json.loads((checkpoint / "config.json").read_text())
@@ -220,7 +220,7 @@ def test_where_no_text_spells_the_end_token_nothing_is_cut(checkpoint: Path, tmp
     assert ids.count(2) == 1
 
 
-def test_answers_of_several_lines_are_counted(tokenizer: PromptTokenizer) -> None:
+def test_multiline_answers_are_counted(tokenizer: PromptTokenizer) -> None:
     examples = [
         asked("a?", "red\nblue", "green\nblue", "red", number=0),
         asked("b\nc?", "red", "\nblue\n", number=1),
@@ -231,7 +231,7 @@ def test_answers_of_several_lines_are_counted(tokenizer: PromptTokenizer) -> Non
     assert truncated_answers(tokenize([], np.zeros(0), tokenizer), tokenizer) == {}
 
 
-def test_all_stages_say_how_many_answers_have_several_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_stages_log_multiline_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row("what?", "red\nand more"), row("where?", "left", 1), row("who?", "\nme\n", 2)]
     config = data_of(tmp_path, rows)
     assert precompute(config).multiline_answers == {"train": 1, "val": 1}
@@ -239,7 +239,7 @@ def test_all_stages_say_how_many_answers_have_several_lines(tmp_path: Path, caps
     run = Run(tmp_path / "runs" / "a")
     summary = train(config, run)
     assert summary
-    assert summary.multiline_answers == 1
+    assert summary["multiline_answers"] == 1
     assert "only the first line" in capsys.readouterr().err
     assert evaluate(run)["multiline_references"] == 1
     assert "val: 1 references have several lines" in capsys.readouterr().err
@@ -257,7 +257,7 @@ def test_too_long_questions_are_listed_and_skipped(tmp_path: Path, split: str) -
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(one) for one in rows))
     files = {"annotations": f"{tmp_path}/long.jsonl", "images": f"{tmp_path}/images"}
     path = write_config(tmp_path, data={split: files})
-    with pytest.raises(PipelineError, match=r"2 questions \(longer, .*256 tokens .*long\.jsonl: line 2, .*line 4\)"):
+    with pytest.raises(PipelineError, match=r"2 questions \(longer, .*256 tokens: .*long\.jsonl: line 2, .*line 4\)"):
         precompute(load_config(path))
     assert not (tmp_path / "cache").exists()
     listed = [json.loads(line) for line in (tmp_path / "cache.skipped.jsonl").read_text().splitlines()]
@@ -302,7 +302,7 @@ def longest_question(tokenizer: PromptTokenizer, room: int) -> str:
         (["red"], "all", True),
     ],
 )
-def test_the_longest_answer_that_may_be_trained_counts(
+def test_longest_trainable_answer_counts(
     tmp_path: Path, tokenizer: PromptTokenizer, answers: list[str], trained: str, fits: bool
 ) -> None:
     question = longest_question(tokenizer, len(tokenizer.targets(["red"])[0]))
@@ -314,7 +314,7 @@ def test_the_longest_answer_that_may_be_trained_counts(
     assert summary.questions == {"train": 1 + fits}
 
 
-def test_room_for_an_answer_is_needed_where_the_split_is_answered(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+def test_evaluated_split_requires_positions_for_answers(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
     rows = [row(longest_question(tokenizer, 10), "red"), row("what?", "red")]
     config = data_of(tmp_path, rows, precompute={"on_invalid": "skip"}, evaluate={"max_new_tokens": 11})
     assert precompute(config).questions == {"train": 2, "val": 1}
@@ -325,11 +325,13 @@ def test_room_for_an_answer_is_needed_where_the_split_is_answered(tmp_path: Path
         precompute(load_config(tmp_path / "b" / "config.yaml", ["evaluate.max_new_tokens=11",
                                                                 "precompute.on_invalid=error"]))  # fmt: skip
     longer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 11})})
-    with pytest.raises(PipelineError, match=r"question 1 of val is 257 tokens .*max_new_tokens=11.*takes 256\. Lower"):
+    with pytest.raises(
+        PipelineError, match=r"question 1 of val is 257 tokens .*max_new_tokens=11.*has 256 positions\. Lower"
+    ):
         open_split(longer, "val", trained=False, answered=True)
 
 
-def test_long_text_brings_no_warning_of_the_library(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_long_text_logs_no_library_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = data_of(tmp_path, [row(LONG, "red"), row("what?", "red")], precompute={"on_invalid": "skip"})
     precompute(config)
     assert "Token indices" not in capfd.readouterr().err

@@ -79,11 +79,11 @@ def install_easy_vqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     ("answers", "target"),
     [(("red",), "red"), (("red", "blue", "blue"), "blue"), (("red", "blue", "blue", "red", "gray"), "red")],
 )
-def test_target_is_the_most_common_answer_and_of_equals_the_first(answers: tuple[str, ...], target: str) -> None:
+def test_target_is_the_first_most_common_answer(answers: tuple[str, ...], target: str) -> None:
     assert VQAExample(1, Path("a.png"), "what color?", answers).target == target
 
 
-def test_target_without_answers_is_an_error_that_names_the_question() -> None:
+def test_target_without_answers_error_names_the_question() -> None:
     with pytest.raises(PipelineError, match="77"):
         _ = VQAExample(77, Path("a.png"), "what color?", ()).target
 
@@ -95,17 +95,17 @@ def test_target_without_answers_is_an_error_that_names_the_question() -> None:
         VQAExample("22Jb", Path("a.png"), "what?", ()),
     ],
 )
-def test_a_record_goes_through_json_and_comes_back_the_same(example: VQAExample) -> None:
+def test_record_round_trips_through_json(example: VQAExample) -> None:
     assert VQAExample.from_record(json.loads(json.dumps(example.to_record()))) == example
 
 
-def test_a_record_leaves_out_what_is_not_known() -> None:
+def test_record_omits_unknown_fields() -> None:
     record = VQAExample(3, Path("x/a.png"), "what?", ("red",)).to_record()
     assert record == {"question_id": 3, "image": "x/a.png", "question": "what?", "answers": ["red"]}
 
 
 @pytest.mark.parametrize("broken", [{"answers": "red"}, {"answers": [1.5]}, {"image": None}, {"question_id": True}])
-def test_a_broken_record_is_refused(broken: dict[str, object]) -> None:
+def test_invalid_record_raises(broken: dict[str, object]) -> None:
     record = VQAExample(3, Path("a.png"), "what?", ("red",)).to_record() | broken
     with pytest.raises(PipelineError, match=next(iter(broken))):
         VQAExample.from_record(record)
@@ -123,13 +123,13 @@ def test_jsonl_with_one_answer_with_several_and_with_everything(tmp_path: Path) 
     ]
 
 
-def test_jsonl_numbers_questions_by_line_and_skips_blank_ones(tmp_path: Path) -> None:
+def test_jsonl_default_ids_are_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(LINE) + "\n\n  \r\n" + json.dumps(LINE), encoding="utf-8")
     assert [example.question_id for example in read_jsonl(path)] == [1, 4]
 
 
-def test_jsonl_keeps_unusual_characters_and_takes_a_byte_order_mark(tmp_path: Path) -> None:
+def test_jsonl_keeps_unusual_characters_and_accepts_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     question = "wie groß\u2028ist\u0085das 🙂?"
     path.write_text(json.dumps(LINE | {"question": question}, ensure_ascii=False), encoding="utf-8-sig")
@@ -145,7 +145,7 @@ def test_jsonl_of_a_test_split_may_lack_answers_and_of_another_may_not(tmp_path:
     assert skipped == [SkippedItem("train", "no answer", f"{path}: line 2", 2, "pictures/b.png")]
 
 
-def test_jsonl_keeps_the_first_of_the_questions_with_the_same_id(tmp_path: Path) -> None:
+def test_jsonl_keeps_the_first_of_duplicate_questions(tmp_path: Path) -> None:
     later = [LINE | {"question_id": "a", "question": text, "image": f"{text}.png"} for text in ("b", "c")]
     path = write_jsonl(tmp_path, LINE | {"question_id": "a"}, later[0], LINE, later[1])
     examples, skipped = split_of_jsonl(path)
@@ -159,26 +159,26 @@ def test_jsonl_keeps_the_first_of_the_questions_with_the_same_id(tmp_path: Path)
     ]
 
 
-def test_a_number_and_the_same_text_are_two_question_ids(tmp_path: Path) -> None:
+def test_integer_and_text_ids_are_different(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, LINE | {"question_id": 7}, LINE | {"question_id": "7"})
     assert [example.question_id for example in read_jsonl(path)] == [7, "7"]
 
 
-def test_a_question_that_lacks_an_answer_does_not_shadow_one_with_its_id(tmp_path: Path) -> None:
+def test_question_without_answer_does_not_shadow_a_duplicate(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, LINE | {"question_id": 7, "answers": []}, LINE | {"question_id": 7})
     examples, skipped = split_of_jsonl(path)
     assert [example.answers for example in examples] == [("red",)]
     assert [(item.reason, item.where) for item in skipped] == [("no answer", f"{path}: line 1")]
 
 
-def test_a_malformed_line_is_an_error_also_after_lines_that_are_left_out(tmp_path: Path) -> None:
+def test_malformed_line_after_skipped_lines_raises(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, LINE, LINE | {"answers": []}, LINE | {"question_id": 1}, LINE | {"question": 3})
-    with pytest.raises(PipelineError, match=r"line 4: 'question' is a whole number"):
+    with pytest.raises(PipelineError, match=r"line 4: 'question' is an integer"):
         read_jsonl(path)
 
 
 @pytest.mark.parametrize("name", ["a {} b", "{0}", "{"])
-def test_braces_in_a_path_stay_as_they_are(tmp_path: Path, name: str) -> None:
+def test_braces_in_a_path_are_kept(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     path = write_jsonl(folder, LINE, LINE | {"answers": []})
@@ -188,50 +188,50 @@ def test_braces_in_a_path_stay_as_they_are(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
-        ({"question": None}, "'question' is null, not a text"),
-        ({"image": 3}, "'image' is a whole number, not a text"),
-        ({"answer": True}, '\'answer\' is true or false, not a text; write "yes" or "no"'),
-        ({"answer": {"text": "red"}}, "'answer' is an object, not a text"),
-        ({"answers": ["red", 2.5]}, r"'answers\[1\]' is a number with a fraction"),
-        ({"answers": ["red", None]}, r"'answers\[1\]' is null, not a text"),
-        ({"question_id": True}, "'question_id' is true or false"),
-        ({"question_id": 1.0}, "'question_id' is a number with a fraction"),
-        ({"answer_type": 1}, "'answer_type' is a whole number"),
+        ({"question": None}, "'question' is null, not text"),
+        ({"image": 3}, "'image' is an integer, not text"),
+        ({"answer": True}, '\'answer\' is a boolean, not text; write "yes" or "no"'),
+        ({"answer": {"text": "red"}}, "'answer' is an object, not text"),
+        ({"answers": ["red", 2.5]}, r"'answers\[1\]' is a float"),
+        ({"answers": ["red", None]}, r"'answers\[1\]' is null, not text"),
+        ({"question_id": True}, "'question_id' is a boolean"),
+        ({"question_id": 1.0}, "'question_id' is a float"),
+        ({"answer_type": 1}, "'answer_type' is an integer"),
     ],
 )
-def test_a_malformed_line_is_named_with_what_is_wrong(tmp_path: Path, broken: dict[str, object], told: str) -> None:
+def test_malformed_line_error_names_the_problem(tmp_path: Path, broken: dict[str, object], told: str) -> None:
     path = write_jsonl(tmp_path, LINE, LINE | broken)
     with pytest.raises(PipelineError, match=rf"train\.jsonl: line 2: .*{told}"):
         read_jsonl(path)
 
 
 @pytest.mark.parametrize("missing", ["image", "question"])
-def test_a_missing_field_is_named(tmp_path: Path, missing: str) -> None:
+def test_missing_field_is_named(tmp_path: Path, missing: str) -> None:
     path = write_jsonl(tmp_path, {name: value for name, value in LINE.items() if name != missing})
     with pytest.raises(PipelineError, match=f"line 1: no field '{missing}'"):
         read_jsonl(path)
 
 
-def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="line 1: not an object but a list"):
+def test_line_without_an_object_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="line 1: expected an object, found a list"):
         read_jsonl(write_jsonl(tmp_path, ["a.png", "what?", "red"], LINE))
-    with pytest.raises(PipelineError, match=r"\[0\]: not an object but a text"):
+    with pytest.raises(PipelineError, match=r"\[0\]: expected an object, found text"):
         read_jsonl(write_jsonl(tmp_path, ["a.png", "what?", "red"]))
 
 
-def test_an_absolute_image_name_is_told_what_it_must_be(tmp_path: Path) -> None:
+def test_absolute_image_name_raises(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"line 1: image '/data/a\.png' must be relative to the images folder"):
         read_jsonl(write_jsonl(tmp_path, LINE | {"image": "/data/a.png"}))
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "s/../../a.png", "..", "", ".", "a\0.png"])
-def test_an_image_name_that_is_not_inside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+def test_image_name_outside_the_folder_raises(tmp_path: Path, name: str) -> None:
     path = write_jsonl(tmp_path, LINE, LINE | {"image": name})
     with pytest.raises(PipelineError, match=r"line 2: image .* pictures"):
         read_jsonl(path)
 
 
-def test_two_dots_within_a_name_are_a_name(tmp_path: Path) -> None:
+def test_two_dots_within_a_name_are_allowed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, LINE | {"image": "a..b/..c.png"})
     assert read_jsonl(path)[0].image == Path("pictures/a..b/..c.png")
 
@@ -239,7 +239,7 @@ def test_two_dots_within_a_name_are_a_name(tmp_path: Path) -> None:
 # ---- files
 
 
-def test_broken_json_is_told_with_its_line_and_column(tmp_path: Path) -> None:
+def test_invalid_json_error_names_line_and_column(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(LINE) + '\n{"image": "a.png",}\n')
     with pytest.raises(PipelineError, match=r"train\.jsonl: not JSON at line 2, column 1\d"):
@@ -250,21 +250,21 @@ def test_broken_json_is_told_with_its_line_and_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "9" * 10_000])
-def test_json_that_python_cannot_hold_is_an_error_in_words(tmp_path: Path, text: str) -> None:
+def test_json_beyond_python_limits_raises(tmp_path: Path, text: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(text)
     with pytest.raises(PipelineError, match=r"train\.jsonl: .*line 1"):
         read_jsonl(path)
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"question": "gr\xfcn?"}')
     with pytest.raises(PipelineError, match=r"train\.jsonl: not UTF-8 at byte 16"):
         read_jsonl(path)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"gone\.jsonl: cannot be read: No such file"):
         read_jsonl(tmp_path / "gone.jsonl")
 
@@ -279,21 +279,21 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("vqav2", {"questions", "images"}, "annotations"),
     ],
 )
-def test_a_file_that_the_format_needs_is_asked_for_by_its_config_key(format: str, given: set[str], key: str) -> None:
+def test_required_file_is_named_by_its_config_key(format: str, given: set[str], key: str) -> None:
     with pytest.raises(PipelineError, match=rf"data\.train\.{key} "):
         read_examples(format, "train", **{name: Path(name) for name in given})
 
 
-def test_no_questions_at_all_is_an_error(tmp_path: Path) -> None:
+def test_no_questions_raise(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"data\.train: no questions in .*train\.jsonl"):
         read_jsonl(write_jsonl(tmp_path))
     with pytest.raises(PipelineError, match=r"data\.val: no questions in .*questions\.json"):
         read_vqav2(tmp_path, [], [])
 
 
-def test_a_split_of_which_nothing_remains_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_split_with_only_skipped_questions_raises(tmp_path: Path) -> None:
     unanswered = write_jsonl(tmp_path, LINE | {"answers": []}, LINE | {"answers": []})
-    told = r"data\.train: no questions in .*train\.jsonl that can be used: 2 left out, the last at .*line 2: no answer"
+    told = r"data\.train: no valid questions in .*train\.jsonl: 2 skipped, the last one at .*line 2: no answer"
     with pytest.raises(PipelineError, match=told):
         read_jsonl(unanswered)
     for split in "val", "test":
@@ -301,12 +301,12 @@ def test_a_split_of_which_nothing_remains_is_an_error_that_says_why(tmp_path: Pa
             read_vqav2(tmp_path, [QUESTION], [], split=split)
 
 
-def test_an_unknown_format_names_the_nearest_and_the_allowed() -> None:
-    with pytest.raises(PipelineError, match=r"'vqa_v2'; nearest: vqav2; allowed: easy_vqa, jsonl, vqav2"):
+def test_unknown_format_error_suggests_the_nearest() -> None:
+    with pytest.raises(PipelineError, match=r"'vqa_v2'; did you mean vqav2\? Allowed: easy_vqa, jsonl, vqav2"):
         read_examples("vqa_v2", "train")
 
 
-def test_reading_leaves_the_garbage_collector_as_it_was(tmp_path: Path) -> None:
+def test_reading_restores_garbage_collection(tmp_path: Path) -> None:
     with pytest.raises(PipelineError):
         read_jsonl(tmp_path / "gone.jsonl")
     assert gc.isenabled()
@@ -353,13 +353,13 @@ def test_vqav2_annotations_may_carry_fields_of_their_own(tmp_path: Path) -> None
     assert [example.answers for example in examples] == [("red",) * 10]
 
 
-def test_vqav2_test_splits_have_no_annotations_and_test_dev_has_the_pictures_of_test(tmp_path: Path) -> None:
+def test_vqav2_test_splits_have_no_annotations_and_test_dev_has_the_images_of_test(tmp_path: Path) -> None:
     expected = [VQAExample(42, Path("coco/COCO_test2015_000000000009.jpg"), "what color is the car?", ())]
     assert read_vqav2(tmp_path, [QUESTION], None, split="test", subtype="test2015") == (expected, [])
     assert read_vqav2(tmp_path, [QUESTION], None, split="test-dev", subtype="test-dev2015") == (expected, [])
 
 
-def test_vqav2_lists_what_is_left_out_with_file_and_position(tmp_path: Path) -> None:
+def test_vqav2_lists_skipped_items_with_file_and_position(tmp_path: Path) -> None:
     questions = [QUESTION | {"question_id": key, "image_id": key} for key in (42, 1, 42, 2)]
     questions.append(QUESTION | {"question_id": "42"})
     other = ANNOTATION | {"answers": [{"answer": "blue"}]}
@@ -394,23 +394,23 @@ def test_vqav2_test_split_with_annotations_keeps_unanswered_questions_but_not_th
     [
         ([QUESTION | {"question_id": None}], [ANNOTATION], r"questions\.json: questions\[0\]: 'question_id' is null"),
         ([QUESTION], [ANNOTATION, {"answers": []}], r"annotations\.json: annotations\[1\]: no field 'question_id'"),
-        ([QUESTION | {"image_id": "9"}], [ANNOTATION], r"questions\[0\]: 'image_id' is a text, not a whole number"),
-        ([QUESTION, 3], [ANNOTATION], r"questions\[1\]: not an object but a whole number"),
+        ([QUESTION | {"image_id": "9"}], [ANNOTATION], r"questions\[0\]: 'image_id' is text, not an integer"),
+        ([QUESTION, 3], [ANNOTATION], r"questions\[1\]: expected an object, found an integer"),
         ([QUESTION], [ANNOTATION | {"answers": {}}], r"annotations\[0\]: 'answers' is an object, not a list"),
-        ([QUESTION], [ANNOTATION | {"answers": [{"answer": 2.5}]}], r"annotations\[0\]: 'answer' is a number with"),
+        ([QUESTION], [ANNOTATION | {"answers": [{"answer": 2.5}]}], r"annotations\[0\]: 'answer' is a float"),
         ([QUESTION], [ANNOTATION | {"answers": [{"raw": "x"}]}], r"annotations\[0\]: no field 'answer'"),
-        ([QUESTION], [ANNOTATION | {"answers": [None]}], r"annotations\[0\]: not an object but null"),
+        ([QUESTION], [ANNOTATION | {"answers": [None]}], r"annotations\[0\]: expected an object, found null"),
         ([QUESTION], [{"question_id": 42}], r"annotations\[0\]: no field 'answers'"),
     ],
 )
-def test_vqav2_names_the_file_and_the_record_that_is_wrong(
+def test_vqav2_error_names_file_and_record(
     tmp_path: Path, questions: list[Any], annotations: list[Any], told: str
 ) -> None:
     with pytest.raises(PipelineError, match=told):
         read_vqav2(tmp_path, questions, annotations)
 
 
-def test_vqav2_tells_apart_a_file_of_another_kind(tmp_path: Path) -> None:
+def test_vqav2_detects_a_file_of_another_format(tmp_path: Path) -> None:
     other = write_json(tmp_path / "other.json", {"questions": [QUESTION]})
     with pytest.raises(PipelineError, match=r"other\.json: no field 'data_subtype'"):
         read_examples("vqav2", "test", images=Path("coco"), questions=other)
@@ -432,25 +432,23 @@ def test_easy_vqa_is_read_from_the_package_without_running_it(install_easy_vqa: 
     ("questions", "told"),
     [
         ([["what?", "red", 0], ["what?", "red"]], r"questions\.json: \[1\]: not a list of question"),
-        ([["what?", "red", "0"]], r"questions\.json: \[0\]: 'image id' is a text"),
-        ({}, r"questions\.json: not a list"),
+        ([["what?", "red", "0"]], r"questions\.json: \[0\]: 'image id' is text"),
+        ({}, r"questions\.json: expected a list"),
         ([], r"data\.train: no questions in easy_vqa"),
     ],
 )
-def test_easy_vqa_that_is_damaged_is_an_error(
-    install_easy_vqa: Callable[[object], Path], questions: object, told: str
-) -> None:
+def test_damaged_easy_vqa_raises(install_easy_vqa: Callable[[object], Path], questions: object, told: str) -> None:
     install_easy_vqa(questions)
     with pytest.raises(PipelineError, match=told):
         read_examples("easy_vqa", "train")
 
 
-def test_easy_vqa_has_only_its_two_splits() -> None:
+def test_easy_vqa_has_only_two_splits() -> None:
     with pytest.raises(PipelineError, match="train and test, not 'val'"):
         read_examples("easy_vqa", "val")
 
 
-def test_easy_vqa_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_easy_vqa_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [])
     with pytest.raises(PipelineError, match="pip install easy-vqa"):
         read_examples("easy_vqa", "train")
@@ -458,7 +456,7 @@ def test_easy_vqa_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.M
 
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="the easy-vqa package is not installed")
 @pytest.mark.parametrize(("split", "questions", "images"), [("train", 38575, 4000), ("test", 9673, 1000)])
-def test_easy_vqa_as_published(split: str, questions: int, images: int) -> None:
+def test_published_easy_vqa_is_read(split: str, questions: int, images: int) -> None:
     examples, skipped = read_examples("easy_vqa", split)
     assert (len(examples), skipped) == (questions, [])
     assert len({example.target for example in examples}) == 13
@@ -470,5 +468,5 @@ def test_easy_vqa_as_published(split: str, questions: int, images: int) -> None:
 def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"image": "a.png", "question": "what? \\ud800", "answer": "x"}')
-    with pytest.raises(PipelineError, match=r"line 1: 'question' holds half of a surrogate pair"):
+    with pytest.raises(PipelineError, match=r"line 1: 'question' contains half of a surrogate pair"):
         read_examples("jsonl", "train", annotations=path, images=tmp_path)

@@ -84,7 +84,7 @@ class OnDevice:
         return self
 
 
-def test_features_are_read_when_the_copy_from_their_own_gpu_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_read_after_the_copy_from_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch)
     loop = EncodingLoop(lambda pixels: OnDevice(), None, 2, 1)  # type: ignore[arg-type, return-value]
     batch = SimpleNamespace(
@@ -98,7 +98,7 @@ def test_features_are_read_when_the_copy_from_their_own_gpu_is_done(monkeypatch:
     assert (loop._features_of(launched) == FEATURES).all()
 
 
-def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
+def test_out_of_memory_suggests_a_batch_size_and_keeps_written_rows(
     data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(data_set / "config.yaml", ["cache.part_rows=10"])
@@ -112,9 +112,7 @@ def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(Blip2Encoder, "forward", short)
-        with pytest.raises(
-            PipelineError, match=r"out of memory with 8 pictures at a time; try precompute.batch_size=4"
-        ):
+        with pytest.raises(PipelineError, match=r"out of memory with a batch of 8 images. Try precompute.batch_size=4"):
             precompute(config)
         with pytest.raises(PipelineError, match="out of memory"):
             estimate_precompute(config)
@@ -122,7 +120,7 @@ def test_out_of_memory_names_the_batch_size_and_what_is_written_stays(
     assert not verify(config.cache.dir).damage
 
 
-def test_another_error_of_a_gpu_is_no_lack_of_memory(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpu_errors_are_raised_unchanged(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

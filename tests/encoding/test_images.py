@@ -24,7 +24,7 @@ from transformers import BlipImageProcessorPil
 from transformers.image_utils import load_image
 
 from cache.spec import CacheError
-from pipeline.commands.precompute import dry_run, precompute
+from pipeline.commands.precompute import estimate_precompute, precompute
 from pipeline.commands.train import train
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
@@ -184,7 +184,7 @@ GOOD: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_pixels_are_the_plain_recipes_bit_for_bit(
+def test_pixels_equal_the_plain_recipe_bit_for_bit(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, name: str
 ) -> None:
     if name.endswith(".webp") and not features.check("webp"):
@@ -195,7 +195,7 @@ def test_pixels_are_the_plain_recipes_bit_for_bit(
 
 
 @pytest.mark.parametrize(("form", "mode"), [(form, mode) for form in MODES for mode in MODES[form].split()])
-def test_each_mode_of_pillow_gives_the_plain_recipes_pixels_or_fails_as_it_does(
+def test_each_pillow_mode_equals_the_plain_recipe(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, form: str, mode: str
 ) -> None:
     path = tmp_path / f"picture.{form.lower()}"
@@ -254,7 +254,7 @@ def test_other_processors_give_their_own_pixels(
         ({"resample": None}, "resample is None"),
     ],
 )
-def test_a_processor_that_does_other_steps_is_refused(
+def test_processor_with_other_steps_raises(
     changed_processor: Callable[..., Path], settings: dict[str, object], told: str
 ) -> None:
     folder = changed_processor(**settings)
@@ -263,17 +263,13 @@ def test_a_processor_that_does_other_steps_is_refused(
     assert str(folder) in str(caught.value)
 
 
-def test_identity_does_not_depend_on_the_file_that_holds_the_settings(
-    checkpoint: Path, changed_processor: Callable[..., Path]
-) -> None:
+def test_settings_json_is_independent_of_the_file(checkpoint: Path, changed_processor: Callable[..., Path]) -> None:
     settings = Preprocessor(checkpoint).settings_json()
     assert json.loads(settings)["size"] == {"height": 64, "width": 64}
     assert Preprocessor(changed_processor()).settings_json() == settings
 
 
-def test_a_cache_of_images_that_were_decoded_otherwise_is_refused_and_told_why(
-    data_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_with_other_decoding_rules_raises(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was before orientation, transparency and depth belonged to the settings."""
     config = load_config(data_set / "config.yaml")
     settings = Preprocessor.settings_json
@@ -295,24 +291,24 @@ def test_a_cache_of_images_that_were_decoded_otherwise_is_refused_and_told_why(
     assert {path: path.read_bytes() for path in (data_set / "cache").iterdir()} == before
 
 
-def test_deep_images_are_counted_and_named_in_one_line(data_set: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_deep_images_are_logged_once(data_set: Path, capfd: pytest.CaptureFixture[str]) -> None:
     deep = encode(Image.fromarray(depth(0, 4095).astype(np.uint16)), "PNG")
     floats = encode(Image.fromarray(depth(0, 1).astype(np.float32)), "TIFF")
     for number, data in enumerate([deep, deep, floats]):  # two files of the same image
         (data_set / "images" / f"{number}.png").write_bytes(data)
     config = load_config(data_set / "config.yaml")
-    line = rf"float pixels: 2 \(first: {data_set}/images/[01].png\); each is scaled to its own range"
-    for run in dry_run, precompute, precompute:  # the last one encodes nothing
-        assert (run(config) or {}).rescaled_images == 2
+    line = rf"2 images have .* float pixels \(first: {data_set}/images/[01].png\); each is scaled to its own range"
+    for run in estimate_precompute, precompute, precompute:  # the last one encodes nothing
+        assert run(config).rescaled_images == 2
         told = capfd.readouterr().err
         assert len(re.findall(line, told)) == told.count("scaled to its own range") == 1
 
 
-def test_identity_changes_with_a_setting(checkpoint: Path, changed_processor: Callable[..., Path]) -> None:
+def test_settings_json_changes_with_a_setting(checkpoint: Path, changed_processor: Callable[..., Path]) -> None:
     assert Preprocessor(changed_processor(resample=2)).settings_json() != Preprocessor(checkpoint).settings_json()
 
 
-def test_many_threads_give_what_one_gives(preprocess: Preprocessor) -> None:
+def test_preprocessing_is_thread_safe(preprocess: Preprocessor) -> None:
     pictures = [GOOD[name]() for name in ("rgb.jpg", "palette with alpha.png", "animated.gif", "rgb with alpha.png")]
     expected = [preprocess(data) for data in pictures]
     with ThreadPoolExecutor(8) as pool:
@@ -351,7 +347,7 @@ TURNED: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", TURNED)
-def test_the_orientation_of_exif_is_applied_as_the_plain_recipe_does(
+def test_exif_orientation_equals_the_plain_recipe(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, name: str, orientation: int
 ) -> None:
     path = tmp_path / name
@@ -366,13 +362,13 @@ def test_the_orientation_of_exif_is_applied_as_the_plain_recipe_does(
     assert np.array_equal(values, as_stored) == (orientation == 1 or name.endswith(".tif"))
 
 
-def test_a_photo_is_turned_by_hand_too(preprocess: Preprocessor) -> None:
+def test_rotated_photo_is_turned_upright(preprocess: Preprocessor) -> None:
     upright = preprocess(encode(photo(), "PNG"))
     sideways = oriented(photo().transpose(Image.Transpose.ROTATE_90), "PNG", 6)  # a quarter turn back to the right
     assert np.array_equal(preprocess(sideways), upright)
 
 
-def test_an_orientation_in_xmp_or_out_of_range_is_taken_as_the_plain_recipe_takes_it(
+def test_xmp_or_invalid_orientation_equals_the_plain_recipe(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor
 ) -> None:
     for data in turned_by_xmp(), oriented(photo(), "JPEG", 0), oriented(photo(), "JPEG", 9):
@@ -382,7 +378,7 @@ def test_an_orientation_in_xmp_or_out_of_range_is_taken_as_the_plain_recipe_take
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF header", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff\1"])
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_damaged_exif_costs_no_picture(preprocess: Preprocessor, form: str, exif: bytes) -> None:
+def test_damaged_exif_is_ignored(preprocess: Preprocessor, form: str, exif: bytes) -> None:
     damaged = encode(photo(), form, exif=exif)
     check_header(damaged)
     assert np.array_equal(preprocess(damaged), preprocess(encode(photo(), form)))
@@ -443,7 +439,7 @@ def in_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_an_image_of_more_than_8_bits_is_scaled_to_its_own_range(preprocess: Preprocessor, name: str) -> None:
+def test_deep_image_is_scaled_to_its_own_range(preprocess: Preprocessor, name: str) -> None:
     write, kind, (low, high) = DEEP[name]
     values = np.clip(np.rint(depth(low, high)) if "f" not in kind else depth(low, high), low, high).astype(kind)
     data = write(values)
@@ -473,7 +469,7 @@ def halves(left: float, right: float, kind: str = "f4") -> np.ndarray:
         (np.where(np.arange(64) > 48, halves(2, np.inf), halves(2, 9)), (0, 255)),
     ],
 )
-def test_constant_images_and_values_that_are_not_finite(
+def test_constant_images_and_nonfinite_values(
     preprocess: Preprocessor, values: np.ndarray, black_and_white: tuple[int, int]
 ) -> None:
     pixels = seen(preprocess, encode(Image.fromarray(values), "TIFF"))
@@ -481,7 +477,7 @@ def test_constant_images_and_values_that_are_not_finite(
     assert (pixels[:, 34:] == black_and_white[1]).all()
 
 
-def test_16_bits_with_a_transparent_value_or_white_as_zero(preprocess: Preprocessor) -> None:
+def test_16_bits_with_transparency_or_white_as_zero(preprocess: Preprocessor) -> None:
     values = halves(1000, 2000, "u2")
     values[:, :8] = 60000
     pixels = seen(preprocess, encode(Image.fromarray(values), "PNG", transparency=60000))
@@ -490,13 +486,13 @@ def test_16_bits_with_a_transparent_value_or_white_as_zero(preprocess: Preproces
     assert seen(preprocess, tiff(16, 1, 64, 64, values.tobytes(), photometric=0))[5, [2, 50]].tolist() == [255, 0]
 
 
-def test_a_deep_image_is_turned_upright_too(preprocess: Preprocessor) -> None:
+def test_deep_image_is_turned_upright(preprocess: Preprocessor) -> None:
     image = Image.fromarray(depth(0, 40000).astype(np.uint16))
     turned = Image.fromarray(np.rot90(np.asarray(image)).copy())
     assert np.array_equal(preprocess(oriented(turned, "PNG", 6)), preprocess(encode(image, "PNG")))
 
 
-def test_the_header_tells_which_are_scaled() -> None:
+def test_header_shows_whether_an_image_is_scaled() -> None:
     assert not any(check_header(make()) for name, make in GOOD.items() if not name.endswith(".webp"))
 
 
@@ -531,27 +527,27 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "header cut.jpg": (lambda: encode(photo(), "JPEG")[:100], "cannot be decoded: Truncated File Read"),
     "header cut.png": (lambda: encode(photo(), "PNG")[:20], "cannot be decoded: Truncated File Read"),
     "empty.jpg": (lambda: b"", "empty file"),
-    "html.jpg": (lambda: b"\n <!DOCTYPE html>\n<title>404</title>", "not a picture: it begins like HTML"),
-    "html with a byte order mark.jpg": (lambda: b"\xef\xbb\xbf<html>", "not a picture: it begins like HTML"),
-    "drawing.svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture: it begins like SVG"),
-    "lfs.jpg": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "not a picture: it begins like a Git LFS"),
-    "zeros.jpg": (lambda: bytes(5000), "not a picture: all its bytes are zero"),
-    "archive.gz": (lambda: gzip.compress(b"anything"), "not a picture: it begins like a gzip archive"),
-    "damaged archive.gz": (lambda: b"\x1f\x8bno more", "not a picture: it begins like a gzip archive"),
-    "error.jpg": (lambda: b'{"error": "not found"}', "not a picture: it begins like JSON"),
+    "html.jpg": (lambda: b"\n <!DOCTYPE html>\n<title>404</title>", "not an image: it looks like HTML"),
+    "html with a byte order mark.jpg": (lambda: b"\xef\xbb\xbf<html>", "not an image: it looks like HTML"),
+    "drawing.svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image: it looks like SVG"),
+    "lfs.jpg": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "not an image: it looks like a Git LFS"),
+    "zeros.jpg": (lambda: bytes(5000), "not an image: all bytes are zero"),
+    "archive.gz": (lambda: gzip.compress(b"anything"), "not an image: it looks like a gzip archive"),
+    "damaged archive.gz": (lambda: b"\x1f\x8bno more", "not an image: it looks like a gzip archive"),
+    "error.jpg": (lambda: b'{"error": "not found"}', "not an image: it looks like JSON"),
     "drawing with a header.svg": (
         lambda: b'<?xml version="1.0"?><!DOCTYPE svg><svg/>',
-        "not a picture: it begins like SVG",
+        "not an image: it looks like SVG",
     ),
-    "array.npy": (lambda: saved_array(), "not a picture: it begins like a NumPy array"),
-    "clip.mp4": (lambda: ftyp(b"isom", b"iso2", b"mp41"), "not a picture: it begins like an MP4 or QuickTime video"),
-    "clip.mpg": (lambda: b"\0\0\x01\xb3\x16\0\xf0\x15", "not a picture: it begins like an MPEG video"),
-    "clip.webm": (lambda: b"\x1aE\xdf\xa3" + bytes(40), "not a picture: it begins like a Matroska or WebM video"),
-    "clip.avi": (lambda: b"RIFF\0\1\0\0AVI LIST", "not a picture: it begins like an AVI video"),
-    "weather.grib": (lambda: b"GRIB\0\0\x50\x01", "not a picture: it begins like a GRIB file"),
-    "weather.bufr": (lambda: b"BUFR\0\0\x50\x04", "not a picture: it begins like a BUFR file"),
-    "features.h5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(90), "not a picture: it begins like an HDF5 file"),
-    "rows.parquet": (lambda: b"PAR1\x15\x04", "not a picture: it begins like a Parquet file"),
+    "array.npy": (lambda: saved_array(), "not an image: it looks like a NumPy array"),
+    "clip.mp4": (lambda: ftyp(b"isom", b"iso2", b"mp41"), "not an image: it looks like an MP4 or QuickTime video"),
+    "clip.mpg": (lambda: b"\0\0\x01\xb3\x16\0\xf0\x15", "not an image: it looks like an MPEG video"),
+    "clip.webm": (lambda: b"\x1aE\xdf\xa3" + bytes(40), "not an image: it looks like a Matroska or WebM video"),
+    "clip.avi": (lambda: b"RIFF\0\1\0\0AVI LIST", "not an image: it looks like an AVI video"),
+    "weather.grib": (lambda: b"GRIB\0\0\x50\x01", "not an image: it looks like a GRIB file"),
+    "weather.bufr": (lambda: b"BUFR\0\0\x50\x04", "not an image: it looks like a BUFR file"),
+    "features.h5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(90), "not an image: it looks like an HDF5 file"),
+    "rows.parquet": (lambda: b"PAR1\x15\x04", "not an image: it looks like a Parquet file"),
     "iphone.heic": (lambda: ftyp(b"heic", b"mif1", b"heic"), "a HEIC image, which Pillow cannot read: convert it to"),
     "by its brands.heic": (lambda: ftyp(b"mif1", b"mif1", b"heic"), "a HEIC image, which Pillow cannot read: "),
     "ten bits.heic": (lambda: ftyp(b"heix", b"mif1"), "a HEIC image, which Pillow cannot read: "),
@@ -564,8 +560,8 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "bare.jxl": (lambda: b"\xff\x0a" + bytes(20), "a JPEG XL image, which Pillow cannot read: convert it to"),
     "boxed.jxl": (lambda: b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20), "a JPEG XL image, which Pillow cannot read: "),
     "scan.dcm": (lambda: bytes(128) + b"DICM\x02\0", "a DICOM image, which Pillow cannot read: convert it to"),
-    "scan.nii": (lambda: nifti(), "not a picture: it begins like a NIfTI volume (export its slices"),
-    "scan.nii.gz": (lambda: gzip.compress(nifti()), "not a picture: it begins like a NIfTI volume (export its slices"),
+    "scan.nii": (lambda: nifti(), "not an image: it looks like a NIfTI volume (export its slices"),
+    "scan.nii.gz": (lambda: gzip.compress(nifti()), "not an image: it looks like a NIfTI volume (export its slices"),
     "light.exr": (lambda: b"v/1\x01\2\0\0\0", "an OpenEXR image, which Pillow cannot read: "),
     "light.hdr": (lambda: b"#?RADIANCE\n", "a Radiance HDR image, which Pillow cannot read: "),
     "drawing.wmf": (lambda: b"\xd7\xcd\xc6\x9a\0\0" + bytes(40), "a Windows metafile (WMF), which Pillow cannot"),
@@ -574,14 +570,14 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
         "a JPEG image that Pillow cannot read (such as one of 12 bits, or lossless), or its header",
     ),
     "float rgb.tif": (lambda: tiff(64, 3, 2, 2, bytes(32)), "a TIFF image that Pillow cannot read (such as"),
-    "text.jpg": (lambda: b"no picture at all", "not a picture: of no form that is known"),
+    "text.jpg": (lambda: b"no picture at all", "not an image: unknown format"),
     "bomb.png": (lambda: png(20000, 20000, (b"IDAT", b"")), "too many pixels (400000000, at most 178956970)"),
-    "no width.png": (lambda: png(0, 5, (b"IDAT", zlib.compress(b"\0" * 5))), "not a picture: of no form"),
+    "no width.png": (lambda: png(0, 5, (b"IDAT", zlib.compress(b"\0" * 5))), "not an image: unknown format"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_picture_that_the_plain_recipe_cannot_take_is_an_error_with_its_reason(
+def test_invalid_image_error_gives_the_reason(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, name: str
 ) -> None:
     make, told = BROKEN[name]
@@ -593,13 +589,13 @@ def test_a_picture_that_the_plain_recipe_cannot_take_is_an_error_with_its_reason
 
 
 @pytest.mark.parametrize("name", [name for name in BROKEN if not name.startswith(("truncated", "damaged"))])
-def test_the_header_check_finds_what_shows_in_the_header(name: str) -> None:
+def test_header_check_finds_header_problems(name: str) -> None:
     make, told = BROKEN[name]
     assert reason(check_header, make()).startswith(told)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_damaged_picture_gives_the_plain_recipes_pixels_or_fails_as_it_does(
+def test_damaged_image_equals_the_plain_recipe_or_fails(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -620,7 +616,7 @@ def test_a_damaged_picture_gives_the_plain_recipes_pixels_or_fails_as_it_does(
     assert np.array_equal(preprocess(bytes(data)), expected)
 
 
-def test_the_preview_of_a_raw_file_is_refused_and_other_small_images_are_not(preprocess: Preprocessor) -> None:
+def test_raw_preview_is_rejected_and_other_small_images_are_not(preprocess: Preprocessor) -> None:
     for call in check_header, preprocess:
         raw = tiff(8, 1, 160, 120, bytes(160 * 120), NewSubfileType=1, SubIFDs=8)
         assert reason(call, raw).startswith("a camera's raw image, of which Pillow reads only a small preview: convert")
@@ -628,7 +624,7 @@ def test_the_preview_of_a_raw_file_is_refused_and_other_small_images_are_not(pre
         call(tiff(8, 1, 160, 120, bytes(160 * 120), SubIFDs=8))
 
 
-def test_avif_is_read_if_pillow_can_and_named_if_not(preprocess: Preprocessor) -> None:
+def test_avif_is_read_if_pillow_supports_it(preprocess: Preprocessor) -> None:
     damaged = ftyp(b"avif", b"mif1")
     if "AVIF" in Image.SAVE:
         assert preprocess(encode(photo(), "AVIF")).shape == (3, 64, 64)
@@ -637,7 +633,7 @@ def test_avif_is_read_if_pillow_can_and_named_if_not(preprocess: Preprocessor) -
         assert reason(preprocess, damaged).startswith("an AVIF image, which Pillow reads from version 11.3 on: update")
 
 
-def test_between_warning_and_error_a_large_picture_is_decoded(
+def test_image_above_the_warning_limit_is_decoded(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "large.png"
@@ -649,7 +645,7 @@ def test_between_warning_and_error_a_large_picture_is_decoded(
     assert reason(preprocess, path.read_bytes()) == "too many pixels (4800, at most 4000)"
 
 
-def test_what_pillow_warns_of_or_logs_does_not_reach_the_user(tmp_path: Path, checkpoint: Path) -> None:
+def test_pillow_warnings_and_logs_are_hidden(tmp_path: Path, checkpoint: Path) -> None:
     corrupt_exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x010F, 2, 5000, 60000)
     samples = bytearray(encode(photo(), "TIFF"))
     tag = samples.index(struct.pack("<HHIH", 277, 3, 1, 3))
@@ -684,7 +680,7 @@ for path in sorted(Path({str(tmp_path)!r}).iterdir()):
 # ---- files
 
 
-def test_a_file_is_read_whole_and_digested(tmp_path: Path) -> None:
+def test_file_is_read_and_hashed(tmp_path: Path) -> None:
     path, data = tmp_path / "a.bin", os.urandom(300_000)
     path.write_bytes(data)
     (tmp_path / "link").symlink_to(path)
@@ -692,41 +688,43 @@ def test_a_file_is_read_whole_and_digested(tmp_path: Path) -> None:
     assert image_digest(data) == hashlib.sha256(data).digest()
 
 
-def test_an_empty_file_can_be_read(tmp_path: Path) -> None:
+def test_empty_file_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "empty.jpg"
     path.touch()
     assert read_image_bytes(path) == b""
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "broken").symlink_to("gone.jpg")
-    assert reason(read_image_bytes, tmp_path / "gone.jpg") == "not there"
-    assert reason(read_image_bytes, tmp_path / "broken") == "not there"
-    assert reason(read_image_bytes, tmp_path / "file" / "a.jpg").startswith("not there: a part of its path is a file")
+    assert reason(read_image_bytes, tmp_path / "gone.jpg") == "not found"
+    assert reason(read_image_bytes, tmp_path / "broken") == "not found"
+    assert reason(read_image_bytes, tmp_path / "file" / "a.jpg").startswith(
+        "not found: a component of its path is a file"
+    )
 
 
-def test_a_folder_named_like_a_picture_is_told(tmp_path: Path) -> None:
+def test_folder_named_like_an_image_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").mkdir()
     assert reason(read_image_bytes, tmp_path / "x.jpg") == "a folder, not a file"
 
 
-def test_links_that_loop_are_told(tmp_path: Path) -> None:
+def test_link_loop_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("b.jpg")
     (tmp_path / "b.jpg").symlink_to("a.jpg")
-    assert reason(read_image_bytes, tmp_path / "a.jpg") == "links that loop"
+    assert reason(read_image_bytes, tmp_path / "a.jpg") == "symbolic links form a loop"
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "a\ud800.jpg"])
-def test_a_name_that_no_file_can_have_is_told(tmp_path: Path, name: str) -> None:
-    assert reason(read_image_bytes, tmp_path / name) == "not there: no file can have this name"
+def test_impossible_file_name_is_reported(tmp_path: Path, name: str) -> None:
+    assert reason(read_image_bytes, tmp_path / name) == "not found: not a valid file name"
 
 
-def test_a_name_that_is_too_long_is_told(tmp_path: Path) -> None:
+def test_too_long_file_name_is_reported(tmp_path: Path) -> None:
     assert reason(read_image_bytes, tmp_path / ("a" * 300)) == "its name is too long"
 
 
-def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_rejected_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     started = time.perf_counter()
     assert reason(read_image_bytes, tmp_path / "pipe.jpg") == "not a regular file"
@@ -735,7 +733,7 @@ def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_told(tmp_path: Path) -> None:
+def test_unreadable_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.touch(mode=0o000)
     assert reason(read_image_bytes, path) == "permission denied"
@@ -753,7 +751,7 @@ def test_files_are_closed(tmp_path: Path, preprocess: Preprocessor) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_a_file_of_a_terabyte_is_refused_unread(tmp_path: Path) -> None:
+def test_huge_file_is_rejected_unread(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     path.touch()
     os.truncate(path, 1 << 40)

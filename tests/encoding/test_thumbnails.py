@@ -18,11 +18,11 @@ from cache.ownership import own_files
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from cache.thumbnails import Thumbnails, find_thumbnails
+from pipeline.commands.cache import cache_info
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
 from pipeline.config import load_config
 from pipeline.encoding.images import MAX_KEPT_BYTES, ImageError, Preprocessor, image_digest, thumbnail
-from pipeline.commands.cache import cache_info
 
 
 def picture(format: str, width: int, height: int, mode: str = "RGB") -> bytes:
@@ -35,12 +35,12 @@ def picture(format: str, width: int, height: int, mode: str = "RGB") -> bytes:
 @pytest.mark.parametrize(
     ("format", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "P"), ("BMP", "RGB"), ("TIFF", "L")]
 )
-def test_a_picture_is_made_smaller_in_its_own_proportions(format: str, mode: str) -> None:
+def test_thumbnail_keeps_the_aspect_ratio(format: str, mode: str) -> None:
     with Image.open(BytesIO(thumbnail(picture(format, 400, 200, mode), 100))) as small:
         assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (100, 50))
 
 
-def test_a_small_file_that_browsers_show_is_kept_and_others_are_not() -> None:
+def test_small_browser_file_is_its_own_thumbnail() -> None:
     small = picture("PNG", 20, 20)
     assert len(small) < MAX_KEPT_BYTES
     assert thumbnail(small, 10) == small
@@ -110,7 +110,7 @@ KINDS = {
 
 @pytest.mark.parametrize("size", [20, 400])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thumbnail_shows_what_the_encoder_sees(checkpoint: Path, kind: str, size: int) -> None:
+def test_thumbnail_shows_what_the_encoder_sees(checkpoint: Path, kind: str, size: int) -> None:
     """Seen by a browser that turns nothing, shows the last frame, and puts transparency on black."""
     if "webp" in kind and not features.check("webp"):
         pytest.skip("this Pillow has no WebP")
@@ -153,7 +153,7 @@ def thumbnails(data_set: Path) -> dict[bytes, bytes]:
         return {rows[row]: data for row, data in features.thumbnails([*rows, -1, 999]).items()}
 
 
-def test_each_picture_has_one_and_a_second_run_makes_none(data_set: Path, made: list[bytes]) -> None:
+def test_each_image_gets_one_thumbnail_once(data_set: Path, made: list[bytes]) -> None:
     summary = run(data_set, "cache.part_rows=10")
     files = [path.read_bytes() for path in (data_set / "images").iterdir()]
     found = thumbnails(data_set)
@@ -165,7 +165,7 @@ def test_each_picture_has_one_and_a_second_run_makes_none(data_set: Path, made: 
     assert len(made) == 24
 
 
-def test_only_new_pictures_get_new_ones(data_set: Path, made: list[bytes]) -> None:
+def test_only_new_images_get_new_thumbnails(data_set: Path, made: list[bytes]) -> None:
     run(data_set)
     write_data_set(data_set / "other", seed=5)
     (data_set / "images" / "1.png").write_bytes((data_set / "other" / "images" / "0.png").read_bytes())
@@ -175,7 +175,7 @@ def test_only_new_pictures_get_new_ones(data_set: Path, made: list[bytes]) -> No
     assert len(thumbnails(data_set)) == 25  # that of the old picture stays beside its row
 
 
-def test_another_size_makes_them_anew_and_encodes_nothing(
+def test_another_size_recreates_thumbnails_and_encodes_nothing(
     data_set: Path, made: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(data_set)
@@ -191,9 +191,7 @@ def test_another_size_makes_them_anew_and_encodes_nothing(
     assert audit.verify(data_set / "cache").damage == []
 
 
-def test_a_killed_run_finds_those_that_it_made(
-    data_set: Path, made: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_run_reuses_its_thumbnails(data_set: Path, made: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -207,7 +205,7 @@ def test_a_killed_run_finds_those_that_it_made(
     assert (len(made), len(thumbnails(data_set))) == (24, 24)
 
 
-def test_one_that_fails_costs_nothing_else(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_thumbnail_affects_nothing_else(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = (data_set / "images" / "3.png").read_bytes()
 
     def fails(data: bytes, longer_side: int) -> bytes:
@@ -223,7 +221,7 @@ def test_one_that_fails_costs_nothing_else(data_set: Path, monkeypatch: pytest.M
     assert len(thumbnails(data_set)) == 24
 
 
-def test_a_full_disk_is_told_and_what_was_encoded_stays(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_and_features_are_kept(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -235,7 +233,7 @@ def test_a_full_disk_is_told_and_what_was_encoded_stays(data_set: Path, monkeypa
     assert (again.encoded, again.reused, len(thumbnails(data_set))) == (0, 24, 24)
 
 
-def test_damage_is_found_told_and_mended(data_set: Path) -> None:
+def test_damage_is_found_and_repaired(data_set: Path) -> None:
     run(data_set)
     (file,) = (data_set / "cache").glob("thumbnails-*")
     whole = file.read_bytes()
@@ -250,7 +248,7 @@ def test_damage_is_found_told_and_mended(data_set: Path) -> None:
     assert audit.verify(data_set / "cache").damage == []
 
 
-def test_they_are_the_caches_own_files_also_half_written(data_set: Path) -> None:
+def test_thumbnail_files_belong_to_the_cache(data_set: Path) -> None:
     run(data_set)
     half = data_set / "cache" / "thumbnails-00003.h5.tmp"
     half.write_bytes(b"half")
