@@ -113,7 +113,7 @@ def test_help_imports_no_large_library() -> None:
         (["precompute", "CONFIG", "cache.dir=README.md"], 1, "README.md: not a folder"),
         (["precompute", "CONFIG", "data.train.annotations=/no/such/file"], 1, "/no/such/file"),
         (["precompute", "CONFIG", "data.format=vqav2"], 1, "data.train.questions is not set"),
-        (["precompute", "CONFIG", "data.format=vqa"], 2, "no data.format 'vqa'; nearest: vqav2"),
+        (["precompute", "CONFIG", "data.format=vqa"], 2, "unknown data.format 'vqa'; did you mean vqav2"),
         (["precompute", "CONFIG", "cache.dir=/proc/nothing"], 1, "/proc/nothing"),
         (["evaluate", "/no/such/run"], 1, "/no/such/run: not a run folder"),
         (["report", "/no/such/run"], 1, "/no/such/run: not a run folder"),
@@ -221,7 +221,7 @@ def test_summary_is_printed_as_a_table_without_json(data_set: Path) -> None:
 
 def test_table_has_units_and_separates_names_from_values() -> None:
     summary = {
-        "skipped": {"duplicate question_id": 2, "no annotation in my_file.json": 1},
+        "skipped": {"caption of an unlisted image": 2, "no annotation in my_file.json": 1},
         "nothing": {},
         "time": {"encoding": 0.00087},
         "bytes": 134544,
@@ -233,7 +233,7 @@ def test_table_has_units_and_separates_names_from_values() -> None:
     }
     assert format_table(summary).splitlines() == [
         "skipped",
-        "  duplicate question_id  2",
+        "  caption of an unlisted image  2",
         "  no annotation in my_file.json  1",
         "time",
         "  encoding                  0.0 s",
@@ -299,7 +299,7 @@ def test_cache_commands_list_describe_verify_repair_and_remove(data_set: Path, m
         assert f"pipe: {cache}: not deleted. Use --yes to delete it without confirmation" in refused.stderr
         assert "Abort" not in refused.output
     removed = json.loads(pipe("cache", "rm", cache, "--yes", "--json").stdout)
-    assert (removed["left_alone"], sorted(path.name for path in cache.iterdir())) == (["notes.txt"], ["notes.txt"])
+    assert (removed["other_files"], sorted(path.name for path in cache.iterdir())) == (["notes.txt"], ["notes.txt"])
     assert pipe("cache", "rm", cache, "--yes").exit_code == 1
 
 
@@ -322,7 +322,7 @@ def test_damaged_text_is_repaired_and_a_damaged_manifest_is_reported(data_set: P
     for command in (["cache", "verify", cache], ["cache", "repair", cache], ["train", config]):
         done = pipe(*command)
         assert done.exit_code == 1
-        assert "delete this one file and run `pipe precompute` again: the features are kept" in done.stderr
+        assert "Delete this one file and run `pipe precompute` again; the features are k" in done.stderr
     manifest.unlink()
     again = json.loads(pipe("precompute", config, "--json").stdout)
     assert (again["encoded"], again["reused"]) == (0, 24)
@@ -336,7 +336,7 @@ def test_dry_run_writes_no_list_of_skipped_questions(data_set: Path) -> None:
     assert "Invalid questions: 3 questions (not found: " in refused.stderr
     estimate = pipe("precompute", data_set / "config.yaml", "precompute.on_invalid=skip", "--dry-run", "--json")
     assert json.loads(estimate.stdout)["skipped"] == {"not found": 3}
-    assert "24 pictures, 1 of them unusable, 23 distinct" in estimate.stderr
+    assert "24 images, 1 of them invalid, 23 distinct" in estimate.stderr
     assert sorted(data_set.rglob("*")) == before
 
 
@@ -353,7 +353,7 @@ def test_dry_run_estimates_the_work_and_writes_nothing(data_set: Path) -> None:
     before = sorted(data_set.rglob("*"))
     done = pipe("precompute", data_set / "config.yaml", "--dry-run", "--json")
     estimate = json.loads(done.stdout)
-    assert (estimate["pictures"], estimate["images"], estimate["to_encode"], estimate["reused"]) == (24, 24, 24, 0)
+    assert (estimate["images_found"], estimate["images"], estimate["to_encode"], estimate["reused"]) == (24, 24, 24, 0)
     assert estimate["bytes_needed"] >= 24 * 16 * 128 * 4
     assert estimate["images_per_second"] > 0
     assert "24 to encode" in done.stderr

@@ -90,7 +90,9 @@ def fill_cache(path: Path) -> None:
     spec = encoder_spec(embedded_checkpoint(), dtype, config.cache.dtype)
     longer_side = config.precompute.thumbnail_size
     shown = thumbnail(jpeg(0), longer_side)
-    with FeatureWriter(config.cache.dir, spec, list(scan_dataset(config.data).paths), config.cache.part_rows) as writer:
+    with FeatureWriter(
+        config.cache.dir, spec, list(scan_dataset(config.data).images), config.cache.part_rows
+    ) as writer:
         for part_path in writer.parts:
             with PartWriter(part_path) as part:
                 rows = part.unwritten_rows

@@ -23,7 +23,7 @@ def digest_of_folder(folder: Path) -> dict[str, bytes]:
 
 
 def test_distinct_images_are_encoded_once_and_all_questions_kept(data_set: Path) -> None:
-    shutil.copy(data_set / "images" / "0.png", data_set / "images" / "23.png")  # the same bytes, another name
+    shutil.copy(data_set / "images" / "0.png", data_set / "images" / "23.png")  # same bytes, another name
     summary = precompute(load_config(data_set / "config.yaml"))
     assert (summary.images, summary.encoded, summary.reused, summary.failed) == (23, 23, 0, 0)
     assert summary.questions == {"train": 54, "val": 18}
@@ -97,7 +97,7 @@ def test_missing_images_raise_or_are_skipped(data_set: Path) -> None:
     assert (summary.images, summary.failed, summary.questions["train"]) == (22, 2, 48)
     assert summary.skipped == {"not found": 6}
     assert skipped(FeatureReader(data_set / "cache").attachment("skipped.jsonl")) == listed
-    assert not report.exists()  # the cache holds it now
+    assert not report.exists()  # the cache contains it now
 
 
 def test_training_logs_skipped_questions(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +135,8 @@ def test_duplicates_and_unanswered_questions_are_counted(data_set: Path) -> None
         for row in ({"question_id": 1, "answer": "twice"}, {"question_id": 99}):
             file.write("\n" + json.dumps({"image": "0.png", "question": "what?", **row}))
     (data_set / "images" / "2.png").rename(data_set / "2.png")
-    told = r"3 questions \(not found: .*duplicate question_id: 1 of train at .*train\.jsonl: line 55\)"
-    with pytest.raises(PipelineError, match=told):
+    message = r"3 questions \(not found: .*duplicate question_id: 1 of train at .*train\.jsonl: line 55\)"
+    with pytest.raises(PipelineError, match=message):
         precompute(load_config(data_set / "config.yaml"))
     (data_set / "2.png").rename(data_set / "images" / "2.png")
     summary = precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
@@ -145,7 +145,7 @@ def test_duplicates_and_unanswered_questions_are_counted(data_set: Path) -> None
 
 
 def truncate(path: Path) -> None:
-    """Leaves a good header: that the picture is broken shows only when it is decoded."""
+    """Truncate an image behind its header, so that only decoding fails."""
     path.write_bytes(path.read_bytes()[:-200])
 
 
@@ -172,9 +172,9 @@ def test_skipped_items_are_logged_once_with_the_path_of_the_list(
     (data_set / "images" / "0.png").unlink()
     truncate(data_set / "images" / "5.png")
     precompute(load_config(data_set / "config.yaml", ["precompute.on_invalid=skip"]))
-    told = capsys.readouterr().err
-    assert (told.count("0.png"), told.count("5.png")) == (1, 1)
-    listed = Path(told.rstrip().splitlines()[-1].removeprefix("list of skipped questions: "))
+    log = capsys.readouterr().err
+    assert (log.count("0.png"), log.count("5.png")) == (1, 1)
+    listed = Path(log.rstrip().splitlines()[-1].removeprefix("list of skipped questions: "))
     assert [Path(one["image"]).name for one in skipped(listed)] == ["0.png", "5.png"]
     assert listed.parent == data_set / "cache"
     assert not (data_set / "cache.skipped.jsonl").exists()
@@ -185,9 +185,9 @@ def test_full_disk_error_has_readable_units(
     data_set: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, advised: bool
 ) -> None:
     monkeypatch.setattr("pipeline.encoding.disk_space.free_disk_bytes", lambda folder: 1000)
-    with pytest.raises(PipelineError, match=r"need 0\.\d\d MB, but only 0\.00 MB are free") as told:
+    with pytest.raises(PipelineError, match=r"need 0\.\d\d MB, but only 0\.00 MB are free") as error:
         precompute(load_config(data_set / "config.yaml", [f"cache.dtype={dtype}"]))
-    assert ("cache.dtype=float16" in str(told.value)) == advised
+    assert ("cache.dtype=float16" in str(error.value)) == advised
 
 
 def test_undecodable_image_leaves_other_features_unchanged(data_set: Path) -> None:
@@ -301,11 +301,11 @@ def test_images_that_become_unreachable_stop_the_run_without_loss(
     config = load_config(data_set / "config.yaml", [*overrides, f"cache.dir={data_set}/elsewhere/cache"])
     begin, begun = pipeline.encoding.encoding_loop.EncodingLoop._start_decoding, []
 
-    def vanish(self, part, rows, pictures):
+    def vanish(self, part, rows, images):
         begun.append(rows)
         if len(begun) == 2:
             (data_set / "images").rename(data_set / "away")
-        return begin(self, part, rows, pictures)
+        return begin(self, part, rows, images)
 
     monkeypatch.setattr(pipeline.encoding.encoding_loop.EncodingLoop, "_start_decoding", vanish)
     with pytest.raises(
@@ -338,9 +338,9 @@ def test_estimate_times_valid_unencoded_images(data_set: Path, monkeypatch: pyte
     monkeypatch.setattr(
         "pipeline.encoding.encoding_loop.read_image_bytes", lambda path: (read.append(path.name), known(path))[1]
     )
-    told = estimate_precompute(config)
-    assert (told.to_encode, set(read)) == (3, {"0.png", "1.png", "2.png"})
-    assert told.images_per_second > 0
+    estimate = estimate_precompute(config)
+    assert (estimate.to_encode, set(read)) == (3, {"0.png", "1.png", "2.png"})
+    assert estimate.images_per_second > 0
 
 
 def test_cache_may_be_the_current_folder(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`pipe cache verify` and `repair`: what is found, what is encoded again, and when nothing is touched."""
+"""`pipe cache verify` and `repair`: what is detected, encoded again, or left unchanged."""
 
 import re
 import shutil
@@ -32,15 +32,15 @@ def config(data_set: Path) -> Config:
 
 
 def damage_row(cache: Path, row: int) -> Path:
-    """Flips a bit of a row; -> its picture."""
+    """Flip a bit of a row, and return its image."""
     part = inspect_part(cache / PART)
     data = bytearray(part.path.read_bytes())
     data[part.features_offset + row * part.spec.row_bytes] ^= 1
     part.path.write_bytes(data)
-    return next(picture for found, picture in pictures(cache) if found == row)
+    return next(image for found, image in rows_and_images(cache) if found == row)
 
 
-def pictures(cache: Path) -> list[tuple[int, Path]]:
+def rows_and_images(cache: Path) -> list[tuple[int, Path]]:
     features = FeatureReader(cache)
     tables = [features.text(split) for split in features.splits]
     return [(int(row), Path(table.record(i)["image"])) for table in tables for i, row in enumerate(table.image_row)]
@@ -65,31 +65,31 @@ def test_nothing_is_removed_before_its_image_is_found(
         text.replace('"batch_size": 8,', f'"on_invalid": "{on_invalid}", "batch_size": 8,', 1)
     )
     cache = config.cache.dir
-    picture = damage_row(cache, 5)
+    image = damage_row(cache, 5)
     if whole_part:
         cut(cache / PART)
-    away = picture.with_suffix(".away")
-    picture.rename(away)
+    away = image.with_suffix(".away")
+    image.rename(away)
     if hurt == "changed":
         if whole_part:
-            pytest.skip("a part that cannot be trusted does not tell what its pictures were")
-        shutil.copy(picture.with_name("7.png"), picture)
+            pytest.skip("a part that cannot be trusted does not tell what its images were")
+        shutil.copy(image.with_name("7.png"), image)
     before = files(cache)
-    with pytest.raises(PipelineError, match=re.escape(str(picture))):
+    with pytest.raises(PipelineError, match=re.escape(str(image))):
         repair(data_set / "config.yaml")
     assert files(cache) == before
-    away.rename(picture)
+    away.rename(image)
     assert repair(data_set / "config.yaml").encoded == (24 if whole_part else 1)
     assert audit.verify(cache).damage == []
 
 
 def test_damaged_row_without_questions_does_not_prevent_repair(data_set: Path, config: Config) -> None:
-    picture = damage_row(config.cache.dir, 5)
+    image = damage_row(config.cache.dir, 5)
     for split in ("train", "val"):
         file = data_set / f"{split}.jsonl"
         lines = file.read_text().splitlines()
-        file.write_text("\n".join(line for line in lines if f'"{picture.name}"' not in line))
-    picture.unlink()
+        file.write_text("\n".join(line for line in lines if f'"{image.name}"' not in line))
+    image.unlink()
     precompute(config)
     assert repair(config.cache.dir).encoded == 0
     assert audit.verify(config.cache.dir).damage == []
@@ -137,9 +137,9 @@ def test_foreign_part_is_named_with_a_remedy(config: Config) -> None:
     assert verify_cache(cache).damaged == [f"{stray.name}: {audit.NOT_A_PART}"]
     assert cache_info(cache).not_in_manifest == [stray.name]
     for run in (lambda: precompute(config), lambda: repair(cache)):
-        with pytest.raises(CacheError, match=r"features-00007\.h5: is not a part of this cache.*(D|d)elete") as told:
+        with pytest.raises(CacheError, match=r"features-00007\.h5: is not a part of this cache.*(D|d)elete") as error:
             run()
-        assert "synchronously" not in str(told.value)
+        assert "synchronously" not in str(error.value)
     stray.unlink()
     assert precompute(config).encoded == 0
 

@@ -1,4 +1,4 @@
-"""What a finished cache was made of is parsed again only if any of it has changed."""
+"""Annotations of a finished cache are parsed again only if something has changed."""
 
 import json
 import os
@@ -22,8 +22,8 @@ NAMES = ['a "quoted".png', "back\\slash.png", "北京 🚀.png", '"image": "x.pn
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config with relative paths, in the working folder; the cache is finished."""
-    write_data_set(tmp_path, pictures=8)
+    """Write a config with relative paths to the current folder, and fill its cache."""
+    write_data_set(tmp_path, num_images=8)
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(NAMES):
         (tmp_path / "images" / f"{number}.png").rename(tmp_path / "images" / name)
@@ -42,7 +42,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The splits that were parsed."""
+    """Record the splits that are parsed."""
     seen: list[str] = []
     read = pipeline.encoding.dataset_scan.read_split
 
@@ -87,7 +87,7 @@ def test_cached_questions_equal_the_parsed_ones(data: Path) -> None:
 
 
 def edit_in_place(data: Path) -> list[str]:
-    """Another answer of the same length, under the same time."""
+    """Change an answer, keeping its length and the time of the file."""
     path = data / "train.jsonl"
     time = path.stat().st_mtime_ns
     text = path.read_text()
@@ -97,12 +97,12 @@ def edit_in_place(data: Path) -> list[str]:
     return []
 
 
-def move_pictures(data: Path) -> list[str]:
+def move_images(data: Path) -> list[str]:
     (data / "images").rename(data / "moved")
     return ["data.train.images=moved", "data.val.images=moved"]
 
 
-def spell_another_way(data: Path) -> list[str]:
+def respell(data: Path) -> list[str]:
     return [f"data.{split}.images={data}/images" for split in ("train", "val")]
 
 
@@ -115,8 +115,8 @@ def another_file(data: Path) -> list[str]:
     ("change", "wanted"),
     [
         (edit_in_place, ["train"]),
-        (move_pictures, ["train", "val"]),
-        (spell_another_way, ["train", "val"]),
+        (move_images, ["train", "val"]),
+        (respell, ["train", "val"]),
         (another_file, ["train"]),
     ],
 )

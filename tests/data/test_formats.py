@@ -1,4 +1,4 @@
-"""Each data set in its published form -> examples, and answers -> what its evaluation takes."""
+"""Read each published dataset format, and write predictions for its evaluation server."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.data.examples import DIFFICULT, SkippedItem, Split, VQAExample
 from pipeline.data.vqa import FORMATS, read_examples, results_formatter
 
-FOLDER = Path("pictures")
+FOLDER = Path("images")
 CAPTIONS = [
     "A man with a red helmet on a small moped on a dirt road. ",
     "Man riding a motor bike on a dirt road on the countryside.",
@@ -167,7 +167,7 @@ def test_images_without_captions_and_captions_without_images_are_skipped(tmp_pat
     assert [example.question_id for example in examples] == [391895]
     path = tmp_path / "annotations.json"
     assert skipped == [
-        SkippedItem("train", "no answer", f"{path}: images[1]", 522418, "pictures/000000522418.jpg"),
+        SkippedItem("train", "no answer", f"{path}: images[1]", 522418, "images/000000522418.jpg"),
         SkippedItem("train", "caption of an unlisted image", f"{path}: annotations[1]", 3, questions=0),
     ]
 
@@ -185,7 +185,7 @@ def test_duplicate_question_is_skipped_and_malformed_in_gqa(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("data_set", "broken", "told"),
+    ("data_set", "broken", "message"),
     [
         ("aokvqa", {"question_id": 3}, r"\[1\]: 'question_id' is an integer, not text"),
         ("aokvqa", {"image_id": "3"}, r"\[1\]: 'image_id' is text, not an integer"),
@@ -199,31 +199,31 @@ def test_duplicate_question_is_skipped_and_malformed_in_gqa(tmp_path: Path) -> N
         ("lavis", {"image": "../a.jpg"}, r"\[1\]: image '\.\./a\.jpg' does not name a file inside"),
     ],
 )
-def test_malformed_record_is_named(tmp_path: Path, data_set: str, broken: dict[str, object], told: str) -> None:
+def test_malformed_record_is_named(tmp_path: Path, data_set: str, broken: dict[str, object], message: str) -> None:
     records = published.TRAIN[data_set]["annotations"]
-    with pytest.raises(PipelineError, match=rf"annotations\.json: {told}"):
+    with pytest.raises(PipelineError, match=rf"annotations\.json: {message}"):
         read(tmp_path, data_set, {"annotations": [records[0], records[1] | broken]})
 
 
 @pytest.mark.parametrize(
-    ("question_id", "image_id", "told"),
+    ("question_id", "image_id", "message"),
     [
         ("9", 3, "9: 'imageId' is an integer, not text"),
         ("\ud800", "3", ".*: 'question id' contains half of a surrogate pair"),
     ],
 )
 def test_malformed_gqa_question_is_named_by_its_id(
-    tmp_path: Path, question_id: str, image_id: object, told: str
+    tmp_path: Path, question_id: str, image_id: object, message: str
 ) -> None:
     broken = published.GQA | {question_id: {"imageId": image_id, "question": "what?", "answer": "a"}}
-    with pytest.raises(PipelineError, match=rf"annotations\.json: {told}"):
+    with pytest.raises(PipelineError, match=rf"annotations\.json: {message}"):
         read(tmp_path, "gqa", {"annotations": broken})
 
 
 def test_caption_follows_the_prompt_and_ends_with_the_end_token(data_set: Path) -> None:
-    pictures = sorted(path.name for path in (data_set / "images").iterdir())[:4]
+    images = sorted(path.name for path in (data_set / "images").iterdir())[:4]
     captions = {
-        "images": [{"id": number, "file_name": name} for number, name in enumerate(pictures)],
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(images)],
         "annotations": [{"image_id": number, "caption": f"a red ball {number} "} for number in range(4)],
     }
     (data_set / "captions.json").write_text(json.dumps(captions))

@@ -1,7 +1,7 @@
-"""Damaged annotation files of every format: an error that names the place, or a counted question; never silence.
+"""Damaged annotation files of every format raise an error with a position, or are counted as skipped.
 
-What the reader of a format takes is written down here once more, in `TAKEN`: the kinds of value that may stand at a
-place. Every place of every published file is damaged in turn. What is not in `TAKEN` must make no difference.
+`ACCEPTED` repeats what the reader of each format accepts: the types allowed at each location. Every location of every
+published file is damaged in turn. Locations that are not in `ACCEPTED` must not matter.
 """
 
 import copy
@@ -43,7 +43,7 @@ _VQAV2 = {
         "annotations.*.question_type": "text null missing",
     },
 }
-TAKEN: dict[str, dict[str, dict[str, str]]] = {
+ACCEPTED: dict[str, dict[str, dict[str, str]]] = {
     "jsonl": {
         "annotations": {
             "*": "object",
@@ -138,15 +138,15 @@ FILES = [(data_set, key) for data_set, files in published.TRAIN.items() for key 
 
 
 def read(data_set: str, paths: dict[str, Path]) -> Split | str:
-    """What is read, or the error's message; any other exception goes through."""
+    """Return what is read, or the message of the error; other exceptions are raised."""
     try:
-        return read_examples(published.format_of(data_set), "train", images=Path("pictures"), **paths)
+        return read_examples(published.format_of(data_set), "train", images=Path("images"), **paths)
     except PipelineError as error:
         return str(error)
 
 
 def locations(value: object, at: Location = ()) -> Iterator[Location]:
-    """Every place in a JSON value; of a list's items the first two."""
+    """Return every location in a JSON value, of lists only the first two items."""
     yield at
     items = enumerate(value[:2]) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
     for name, item in items:
@@ -173,7 +173,7 @@ def pattern(data_set: str, at: Location) -> str:
 
 
 def place(data_set: str, at: Location) -> str:
-    """Of the record that a location is in, as errors put it."""
+    """Return the position of the record that contains a location, as in error messages."""
     if data_set == "jsonl":
         return f"line {int(at[0]) + 1}: "
     if data_set == "gqa":
@@ -182,13 +182,13 @@ def place(data_set: str, at: Location) -> str:
 
 
 def records(data_set: str, content: Any) -> Any:
-    """The questions, or the pictures that are asked about."""
+    """Return the questions, or their images."""
     name = {"vqav2": "questions", "okvqa": "questions", "textvqa": "data", "coco_captions": "images"}.get(data_set)
     return content if name is None else content[name]
 
 
 def check_every_place(folder: Path, data_set: str, key: str) -> None:
-    files, taken = published.TRAIN[data_set], TAKEN[data_set][key]
+    files, taken = published.TRAIN[data_set], ACCEPTED[data_set][key]
     paths = published.write(folder, data_set, files)
     whole = read(data_set, paths)
     assert isinstance(whole, Split)
@@ -319,11 +319,11 @@ def test_a_million_answers_are_read(tmp_path: Path, data_set: str, at: Location)
     assert max(len(example.answers) for example in found.examples) == MANY
 
 
-# ---- the fuzz itself
+# ---- the fuzzing itself
 
 
 def _careless(forgives: bool) -> Callable[[Sources], Split]:
-    """A reader of LAVIS's form that believes what it reads, or drops what it does not like."""
+    """Return an unsafe LAVIS reader, which trusts its input or silently drops invalid records."""
 
     def read(sources: Sources) -> Split:
         examples = []
@@ -332,7 +332,7 @@ def _careless(forgives: bool) -> Callable[[Sources], Split]:
                 continue
             answers = record.get("answer", [])
             answers = (answers,) if isinstance(answers, str) else tuple(answers)
-            image = Path("pictures", record["image"])
+            image = Path("images", record["image"])
             examples.append(VQAExample(record.get("question_id", position), image, record["question"], answers))
         return Split(examples, [])
 

@@ -1,4 +1,4 @@
-"""Tables of the `datasets` library: their published forms, what is wrong with others, and the stages over them."""
+"""Tables of the `datasets` library: published formats, errors, and both stages on them."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def png(shade: int = 0) -> bytes:
 
 
 def vqav2_row(number: int, **changes: Any) -> dict[str, Any]:
-    """A row of lmms-lab/VQAv2; each picture has two questions, and is in the table twice."""
+    """Return a row of lmms-lab/VQAv2; each image has two questions and occurs twice."""
     return {
         "question_type": "what color is the",
         "multiple_choice_answer": "red",
@@ -92,7 +92,7 @@ def vqav2(*numbers: int) -> Dataset:
 
 
 def plain(folder: Path, *rows: dict[str, Any], **columns: Any) -> Path:
-    """A parquet file without any of the library's notes: LINE, with changes by row, and whole columns replaced."""
+    """Write a parquet file without the library's metadata: LINE, with changed rows and replaced columns."""
     line = {"question": "what color?", "image": {"bytes": png(), "path": None}, "answer": "red"}
     made = pa.Table.from_pylist([line | row for row in rows or [{}]])
     for name, values in columns.items():
@@ -109,7 +109,7 @@ def read(dataset: Path | str, split: str = "val", **keys: Any) -> Split:
     return read_examples("hf", split, images=files.images, tables=files.tables)
 
 
-# ---- published forms
+# ---- published formats
 
 
 def saved_parquet(folder: Path, table: Dataset) -> str:
@@ -188,11 +188,11 @@ def test_textvqa_and_test_split_without_answers(tmp_path: Path) -> None:
 
 
 def gqa(folder: Path) -> dict[str, str]:
-    """lmms-lab/GQA: questions in one table, pictures in another; the last question's picture is not found."""
+    """Write lmms-lab/GQA: questions in one table, images in another; the image of the last question is missing."""
     asked = [{"id": f"0{n}", "imageId": f"n{n % 2}", "question": "is it red?", "answer": "yes"} for n in range(4)]
     Dataset.from_list([*asked, asked[0] | {"id": "09", "imageId": "n7"}]).to_parquet(folder / "instructions.parquet")
-    pictures = [{"id": f"n{n}", "image": {"bytes": png(n), "path": f"{n}.jpg"}} for n in (1, 0)]
-    table = Dataset.from_list(pictures, features=Features(id=Value("string"), image=ImageFeature()))
+    images = [{"id": f"n{n}", "image": {"bytes": png(n), "path": f"{n}.jpg"}} for n in (1, 0)]
+    table = Dataset.from_list(images, features=Features(id=Value("string"), image=ImageFeature()))
     table.to_parquet(folder / "images.parquet")
     return {"dataset": f"{folder}/instructions.parquet", "image_dataset": f"{folder}/images.parquet"}
 
@@ -206,7 +206,9 @@ def test_gqa_joins_two_tables(tmp_path: Path) -> None:
     assert [(one.reason, one.where, one.image) for one in skipped] == [
         ("no image in data.val.image_dataset", f"{paths['dataset']}: row 4", "n7")
     ]
-    with pytest.raises(PipelineError, match=r"instructions\.parquet: no column image, and no image_dataset"):
+    with pytest.raises(
+        PipelineError, match=r"instructions\.parquet: no column image, and the config sets neither image_dataset"
+    ):
         read(paths["dataset"])
 
 
@@ -255,7 +257,7 @@ def test_sliced_split_has_the_images_of_its_rows(tmp_path: Path) -> None:
         assert [read_image_bytes(e.image) for end in ends for e in end] == [png(n // 2) for n in range(10)]
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.mark.parametrize(
@@ -274,43 +276,44 @@ def test_sliced_split_has_the_images_of_its_rows(tmp_path: Path) -> None:
 def test_image_is_bytes_or_a_file_next_to_the_table(tmp_path: Path, image: Any, stored: bytes | str) -> None:
     (tmp_path / "a.png").write_bytes(png(9))
     path = plain(tmp_path, {"image": {"bytes": png(), "path": "x"}}, {"image": image})
-    picture = read(path).examples[1].image
+    image = read(path).examples[1].image
     if isinstance(stored, bytes):
-        assert read_image_bytes(picture) == stored
+        assert read_image_bytes(image) == stored
     else:
         with pytest.raises(ImageError, match=stored):
-            read_image_bytes(picture)
+            read_image_bytes(image)
 
 
 def test_columns_of_bytes_and_of_file_names(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(png(9))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png(9))
     assert read_image_bytes(read(plain(tmp_path, image=[png(5)])).examples[0].image) == png(5)
-    named = read(plain(tmp_path, image=["a.png"]), images=tmp_path / "pictures").examples
+    named = read(plain(tmp_path, image=["a.png"]), images=tmp_path / "images").examples
     assert read_image_bytes(named[0].image) == png(9)
 
 
 def test_table_image_is_picklable(tmp_path: Path) -> None:
-    pictures = [example.image for example in read(saved_parquet(tmp_path, vqav2(0, 2, 4))).examples]
-    assert read_image_bytes(pictures[0]) == png(0)  # so that the column is open
-    again = pickle.loads(pickle.dumps(dict(enumerate(pictures))))
-    assert len(pickle.dumps(pictures)) < 10_000
-    assert [again[n] for n in range(3)] == pictures == sorted(pictures)
+    images = [example.image for example in read(saved_parquet(tmp_path, vqav2(0, 2, 4))).examples]
+    assert read_image_bytes(images[0]) == png(0)  # opens the column
+    again = pickle.loads(pickle.dumps(dict(enumerate(images))))
+    assert len(pickle.dumps(images)) < 10_000
+    assert [again[n] for n in range(3)] == images == sorted(images)
     (tmp_path / "them").write_bytes(pickle.dumps(again))
     script = (
-        "import pickle, sys, pathlib; from pipeline.encoding.images import read_image_bytes; from hashlib import sha256\n"
-        "for picture in pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).values():\n"
-        "    print(sha256(read_image_bytes(picture)).hexdigest())"
+        "import pickle, sys, pathlib; from hashlib import sha256\n"
+        "from pipeline.encoding.images import read_image_bytes\n"
+        "for image in pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).values():\n"
+        "    print(sha256(read_image_bytes(image)).hexdigest())"
     )
-    told = subprocess.run([sys.executable, "-c", script, tmp_path / "them"], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == [sha256(png(n)).hexdigest() for n in range(3)]
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "them"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [sha256(png(n)).hexdigest() for n in range(3)]
 
 
-# ---- what is wrong with a table
+# ---- invalid tables
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "told"),
+    ("rows", "columns", "message"),
     [
         ([{}, {"question": None}], {}, r"row 1: 'question' is null, not text"),
         ([{}], {"question": [5]}, r"row 0: 'question' is an integer, not text"),
@@ -329,9 +332,9 @@ def test_table_image_is_picklable(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_row_or_column_is_named(
-    tmp_path: Path, rows: list[dict[str, Any]], columns: dict[str, Any], told: str
+    tmp_path: Path, rows: list[dict[str, Any]], columns: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(PipelineError, match=rf"table\.parquet: {told}"):
+    with pytest.raises(PipelineError, match=rf"table\.parquet: {message}"):
         read(plain(tmp_path, *rows, **columns))
 
 
@@ -345,18 +348,18 @@ def test_invalid_utf8_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("without", "told"),
+    ("without", "message"),
     [
         ("question", r"no column question; its columns are id, image, answer"),
         ("answer", r"no column answers or direct_answers or answer or multiple_choice_answer; its columns are id"),
         ("image", r"no column image, and the config sets neither image_dataset nor image_subset; its columns are"),
     ],
 )
-def test_missing_column_error_lists_the_columns(tmp_path: Path, without: str, told: str) -> None:
+def test_missing_column_error_lists_the_columns(tmp_path: Path, without: str, message: str) -> None:
     row = {"id": 1, "question": "what?", "image": png(), "answer": "red"}
     row.pop(without)
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "table.parquet")
-    with pytest.raises(PipelineError, match=rf"table\.parquet: {told}"):
+    with pytest.raises(PipelineError, match=rf"table\.parquet: {message}"):
         read(tmp_path / "table.parquet")
 
 
@@ -371,10 +374,10 @@ def test_truncated_or_foreign_files_are_reported(tmp_path: Path, keep: int, name
     path = tmp_path / name
     whole = Path(saved_parquet(tmp_path, vqav2(0, 1)) if name.endswith("parquet") else saved_stream(tmp_path))
     path.write_bytes(whole.read_bytes()[:keep])
-    with pytest.raises(PipelineError) as told:
+    with pytest.raises(PipelineError) as error:
         read(path)
-    assert str(path) in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def saved_stream(folder: Path) -> str:
@@ -385,13 +388,13 @@ def saved_stream(folder: Path) -> str:
 def test_files_with_different_columns_are_reported(tmp_path: Path) -> None:
     vqav2(0).to_parquet(tmp_path / "part-0.parquet")
     vqav2(1).remove_columns("answers").rename_column("question", "text").to_parquet(tmp_path / "part-1.parquet")
-    with pytest.raises(PipelineError, match=r"part-\*\.parquet \(data\.val\.dataset\): ") as told:
+    with pytest.raises(PipelineError, match=r"part-\*\.parquet \(data\.val\.dataset\): ") as error:
         read(tmp_path / "part-*.parquet")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("dataset", "told"),
+    ("dataset", "message"),
     [
         ("nowhere.parquet", r"not found, or contains no files with the suffix \.parquet or \.arrow"),
         ("no/such/folder", r"not found, or contains no files"),
@@ -400,9 +403,9 @@ def test_files_with_different_columns_are_reported(tmp_path: Path) -> None:
         ("", r"not found, or contains no files"),
     ],
 )
-def test_missing_files_are_reported(tmp_path: Path, dataset: str, told: str) -> None:
+def test_missing_files_are_reported(tmp_path: Path, dataset: str, message: str) -> None:
     (tmp_path / "text.txt").write_text("a")
-    with pytest.raises(PipelineError, match=rf"\(data\.val\.dataset\): {told}"):
+    with pytest.raises(PipelineError, match=rf"\(data\.val\.dataset\): {message}"):
         read(tmp_path / dataset)
 
 
@@ -411,7 +414,7 @@ def test_missing_split_error_lists_the_splits(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"no split 'train'; set dataset_split to one of validation, test"):
         read(folder, "train")
     assert read(folder, "train", dataset_split="validation").examples
-    with pytest.raises(PipelineError, match=r"no split 'nix'; name one of validation, test"):
+    with pytest.raises(PipelineError, match=r"no split 'nix'; set dataset_split to one of validation, test"):
         read(folder, dataset_split="nix")
     with pytest.raises(PipelineError, match=r"\(data\.val\.dataset\): .*validation\[nix"):
         read(folder, dataset_split="validation[nix]")
@@ -427,7 +430,7 @@ def test_empty_table_is_reported(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands for the hub: what the library would resolve an id to."""
+    """Replace the hub: return what the library would resolve an id to."""
 
     def __init__(self, **splits: list[str]) -> None:
         self.splits, self.asked = splits, []
@@ -466,7 +469,7 @@ def test_offline_cached_hub_dataset_is_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (ConnectionError("Couldn't reach 'a/b' on the Hub"), r"Couldn't reach .*hf download a/b --repo-type dataset"),
         (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is gated."), r"is gated\. .*`hf auth login`"),
@@ -475,12 +478,12 @@ def test_offline_cached_hub_dataset_is_used(monkeypatch: pytest.MonkeyPatch) -> 
         (KeyError(), r"KeyError"),
     ],
 )
-def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
+def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
-    with pytest.raises(PipelineError, match=rf"^a/b \(data\.val\.dataset\): .*{told}"):
+    with pytest.raises(PipelineError, match=rf"^a/b \(data\.val\.dataset\): .*{message}"):
         read("a/b")
 
 
@@ -498,10 +501,10 @@ def run_pipe(*words: str | Path, **environment: str) -> subprocess.CompletedProc
 
 def test_offline_error_names_the_remedy(tmp_path: Path) -> None:
     config = write_config(tmp_path, data={"format": "hf", "train": {"dataset": "lmms-lab/VQAv2"}, "val": None})
-    told = run_pipe("precompute", config, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
-    assert (told.returncode, told.stdout) == (1, "")
-    assert told.stderr.startswith("pipe: lmms-lab/VQAv2 (data.train.dataset): Couldn't reach")
-    assert told.stderr.count("\n") == 1
+    done = run_pipe("precompute", config, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("pipe: lmms-lab/VQAv2 (data.train.dataset): Couldn't reach")
+    assert done.stderr.count("\n") == 1
 
 
 def test_other_formats_do_not_import_datasets(data_set: Path) -> None:
@@ -517,19 +520,19 @@ def test_other_formats_do_not_import_datasets(data_set: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         ({"format": "jsonl", "train": {"dataset": "a/b"}}, r"train\.dataset is not a key of the format jsonl"),
         (
             {"format": "hf", "val": {"dataset": "a", "annotations": "b"}},
-            r"val\.annotations is not a key of the format hf",
+            r"val\.annotations is not a key of",
         ),
     ],
 )
-def test_keys_of_other_formats_raise(tmp_path: Path, data: dict[str, Any], told: str) -> None:
+def test_keys_of_other_formats_raise(tmp_path: Path, data: dict[str, Any], message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"data": data, "cache": {"dir": "c"}}))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_config(path)
 
 
@@ -553,7 +556,7 @@ def test_paths_become_absolute_but_hub_ids_do_not(tmp_path: Path, monkeypatch: p
 
 
 def in_tables(folder: Path) -> Path:
-    """The data set in `folder` as parquet files, and a config over them; -> the config."""
+    """Write the dataset in `folder` as parquet files, and return a config for them."""
     for split in ("train", "val"):
         rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
         for row in rows:
@@ -578,14 +581,14 @@ def test_tables_and_files_give_the_same_results(tmp_path: Path) -> None:
         made[kind] = config, precompute(config), scan_dataset(config.data)
     (files, of_files, in_files), (table, of_tables, in_table) = made.values()
     assert (of_files.images, of_tables.images, of_tables.encoded) == (24, 24, 24)
-    assert (in_files.pictures, in_table.pictures) == (24, 72)  # rows: each picture is there for each of its questions
-    assert list(in_files.paths) == list(in_table.paths)
+    assert (in_files.num_images, in_table.num_images) == (24, 72)  # one row per question
+    assert list(in_files.images) == list(in_table.paths)
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
     trained = [train(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
     assert trained[0]["train_loss"] == trained[1]["train_loss"]
     scores = [evaluate(Run(tmp_path / f"run-{n}")) for n in range(2)]
     assert scores[1]["questions"] == 18
-    assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by pictures, not by rows
+    assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by images, not by rows
 
 
 def test_training_detects_an_edited_table_and_works_without_it(tables: Config) -> None:

@@ -1,4 +1,4 @@
-"""Image files under names that are spelled another way than in the annotations."""
+"""Find image files whose names are spelled differently in the annotations."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_precompute_uses_equivalent_and_names_similar_files(tmp_path: Path) -> None:
-    write_data_set(tmp_path, pictures=4)
+    write_data_set(tmp_path, num_images=4)
     images = tmp_path / "images"
     (images / "0.png").rename(images / NFD)
     (images / "1.png").rename(images / "One.PNG")

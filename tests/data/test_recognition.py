@@ -1,4 +1,4 @@
-"""A data.format that the files do not have is told, and the right one named."""
+"""Errors for a wrong data.format suggest the right one."""
 
 import json
 from itertools import permutations
@@ -16,9 +16,9 @@ from pipeline.data.vqa import read_examples
 ONE_FILE = [name for name in published.TRAIN if "questions" not in published.TRAIN[name]]
 
 
-def told(format: str, split: str = "train", **paths: Path) -> str:
+def error_of(format: str, split: str = "train", **paths: Path) -> str:
     with pytest.raises(PipelineError) as error:
-        read_examples(format, split, images=Path("pictures"), **paths)
+        read_examples(format, split, images=Path("images"), **paths)
     return str(error.value)
 
 
@@ -26,14 +26,14 @@ def told(format: str, split: str = "train", **paths: Path) -> str:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_detected_format_is_suggested(tmp_path: Path, mine: str, given: str, split: str) -> None:
     path = published.write(tmp_path, mine, published.TRAIN[mine])["annotations"]
-    message = told(given, split, annotations=path)
+    message = error_of(given, split, annotations=path)
     assert message.startswith(f"{path}: this looks like {mine}, not {given}: set data.format={mine}")
 
 
 @pytest.mark.parametrize("mine", ONE_FILE)
 def test_file_at_a_vqav2_key_is_suggested_its_own_format(tmp_path: Path, mine: str) -> None:
     path = published.write(tmp_path, mine, published.TRAIN[mine])["annotations"]
-    message = told("vqav2", questions=path, annotations=path)
+    message = error_of("vqav2", questions=path, annotations=path)
     assert f"{path}: this looks like {mine}, not vqav2: set data.format={mine}" in message
     assert f"data.format={mine} and data.train.annotations to this file" in message
 
@@ -43,7 +43,7 @@ def test_file_at_a_vqav2_key_is_suggested_its_own_format(tmp_path: Path, mine: s
 @pytest.mark.parametrize("key", ["questions", "annotations"])
 def test_vqav2_and_okvqa_files_are_detected(tmp_path: Path, given: str, data_set: str, key: str) -> None:
     path = published.write(tmp_path, data_set, published.TRAIN[data_set])[key]
-    message = told(given, annotations=path)
+    message = error_of(given, annotations=path)
     assert message.startswith(f"{path}: this looks like vqav2's {key}, not {given}: set data.format=vqav2")
     assert ("data.train.questions to this file" in message) == (key == "questions")
 
@@ -52,25 +52,25 @@ def test_vqav2_and_okvqa_files_are_detected(tmp_path: Path, given: str, data_set
 def test_swapped_questions_and_annotations_are_detected(tmp_path: Path, data_set: str) -> None:
     paths = published.write(tmp_path, data_set, published.TRAIN[data_set])
     questions, annotations = paths["questions"], paths["annotations"]
-    message = told("vqav2", questions=annotations, annotations=questions)
+    message = error_of("vqav2", questions=annotations, annotations=questions)
     assert f"{questions}: this looks like vqav2's questions, not its annotations: set data.train.questions" in message
     assert f"{annotations}: this looks like vqav2's annotations, not its questions: set data.train.ann" in message
-    assert f"{annotations}: this looks like" in told("vqav2", "test", questions=annotations)
+    assert f"{annotations}: this looks like" in error_of("vqav2", "test", questions=annotations)
 
 
 def test_custom_list_or_table_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"image": "a.png", "question": "what?", "answers": ["red"]}]))
-    assert "this looks like jsonl, not lavis: set data.format=jsonl" in told("lavis", annotations=path)
+    assert "this looks like jsonl, not lavis: set data.format=jsonl" in error_of("lavis", annotations=path)
     path = tmp_path / "train.csv"
     path.write_text("image;question;answer\na.png;what?;red")
-    assert "this looks like jsonl, not vizwiz: set data.format=jsonl" in told("vizwiz", annotations=path)
+    assert "this looks like jsonl, not vizwiz: set data.format=jsonl" in error_of("vizwiz", annotations=path)
 
 
 def test_broken_custom_list_is_not_detected_as_lavis(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text('[{"image": "a.png", "question": "what?", "answer": "red"},]')
-    assert told("jsonl", annotations=path).startswith(f"{path}: not JSON at line 1")
+    assert error_of("jsonl", annotations=path).startswith(f"{path}: not JSON at line 1")
 
 
 RAD = {"qid": 1, "image_name": "0.png", "question": "what?", "answer": "red"}
@@ -93,12 +93,12 @@ def test_nearly_valid_records_get_a_remedy(tmp_path: Path, record: dict[str, obj
         texts.append("\t".join(record) + "\r\n" + "\t".join(map(str, record.values())) + "\r\n")
     for text in texts:
         path.write_text(text)
-        assert told(given, annotations=path, questions=path).startswith(f"{path}: {remedy}")
+        assert error_of(given, annotations=path, questions=path).startswith(f"{path}: {remedy}")
 
 
 def test_reader_error_is_kept(tmp_path: Path) -> None:
     path = published.write(tmp_path, "textvqa", published.TRAIN["textvqa"])["annotations"]
-    assert told("lavis", annotations=path).endswith(
+    assert error_of("lavis", annotations=path).endswith(
         f"set data.format=textvqa ({path}: expected a list, found an object)"
     )
 
@@ -111,7 +111,7 @@ def test_unknown_format_is_a_config_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_files_of_the_configured_format_get_no_suggestion(tmp_path: Path, split: str) -> None:
-    """A file of which something else is wrong, each: it is empty from some place on, or its last record is broken."""
+    """Yield damaged files: truncated at some position, or with an invalid last record."""
     for data_set, files in (published.TRAIN if split == "train" else published.TEST).items():
         paths = published.write(tmp_path / data_set, data_set, files)
         for key, path in paths.items():
@@ -155,18 +155,18 @@ def test_unknown_files_are_not_detected(tmp_path: Path, data: bytes) -> None:
 def test_error_in_a_custom_list_has_no_suggestion(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(broken)
-    assert told("jsonl", annotations=path).startswith(f"{path}: ")
-    assert "looks like" not in told("jsonl", annotations=path)
+    assert error_of("jsonl", annotations=path).startswith(f"{path}: ")
+    assert "looks like" not in error_of("jsonl", annotations=path)
 
 
 def test_list_inside_an_object_is_found(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps({"version": 1, "data": [{"image": "0.png", "question": "q", "answer": "a"}]}))
-    assert "keep only the list at 'data' in the file; then set data.format=jsonl" in told("jsonl", annotations=path)
+    assert "keep only the list at 'data' in the file; then set data.format=jsonl" in error_of("jsonl", annotations=path)
 
 
 def test_records_without_answers_are_not_detected_as_vizwiz(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"image": "0.png", "question": "q", "label": "a"}]))
-    assert "looks like" not in told("jsonl", annotations=path)
-    assert "no answer" in told("jsonl", annotations=path)
+    assert "looks like" not in error_of("jsonl", annotations=path)
+    assert "no answer" in error_of("jsonl", annotations=path)

@@ -1,4 +1,4 @@
-"""Which of people's answers is trained."""
+"""Choice of the training targets."""
 
 import json
 from collections import Counter
@@ -24,14 +24,14 @@ ANSWERS = [["red"] * 6 + ["blue"] * 3 + ["a big circle"], ["circle"] * 10, ["lef
 
 @pytest.fixture(scope="module")
 def ten_answers(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Three questions on each of four pictures, with ten answers each."""
+    """Write three questions on each of four images, with ten answers each."""
     from conftest import write_data_set
 
     folder = tmp_path_factory.mktemp("ten")
-    write_data_set(folder, pictures=4)
+    write_data_set(folder, num_images=4)
     rows = [
-        {"image": f"{picture}.png", "question": f"question {number}?", "answers": answers}
-        for picture in range(4)
+        {"image": f"{image}.png", "question": f"question {number}?", "answers": answers}
+        for image in range(4)
         for number, answers in enumerate(ANSWERS)
     ]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -117,7 +117,7 @@ def test_answer_longer_than_the_model_is_reported(ten_answers: Config, tmp_path:
     folder = tmp_path / "long"
     from conftest import write_data_set
 
-    write_data_set(folder, pictures=4)
+    write_data_set(folder, num_images=4)
     row = {"image": "0.png", "question": "what?", "answers": ["red", "red", "very " * 3000]}
     (folder / "train.jsonl").write_text(json.dumps(row))
     config = load_config(write_config(folder, data={"val": None}))

@@ -1,4 +1,4 @@
-"""What stands in questions and answers is text, and what the model cannot say is not trained."""
+"""Questions and answers are tokenized as plain text, and only what the model can generate is trained."""
 
 import json
 from pathlib import Path
@@ -36,15 +36,15 @@ def asked(question: str, *answers: str, number: int = 0) -> VQAExample:
 
 
 def data_of(folder: Path, rows: list[dict[str, object]], **sections: object) -> Config:
-    """A config over these rows as train and val, its pictures made."""
-    write_data_set(folder, pictures=4)
+    """Write images and a config with these rows as train and val."""
+    write_data_set(folder, num_images=4)
     for split in ("train", "val"):
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return load_config(write_config(folder, **sections))
 
 
-def row(question: str, answer: object, picture: int = 0) -> dict[str, object]:
-    return {"image": f"{picture}.png", "question": question, "answer": answer}
+def row(question: str, answer: object, image: int = 0) -> dict[str, object]:
+    return {"image": f"{image}.png", "question": question, "answer": answer}
 
 
 # ---- special tokens
@@ -94,7 +94,7 @@ def test_invalid_unicode_is_reported(tokenizer: PromptTokenizer) -> None:
         tokenizer.prompts(["gro\udcdf?"])
 
 
-# ---- tokens of an earlier time
+# ---- reused tokens
 
 
 def some_text(tokenizer: PromptTokenizer, words: list[str]) -> object:
@@ -155,7 +155,7 @@ def test_blank_answers_are_dropped(blank: str) -> None:
     assert is_blank(blank)
     assert asked("what?", blank, blank).answers == ()
     example = asked("what?", blank, blank, "red")
-    assert len(example.answers) == 3  # scripts count it among the ten
+    assert len(example.answers) == 3  # scripts count it
     assert example.trainable_answers == ["red"]
     assert example.target == "red"
 
@@ -188,7 +188,7 @@ def test_blank_answer_among_ten_is_scored_like_published_scripts(metric: str, ac
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "trained"),
     [
         ("red\nthe ground is white", "red"),
         ("red\r\nthe ground is white", "red"),
@@ -199,12 +199,12 @@ def test_blank_answer_among_ten_is_scored_like_published_scripts(metric: str, ac
         ("a red\tball", "a red\tball"),
     ],
 )
-def test_first_line_is_trained(tokenizer: PromptTokenizer, answer: str, said: str) -> None:
-    assert tokenizer.targets([answer]) == tokenizer.targets([said])
+def test_first_line_is_trained(tokenizer: PromptTokenizer, answer: str, trained: str) -> None:
+    assert tokenizer.targets([answer]) == tokenizer.targets([trained])
     (ids,) = tokenizer.targets([answer])
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.is_truncated(answer) == (answer.strip() != said)
+    assert tokenizer.is_truncated(answer) == (answer.strip() != trained)
 
 
 def test_special_end_token_truncates_nothing(checkpoint: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_all_stages_log_multiline_answers(tmp_path: Path, capsys: pytest.Capture
     summary = train(config, run)
     assert summary
     assert summary["multiline_answers"] == 1
-    assert "only the first line" in capsys.readouterr().err
+    assert "only the first non-blank line" in capsys.readouterr().err
     assert evaluate(run)["multiline_references"] == 1
     assert "val: 1 references have several lines" in capsys.readouterr().err
 
@@ -252,7 +252,7 @@ LONG = "why " * 400
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_too_long_questions_are_listed_and_skipped(tmp_path: Path, split: str) -> None:
-    write_data_set(tmp_path, pictures=4)
+    write_data_set(tmp_path, num_images=4)
     rows = [row("what?", "red"), row(LONG, "red"), row("what?", "blue", 1), row(LONG, "red", 2)]
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(one) for one in rows))
     files = {"annotations": f"{tmp_path}/long.jsonl", "images": f"{tmp_path}/images"}
@@ -264,7 +264,7 @@ def test_too_long_questions_are_listed_and_skipped(tmp_path: Path, split: str) -
     assert [(one["split"], one["question_id"], one["where"]) for one in listed] == [
         (split, number, f"{tmp_path}/long.jsonl: line {number}") for number in (2, 4)
     ]
-    for _ in range(2):  # the second time with tokens from the cache
+    for _ in range(2):  # the second time with cached tokens
         summary = precompute(load_config(path, ["precompute.on_invalid=skip"]))
         assert summary
         assert summary.questions[split] == 2
@@ -283,7 +283,7 @@ def length_of(tokenizer: PromptTokenizer, question: str, *behind: str) -> int:
 
 
 def longest_question(tokenizer: PromptTokenizer, room: int) -> str:
-    """One that leaves exactly so many tokens behind it."""
+    """Return a question that leaves exactly this many tokens for the answer."""
     wanted = tokenizer.max_length - room
     question = words(1)
     while length_of(tokenizer, question) < wanted:
@@ -321,12 +321,12 @@ def test_evaluated_split_requires_positions_for_answers(tmp_path: Path, tokenize
     config = data_of(tmp_path / "b", rows, precompute={"on_invalid": "skip"}, evaluate={"max_new_tokens": 10})
     assert precompute(config).questions == {"train": 2, "val": 2}
     assert len(open_split(config, "val", trained=False, answered=True).text) == 2
-    with pytest.raises(PipelineError, match=r"longer, .*val\.jsonl: line 1\)"):  # of a text that was there already
+    with pytest.raises(PipelineError, match=r"longer, .*val\.jsonl: line 1\)"):  # of cached text
         precompute(load_config(tmp_path / "b" / "config.yaml", ["evaluate.max_new_tokens=11",
                                                                 "precompute.on_invalid=error"]))  # fmt: skip
     longer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 11})})
     with pytest.raises(
-        PipelineError, match=r"question 1 of val is 257 tokens .*max_new_tokens=11.*has 256 positions\. Lower"
+        PipelineError, match=r"question 1 of val is 257 tokens .*max_new_tokens=11.* 256 positions\. Lower"
     ):
         open_split(longer, "val", trained=False, answered=True)
 

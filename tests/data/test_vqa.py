@@ -1,4 +1,4 @@
-"""Published data set formats -> examples, and what a user is told of a file that is not right."""
+"""Published dataset formats are read, and errors name what is wrong with a file."""
 
 import gc
 import json
@@ -32,11 +32,11 @@ def write_jsonl(folder: Path, *lines: object) -> Path:
 
 
 def split_of_jsonl(path: Path, split: str = "train") -> Split:
-    return read_examples("jsonl", split, annotations=path, images=Path("pictures"))
+    return read_examples("jsonl", split, annotations=path, images=Path("images"))
 
 
 def read_jsonl(path: Path, split: str = "train") -> list[VQAExample]:
-    """The examples of a file of which nothing is left out."""
+    """Return the examples of a file without skipped items."""
     examples, skipped = split_of_jsonl(path, split)
     assert skipped == []
     return examples
@@ -59,7 +59,7 @@ def read_vqav2(
 
 @pytest.fixture
 def install_easy_vqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Path]:
-    """Puts an `easy_vqa` package with the given train questions in front of any installed one."""
+    """Install an `easy_vqa` package with the given training questions, which hides the real one."""
 
     def install(questions: object) -> Path:
         data = tmp_path / "easy_vqa" / "data" / "train"
@@ -91,7 +91,7 @@ def test_target_without_answers_error_names_the_question() -> None:
 @pytest.mark.parametrize(
     "example",
     [
-        VQAExample(3, Path("/pictures/ä.png"), "what?", ("red", "red", "blue"), "other", "what"),
+        VQAExample(3, Path("/images/ä.png"), "what?", ("red", "red", "blue"), "other", "what"),
         VQAExample("22Jb", Path("a.png"), "what?", ()),
     ],
 )
@@ -118,8 +118,8 @@ def test_jsonl_with_one_answer_with_several_and_with_everything(tmp_path: Path) 
     full = {"image": "s/b.png", "question": "how many?", "answers": ["2", "3"], "question_id": "q-9"}
     types = {"answer_type": "number", "question_type": "how many"}
     assert read_jsonl(write_jsonl(tmp_path, LINE, full | types | {"unknown": 1})) == [
-        VQAExample(1, Path("pictures/a.png"), "what color?", ("red",)),
-        VQAExample("q-9", Path("pictures/s/b.png"), "how many?", ("2", "3"), "number", "how many"),
+        VQAExample(1, Path("images/a.png"), "what color?", ("red",)),
+        VQAExample("q-9", Path("images/s/b.png"), "how many?", ("2", "3"), "number", "how many"),
     ]
 
 
@@ -142,7 +142,7 @@ def test_jsonl_of_a_test_split_may_lack_answers_and_of_another_may_not(tmp_path:
     assert [example.answers for example in read_jsonl(path, split="test")] == [("red",), ()]
     examples, skipped = split_of_jsonl(path, split="train")
     assert [example.question_id for example in examples] == [1]
-    assert skipped == [SkippedItem("train", "no answer", f"{path}: line 2", 2, "pictures/b.png")]
+    assert skipped == [SkippedItem("train", "no answer", f"{path}: line 2", 2, "images/b.png")]
 
 
 def test_jsonl_keeps_the_first_of_duplicate_questions(tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_jsonl_keeps_the_first_of_duplicate_questions(tmp_path: Path) -> None:
         (3, LINE["question"]),
     ]
     assert skipped == [
-        SkippedItem("train", "duplicate question_id", f"{path}: line 2", "a", "pictures/b.png"),
-        SkippedItem("train", "duplicate question_id", f"{path}: line 4", "a", "pictures/c.png"),
+        SkippedItem("train", "duplicate question_id", f"{path}: line 2", "a", "images/b.png"),
+        SkippedItem("train", "duplicate question_id", f"{path}: line 4", "a", "images/c.png"),
     ]
 
 
@@ -186,7 +186,7 @@ def test_braces_in_a_path_are_kept(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "message"),
     [
         ({"question": None}, "'question' is null, not text"),
         ({"image": 3}, "'image' is an integer, not text"),
@@ -199,9 +199,9 @@ def test_braces_in_a_path_are_kept(tmp_path: Path, name: str) -> None:
         ({"answer_type": 1}, "'answer_type' is an integer"),
     ],
 )
-def test_malformed_line_error_names_the_problem(tmp_path: Path, broken: dict[str, object], told: str) -> None:
+def test_malformed_line_error_names_the_problem(tmp_path: Path, broken: dict[str, object], message: str) -> None:
     path = write_jsonl(tmp_path, LINE, LINE | broken)
-    with pytest.raises(PipelineError, match=rf"train\.jsonl: line 2: .*{told}"):
+    with pytest.raises(PipelineError, match=rf"train\.jsonl: line 2: .*{message}"):
         read_jsonl(path)
 
 
@@ -227,13 +227,13 @@ def test_absolute_image_name_raises(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "s/../../a.png", "..", "", ".", "a\0.png"])
 def test_image_name_outside_the_folder_raises(tmp_path: Path, name: str) -> None:
     path = write_jsonl(tmp_path, LINE, LINE | {"image": name})
-    with pytest.raises(PipelineError, match=r"line 2: image .* pictures"):
+    with pytest.raises(PipelineError, match=r"line 2: image .* images"):
         read_jsonl(path)
 
 
 def test_two_dots_within_a_name_are_allowed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, LINE | {"image": "a..b/..c.png"})
-    assert read_jsonl(path)[0].image == Path("pictures/a..b/..c.png")
+    assert read_jsonl(path)[0].image == Path("images/a..b/..c.png")
 
 
 # ---- files
@@ -293,11 +293,11 @@ def test_no_questions_raise(tmp_path: Path) -> None:
 
 def test_split_with_only_skipped_questions_raises(tmp_path: Path) -> None:
     unanswered = write_jsonl(tmp_path, LINE | {"answers": []}, LINE | {"answers": []})
-    told = r"data\.train: no valid questions in .*train\.jsonl: 2 skipped, the last one at .*line 2: no answer"
-    with pytest.raises(PipelineError, match=told):
+    message = r"data\.train: no valid questions in .*train\.jsonl: 2 skipped, the last one at .*line 2: no answer"
+    with pytest.raises(PipelineError, match=message):
         read_jsonl(unanswered)
     for split in "val", "test":
-        with pytest.raises(PipelineError, match=r"1 left out, .*questions\[0\]: no annotation in .*annotations\.json"):
+        with pytest.raises(PipelineError, match=r"1 skipped, .*questions\[0\]: no annotation in .*annotations\.json"):
             read_vqav2(tmp_path, [QUESTION], [], split=split)
 
 
@@ -367,13 +367,13 @@ def test_vqav2_lists_skipped_items_with_file_and_position(tmp_path: Path) -> Non
     examples, skipped = read_vqav2(tmp_path, questions, [ANNOTATION, other, unanswered])
     assert [(example.question_id, example.answers) for example in examples] == [(42, ("red",) * 10)]
     asked, answered = tmp_path / "questions.json", tmp_path / "annotations.json"
-    picture = "coco/COCO_val2014_0000000000{:02d}.jpg".format
+    image = "coco/COCO_val2014_0000000000{:02d}.jpg".format
     assert skipped == [
         SkippedItem("val", "duplicate annotation", f"{answered}: annotations[1]", 42, questions=0),
-        SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[1]", 1, picture(1)),
-        SkippedItem("val", "duplicate question_id", f"{asked}: questions[2]", 42, picture(42)),
-        SkippedItem("val", "no answer", f"{asked}: questions[3]", 2, picture(2)),
-        SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[4]", "42", picture(9)),
+        SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[1]", 1, image(1)),
+        SkippedItem("val", "duplicate question_id", f"{asked}: questions[2]", 42, image(42)),
+        SkippedItem("val", "no answer", f"{asked}: questions[3]", 2, image(2)),
+        SkippedItem("val", f"no annotation in {answered}", f"{asked}: questions[4]", "42", image(9)),
     ]
 
 
@@ -390,7 +390,7 @@ def test_vqav2_test_split_with_annotations_keeps_unanswered_questions_but_not_th
 
 
 @pytest.mark.parametrize(
-    ("questions", "annotations", "told"),
+    ("questions", "annotations", "message"),
     [
         ([QUESTION | {"question_id": None}], [ANNOTATION], r"questions\.json: questions\[0\]: 'question_id' is null"),
         ([QUESTION], [ANNOTATION, {"answers": []}], r"annotations\.json: annotations\[1\]: no field 'question_id'"),
@@ -404,9 +404,9 @@ def test_vqav2_test_split_with_annotations_keeps_unanswered_questions_but_not_th
     ],
 )
 def test_vqav2_error_names_file_and_record(
-    tmp_path: Path, questions: list[Any], annotations: list[Any], told: str
+    tmp_path: Path, questions: list[Any], annotations: list[Any], message: str
 ) -> None:
-    with pytest.raises(PipelineError, match=told):
+    with pytest.raises(PipelineError, match=message):
         read_vqav2(tmp_path, questions, annotations)
 
 
@@ -429,7 +429,7 @@ def test_easy_vqa_is_read_from_the_package_without_running_it(install_easy_vqa: 
 
 
 @pytest.mark.parametrize(
-    ("questions", "told"),
+    ("questions", "message"),
     [
         ([["what?", "red", 0], ["what?", "red"]], r"questions\.json: \[1\]: not a list of question"),
         ([["what?", "red", "0"]], r"questions\.json: \[0\]: 'image id' is text"),
@@ -437,9 +437,9 @@ def test_easy_vqa_is_read_from_the_package_without_running_it(install_easy_vqa: 
         ([], r"data\.train: no questions in easy_vqa"),
     ],
 )
-def test_damaged_easy_vqa_raises(install_easy_vqa: Callable[[object], Path], questions: object, told: str) -> None:
+def test_damaged_easy_vqa_raises(install_easy_vqa: Callable[[object], Path], questions: object, message: str) -> None:
     install_easy_vqa(questions)
-    with pytest.raises(PipelineError, match=told):
+    with pytest.raises(PipelineError, match=message):
         read_examples("easy_vqa", "train")
 
 
@@ -460,9 +460,9 @@ def test_published_easy_vqa_is_read(split: str, questions: int, images: int) -> 
     examples, skipped = read_examples("easy_vqa", split)
     assert (len(examples), skipped) == (questions, [])
     assert len({example.target for example in examples}) == 13
-    pictures = {example.image for example in examples}
-    assert len(pictures) == images
-    assert all(picture.is_file() for picture in pictures)
+    paths = {example.image for example in examples}
+    assert len(paths) == images
+    assert all(path.is_file() for path in paths)
 
 
 def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loop of stage one on a GPU that this machine does not have, and where memory is out."""
+"""The encoding loop on a simulated GPU, and when memory is exhausted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +19,11 @@ from pipeline.config import load_config
 from pipeline.encoding.encoding_loop import EncodingLoop
 
 FEATURES = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
-OURS = torch.device("cuda", 1)
+DEVICE = torch.device("cuda", 1)
 
 
 class Stream:
-    """Does what it was given when it is waited for, not before."""
+    """A CUDA stream that runs its work when it is synchronized, not before."""
 
     def __init__(self) -> None:
         self.given: list[Callable[[], object]] = []
@@ -34,11 +34,11 @@ class Stream:
 
 
 class Machine:
-    """Two GPUs, of which 0 is the current one."""
+    """Two GPUs, of which the first is the current device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.streams = {torch.device("cuda", index): Stream() for index in (0, 1)}
-        monkeypatch.setattr(pipeline.encoding.encoding_loop, "pick_device", lambda: OURS)
+        monkeypatch.setattr(pipeline.encoding.encoding_loop, "pick_device", lambda: DEVICE)
         monkeypatch.setattr(torch, "empty", lambda *_, **__: Host(self))
         monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
         monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
@@ -59,7 +59,7 @@ class Event:
 
 
 class Host:
-    """Pinned memory, which a copy reaches when its stream gets to it."""
+    """Pinned memory, filled when the stream of the copy runs."""
 
     dtype = torch.float32
 
@@ -77,7 +77,7 @@ class Host:
 class OnDevice:
     """Features on GPU 1."""
 
-    device, dtype, shape, values = OURS, torch.float32, FEATURES.shape, FEATURES
+    device, dtype, shape, values = DEVICE, torch.float32, FEATURES.shape, FEATURES
 
     def to(self, dtype: torch.dtype) -> "OnDevice":
         assert dtype == self.dtype
@@ -94,7 +94,7 @@ def test_features_are_read_after_the_copy_from_their_gpu(monkeypatch: pytest.Mon
         part=SimpleNamespace(spec=SimpleNamespace(dtype="float32")),
     )
     launched = loop._forward(batch)  # type: ignore[arg-type]
-    assert not launched.features.numpy().any(), "the copy is on its way"
+    assert not launched.features.numpy().any(), "the copy has not run yet"
     assert (loop._features_of(launched) == FEATURES).all()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind: exactly the plain recipe's pixels, or the reason why there are none."""
+"""Images of every kind: exactly the pixels of the plain recipe, or the reason why they are invalid."""
 
 import gzip
 import hashlib
@@ -32,7 +32,7 @@ from pipeline.encoding.decoding import RULES
 from pipeline.encoding.images import ImageError, Preprocessor, check_header, image_digest, read_image_bytes
 from pipeline.runs.run import Run
 
-MODES = {  # of the forms that can hold many
+MODES = {  # of the formats with many modes
     "TIFF": "1 L LA P RGB RGBA CMYK YCbCr LAB",
     "PNG": "1 L LA P RGB RGBA",
     "JPEG": "1 L RGB CMYK YCbCr",
@@ -40,7 +40,7 @@ MODES = {  # of the forms that can hold many
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
-    """Blurred noise: uint8 (H, W, channels) with structure that resizing must get right."""
+    """Return blurred noise, uint8 (H, W, channels), sensitive to resizing."""
     values = np.random.default_rng([height, width, channels]).integers(0, 256, (height, width, channels), np.uint8)
     planes = [Image.fromarray(values[..., c]).filter(ImageFilter.GaussianBlur(1)) for c in range(channels)]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
@@ -61,7 +61,7 @@ def encode(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """An RGB PNG by hand: its header, these chunks, and pixels only if a chunk holds them."""
+    """Build an RGB PNG from its header and these chunks."""
     header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     parts = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
              for kind, body in (header, *chunks, (b"IEND", b""))]  # fmt: skip
@@ -69,13 +69,13 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def plain(folder: Path, path: Path) -> np.ndarray:
-    """The plain recipe: a row of `datasets`, through the image processor."""
+    """Apply the plain recipe: a row of `datasets`, passed to the image processor."""
     row = datasets.Image().decode_example({"bytes": path.read_bytes(), "path": None})
     return processed(folder, row)
 
 
 def processed(folder: Path, image: Image.Image) -> np.ndarray:
-    """What the image processor makes of an image; the oldest that is supported lacks the white background."""
+    """Apply the image processor to an image; the oldest supported one lacks the white background."""
     processor = BlipImageProcessorPil.from_pretrained(folder)
     transparent = "A" in image.getbands() or "transparency" in image.info
     if transparent and not np.asarray(processor.convert_to_rgb(Image.new("RGBA", (1, 1)))).all():
@@ -90,7 +90,7 @@ def preprocess(checkpoint: Path) -> Preprocessor:
 
 @pytest.fixture
 def changed_processor(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes a checkpoint folder whose image processor has other settings."""
+    """Create a checkpoint folder whose image processor has other settings."""
 
     def make(**settings: object) -> Path:
         folder = tmp_path / "checkpoint"
@@ -150,19 +150,19 @@ GOOD: dict[str, Callable[[], bytes]] = {
     "progressive 640x480.jpg": lambda: encode(photo(480, 640), "JPEG", quality=90, progressive=True),
     "unsubsampled 640x480.jpg": lambda: encode(photo(480, 640), "JPEG", quality=90, subsampling=0),
     "cmyk.jpg": lambda: encode(photo().convert("CMYK"), "JPEG"),
-    "grey.jpg": lambda: encode(photo().convert("L"), "JPEG"),
+    "gray.jpg": lambda: encode(photo().convert("L"), "JPEG"),
     "rotated by exif.jpg": lambda: oriented(photo(), "JPEG"),
-    "grey.png": lambda: encode(photo().convert("L"), "PNG"),
+    "gray.png": lambda: encode(photo().convert("L"), "PNG"),
     "1-bit.png": lambda: encode(photo().convert("1"), "PNG"),
-    "grey with alpha.png": lambda: encode(with_alpha().convert("LA"), "PNG"),
+    "gray with alpha.png": lambda: encode(with_alpha().convert("LA"), "PNG"),
     "rgb with alpha.png": lambda: encode(with_alpha(), "PNG"),
     "rgb with alpha.webp": lambda: encode(with_alpha(), "WEBP", lossless=True),
     "all transparent.png": lambda: encode(Image.new("RGBA", (9, 9), (1, 2, 3, 0)), "PNG"),
     "palette.png": palette,
-    "palette with a transparent colour.png": lambda: palette(transparency=3),
+    "palette with a transparent color.png": lambda: palette(transparency=3),
     "palette with alpha.png": lambda: palette(transparency=bytes(range(0, 256, 16))),
-    "rgb with a transparent colour.png": lambda: encode(photo(), "PNG", transparency=(1, 2, 3)),
-    "grey with a transparent colour.png": lambda: encode(photo().convert("L"), "PNG", transparency=100),
+    "rgb with a transparent color.png": lambda: encode(photo(), "PNG", transparency=(1, 2, 3)),
+    "gray with a transparent color.png": lambda: encode(photo().convert("L"), "PNG", transparency=100),
     "still.gif": lambda: encode(photo(), "GIF"),
     "transparent.gif": lambda: encode(photo().quantize(16), "GIF", transparency=2),
     "animated.gif": lambda: encode(frames()[0], "GIF", save_all=True, append_images=frames()[1:]),
@@ -198,8 +198,8 @@ def test_pixels_equal_the_plain_recipe_bit_for_bit(
 def test_each_pillow_mode_equals_the_plain_recipe(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, form: str, mode: str
 ) -> None:
-    path = tmp_path / f"picture.{form.lower()}"
-    by_way_of = "L" if mode == "LA" else "RGB"  # Pillow converts to this mode from grey only
+    path = tmp_path / f"image.{form.lower()}"
+    by_way_of = "L" if mode == "LA" else "RGB"  # Pillow converts to this mode only from gray
     path.write_bytes(encode(photo().convert(by_way_of).convert(mode), form))
     try:
         plain(checkpoint, path)
@@ -233,7 +233,7 @@ def test_other_processors_give_their_own_pixels(
     processor = BlipImageProcessorPil.from_pretrained(folder)
     for name in settings.keys() - {"size"}:
         assert getattr(processor, name) == pytest.approx(settings[name])
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     for image in photo(), with_alpha(), photo(3, 3), photo(1, 4):
         path.write_bytes(encode(image, "PNG"))
         values = preprocess(path.read_bytes())
@@ -243,7 +243,7 @@ def test_other_processors_give_their_own_pixels(
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"do_resize": False}, "do_resize false"),
         ({"do_convert_rgb": False}, "do_convert_rgb false"),
@@ -255,10 +255,10 @@ def test_other_processors_give_their_own_pixels(
     ],
 )
 def test_processor_with_other_steps_raises(
-    changed_processor: Callable[..., Path], settings: dict[str, object], told: str
+    changed_processor: Callable[..., Path], settings: dict[str, object], message: str
 ) -> None:
     folder = changed_processor(**settings)
-    with pytest.raises(PipelineError, match=told) as caught:
+    with pytest.raises(PipelineError, match=message) as caught:
         Preprocessor(folder)
     assert str(folder) in str(caught.value)
 
@@ -270,7 +270,7 @@ def test_settings_json_is_independent_of_the_file(checkpoint: Path, changed_proc
 
 
 def test_cache_with_other_decoding_rules_raises(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it was before orientation, transparency and depth belonged to the settings."""
+    """A cache made before orientation, transparency and depth were settings is rejected."""
     config = load_config(data_set / "config.yaml")
     settings = Preprocessor.settings_json
     with monkeypatch.context() as patch:
@@ -300,8 +300,8 @@ def test_deep_images_are_logged_once(data_set: Path, capfd: pytest.CaptureFixtur
     line = rf"2 images have .* float pixels \(first: {data_set}/images/[01].png\); each is scaled to its own range"
     for run in estimate_precompute, precompute, precompute:  # the last one encodes nothing
         assert run(config).rescaled_images == 2
-        told = capfd.readouterr().err
-        assert len(re.findall(line, told)) == told.count("scaled to its own range") == 1
+        log = capfd.readouterr().err
+        assert len(re.findall(line, log)) == log.count("scaled to its own range") == 1
 
 
 def test_settings_json_changes_with_a_setting(checkpoint: Path, changed_processor: Callable[..., Path]) -> None:
@@ -309,11 +309,11 @@ def test_settings_json_changes_with_a_setting(checkpoint: Path, changed_processo
 
 
 def test_preprocessing_is_thread_safe(preprocess: Preprocessor) -> None:
-    pictures = [GOOD[name]() for name in ("rgb.jpg", "palette with alpha.png", "animated.gif", "rgb with alpha.png")]
-    expected = [preprocess(data) for data in pictures]
+    images = [GOOD[name]() for name in ("rgb.jpg", "palette with alpha.png", "animated.gif", "rgb with alpha.png")]
+    expected = [preprocess(data) for data in images]
     with ThreadPoolExecutor(8) as pool:
-        for index, values in enumerate(pool.map(preprocess, pictures * 25)):
-            assert np.array_equal(values, expected[index % len(pictures)])
+        for index, values in enumerate(pool.map(preprocess, images * 25)):
+            assert np.array_equal(values, expected[index % len(images)])
 
 
 # ---- turned upright
@@ -328,7 +328,7 @@ def turned_by_xmp() -> bytes:
 
 TURNED: dict[str, Callable[[int], bytes]] = {
     "photo.jpg": lambda orientation: oriented(photo(), "JPEG", orientation),
-    "grey.jpg": lambda orientation: oriented(photo().convert("L"), "JPEG", orientation),
+    "gray.jpg": lambda orientation: oriented(photo().convert("L"), "JPEG", orientation),
     "cmyk.jpg": lambda orientation: oriented(photo().convert("CMYK"), "JPEG", orientation),
     "stereo.mpo": lambda orientation: oriented(
         photo(), "MPO", orientation, save_all=True, append_images=[photo().rotate(180)]
@@ -356,9 +356,9 @@ def test_exif_orientation_equals_the_plain_recipe(
         as_stored = processed(checkpoint, image)
     values = preprocess(path.read_bytes())
     assert np.array_equal(values, plain(checkpoint, path))
-    if name not in ("with alpha.png", "palette.png"):  # load_image drops what is transparent
+    if name not in ("with alpha.png", "palette.png"):  # load_image drops transparency
         assert np.array_equal(values, processed(checkpoint, load_image(str(path))))
-    # Pillow turns a TIFF by itself.
+    # Pillow turns a TIFF itself.
     assert np.array_equal(values, as_stored) == (orientation == 1 or name.endswith(".tif"))
 
 
@@ -390,7 +390,7 @@ def test_damaged_exif_is_ignored(preprocess: Preprocessor, form: str, exif: byte
 def tiff(
     bits: int, sample_format: int, width: int, height: int, pixels: bytes, photometric: int = 1, **more: int
 ) -> bytes:
-    """A TIFF of one channel by hand: Pillow writes few of the kinds that it reads. `more` is by the tag's name."""
+    """Build a TIFF with one channel: Pillow writes few of the kinds that it reads. `more`: tags by name."""
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height,
             279: len(pixels), 339: sample_format}  # fmt: skip
     tags |= {ExifTags.Base[name].value: value for name, value in more.items()}
@@ -400,7 +400,7 @@ def tiff(
 
 
 def depth(low: float, high: float) -> np.ndarray:
-    """(60, 80) float64 from `low` to `high`, both reached."""
+    """Return (60, 80) float64 values from `low` to `high`, both inclusive."""
     values = noise(60, 80, 1)[..., 0].astype(np.float64)
     return low + (high - low) * (values - values.min()) / (values.max() - values.min())
 
@@ -448,7 +448,7 @@ def test_deep_image_is_scaled_to_its_own_range(preprocess: Preprocessor, name: s
 
 
 def seen(preprocess: Preprocessor, data: bytes) -> np.ndarray:
-    """(H, W) uint8: the first channel of what the encoder sees, before it is normalised."""
+    """Return the first channel of what the encoder sees, before normalization: (H, W) uint8."""
     processor = preprocess.processor
     return np.rint((preprocess(data)[0] * processor.image_std[0] + processor.image_mean[0]) * 255).astype(np.uint8)
 
@@ -496,7 +496,7 @@ def test_header_shows_whether_an_image_is_scaled() -> None:
     assert not any(check_header(make()) for name, make in GOOD.items() if not name.endswith(".webp"))
 
 
-# ---- the reasons
+# ---- invalid images
 
 
 def cut(data: bytes, share: float) -> bytes:
@@ -504,7 +504,7 @@ def cut(data: bytes, share: float) -> bytes:
 
 
 def ftyp(*brands: bytes) -> bytes:
-    """The first box of an ISO container, and nothing after it."""
+    """Return only the first box of an ISO container."""
     named = brands[0] + bytes(4) + b"".join(brands[1:])
     return struct.pack(">I", 8 + len(named)) + b"ftyp" + named
 
@@ -570,7 +570,7 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
         "a JPEG image that Pillow cannot read (such as one of 12 bits, or lossless), or its header",
     ),
     "float rgb.tif": (lambda: tiff(64, 3, 2, 2, bytes(32)), "a TIFF image that Pillow cannot read (such as"),
-    "text.jpg": (lambda: b"no picture at all", "not an image: unknown format"),
+    "text.jpg": (lambda: b"no image at all", "not an image: unknown format"),
     "bomb.png": (lambda: png(20000, 20000, (b"IDAT", b"")), "too many pixels (400000000, at most 178956970)"),
     "no width.png": (lambda: png(0, 5, (b"IDAT", zlib.compress(b"\0" * 5))), "not an image: unknown format"),
 }
@@ -580,18 +580,18 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_invalid_image_error_gives_the_reason(
     tmp_path: Path, checkpoint: Path, preprocess: Preprocessor, name: str
 ) -> None:
-    make, told = BROKEN[name]
+    make, message = BROKEN[name]
     path = tmp_path / name
     path.write_bytes(make())
     with pytest.raises(Exception):  # noqa: B017, PT011 - it raises anything
         plain(checkpoint, path)
-    assert reason(preprocess, read_image_bytes(path)).startswith(told)
+    assert reason(preprocess, read_image_bytes(path)).startswith(message)
 
 
 @pytest.mark.parametrize("name", [name for name in BROKEN if not name.startswith(("truncated", "damaged"))])
 def test_header_check_finds_header_problems(name: str) -> None:
-    make, told = BROKEN[name]
-    assert reason(check_header, make()).startswith(told)
+    make, message = BROKEN[name]
+    assert reason(check_header, make()).startswith(message)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -608,7 +608,7 @@ def test_damaged_image_equals_the_plain_recipe_or_fails(
     try:
         expected = plain(checkpoint, path)
     except Exception:
-        try:  # its EXIF may be all that is damaged
+        try:  # only its EXIF may be damaged
             expected = processed(checkpoint, Image.open(path))
         except Exception:
             assert reason(preprocess, bytes(data))
@@ -649,7 +649,7 @@ def test_pillow_warnings_and_logs_are_hidden(tmp_path: Path, checkpoint: Path) -
     corrupt_exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x010F, 2, 5000, 60000)
     samples = bytearray(encode(photo(), "TIFF"))
     tag = samples.index(struct.pack("<HHIH", 277, 3, 1, 3))
-    samples[tag + 8] = 200  # samples a pixel
+    samples[tag + 8] = 200  # samples per pixel
     for name, data in {
         "palette.png": palette(transparency=bytes(range(0, 256, 16))),
         "exif.jpg": encode(photo(), "JPEG", exif=corrupt_exif),

@@ -1,4 +1,4 @@
-"""The small pictures beside the features: made once, found again, renewed, and never in the way."""
+"""Thumbnails are created once, reused and updated, and never stop a run."""
 
 import errno
 from io import BytesIO
@@ -25,7 +25,7 @@ from pipeline.config import load_config
 from pipeline.encoding.images import MAX_KEPT_BYTES, ImageError, Preprocessor, image_digest, thumbnail
 
 
-def picture(format: str, width: int, height: int, mode: str = "RGB") -> bytes:
+def encoded_noise(format: str, width: int, height: int, mode: str = "RGB") -> bytes:
     noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     file = BytesIO()
     Image.fromarray(noise).convert(mode).save(file, format)
@@ -36,22 +36,22 @@ def picture(format: str, width: int, height: int, mode: str = "RGB") -> bytes:
     ("format", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "P"), ("BMP", "RGB"), ("TIFF", "L")]
 )
 def test_thumbnail_keeps_the_aspect_ratio(format: str, mode: str) -> None:
-    with Image.open(BytesIO(thumbnail(picture(format, 400, 200, mode), 100))) as small:
+    with Image.open(BytesIO(thumbnail(encoded_noise(format, 400, 200, mode), 100))) as small:
         assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (100, 50))
 
 
 def test_small_browser_file_is_its_own_thumbnail() -> None:
-    small = picture("PNG", 20, 20)
+    small = encoded_noise("PNG", 20, 20)
     assert len(small) < MAX_KEPT_BYTES
     assert thumbnail(small, 10) == small
-    with Image.open(BytesIO(thumbnail(picture("BMP", 20, 20), 128))) as made:
+    with Image.open(BytesIO(thumbnail(encoded_noise("BMP", 20, 20), 128))) as made:
         assert (made.format, made.size) == ("JPEG", (20, 20))
     with pytest.raises(ImageError):
-        thumbnail(b"no picture", 128)
+        thumbnail(b"no image", 128)
 
 
 def quarters(size: int, mode: str = "RGB") -> Image.Image:
-    """Twice as wide as high; red, green, blue and grey, clockwise from the top left."""
+    """Return an image twice as wide as high: red, green, blue and gray, clockwise from the top left."""
     image = Image.new("RGB", (2 * size, size), (128, 128, 128))
     for place, color in (((0, 0), "red"), ((size, 0), "lime"), ((size, size // 2), "blue")):
         image.paste(color, (*place, place[0] + size, place[1] + size // 2))
@@ -66,7 +66,7 @@ def saved(image: Image.Image, format: str, orientation: int = 1, **options: Any)
 
 
 def see_through(size: int, mode: str) -> Image.Image:
-    """As `quarters`, with the left half transparent and red below that."""
+    """Return `quarters` with a transparent left half, red underneath."""
     image = quarters(size, "RGBA")
     image.paste((255, 0, 0, 0), (0, 0, size, size))
     return image.convert(mode)
@@ -77,7 +77,7 @@ def deep(size: int, low: float, high: float, kind: str) -> Image.Image:
 
 
 def page(first: Image.Image, format: str) -> bytes:
-    """Of several frames."""
+    """Return a file with several frames."""
     return saved(first, format, save_all=True, append_images=[first.rotate(180)])
 
 
@@ -111,7 +111,7 @@ KINDS = {
 @pytest.mark.parametrize("size", [20, 400])
 @pytest.mark.parametrize("kind", KINDS)
 def test_thumbnail_shows_what_the_encoder_sees(checkpoint: Path, kind: str, size: int) -> None:
-    """Seen by a browser that turns nothing, shows the last frame, and puts transparency on black."""
+    """In the worst browser: no EXIF orientation, last frame, transparency on black."""
     if "webp" in kind and not features.check("webp"):
         pytest.skip("this Pillow has no WebP")
     preprocess = Preprocessor(checkpoint)
@@ -124,22 +124,22 @@ def test_thumbnail_shows_what_the_encoder_sees(checkpoint: Path, kind: str, size
         np.array(values)[:, None, None] for values in (preprocess.processor.image_mean, preprocess.processor.image_std)
     )
     seen = ((preprocess(data) * std + mean) * 255).transpose(1, 2, 0)
-    assert np.abs(pixels - seen).mean() < 8  # of 255; another turn, frame, background or range is far above 20
+    assert np.abs(pixels - seen).mean() < 8  # of 255; another orientation, frame, background or range is far above 20
 
 
 @pytest.fixture
 def made(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What thumbnails are made of from now on; half of the pictures of the data set are large."""
+    """Record the images of new thumbnails; half of the images of the dataset are large."""
     for number in range(12):
-        (data_set / "images" / f"{number}.png").write_bytes(picture("PNG", 200 + number, 100))
-    pictures: list[bytes] = []
+        (data_set / "images" / f"{number}.png").write_bytes(encoded_noise("PNG", 200 + number, 100))
+    images: list[bytes] = []
 
     def noted(data: bytes, longer_side: int) -> bytes:
-        pictures.append(data)
+        images.append(data)
         return thumbnail(data, longer_side)
 
     monkeypatch.setattr(pipeline.encoding.thumbnails, "thumbnail", noted)
-    return pictures
+    return images
 
 
 def run(data_set: Path, *overrides: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def run(data_set: Path, *overrides: str) -> dict[str, Any]:
 
 
 def thumbnails(data_set: Path) -> dict[bytes, bytes]:
-    """By digest of the picture."""
+    """Return the cached thumbnails by digest."""
     with FeatureReader(data_set / "cache") as features:
         rows = {row: digest for digest, row in features.stored()}
         return {rows[row]: data for row, data in features.thumbnails([*rows, -1, 999]).items()}
@@ -172,7 +172,7 @@ def test_only_new_images_get_new_thumbnails(data_set: Path, made: list[bytes]) -
     made.clear()
     run(data_set)
     assert made == [(data_set / "images" / "1.png").read_bytes()]
-    assert len(thumbnails(data_set)) == 25  # that of the old picture stays beside its row
+    assert len(thumbnails(data_set)) == 25  # the thumbnail of the old image is kept
 
 
 def test_another_size_recreates_thumbnails_and_encodes_nothing(
