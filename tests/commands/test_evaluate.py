@@ -144,7 +144,7 @@ def test_what_only_training_looks_at_is_refused(run: Run, override: str) -> None
 
 def test_an_unknown_format_is_told_before_anything_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.commands.evaluate.answer_questions", lambda *_: pytest.fail("answered"))
-    with pytest.raises(ConfigError, match=r"no data\.format 'vqa2'; nearest: vqav2"):
+    with pytest.raises(ConfigError, match=r"unknown data\.format 'vqa2'; did you mean vqav2"):
         evaluate(run, ("data.format=vqa2",))
 
 

@@ -281,7 +281,7 @@ def test_a_killed_export_leaves_no_destination(run: Run, tmp_path: Path) -> None
 
 
 def test_a_disk_without_room_is_told_before(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.commands.export, "free_on_disk", lambda folder: 4_000_000)
+    monkeypatch.setattr(pipeline.commands.export, "free_disk_bytes", lambda folder: 4_000_000)
     with pytest.raises(PipelineError, match=r"the merged model takes 21\.\d\d MB, and 4\.00 MB are free"):
         export(run, tmp_path / "merged", merge=True)
     assert list(tmp_path.iterdir()) == []

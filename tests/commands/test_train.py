@@ -165,7 +165,7 @@ def test_a_question_that_another_prompt_makes_too_long_is_named(cached: Config, 
     """Stage one has no room for longer ones; a prompt that only stage two is given is checked there."""
     prompt = "what " * 250 + "{question}"
     config = cached.model_copy(update={"data": cached.data.model_copy(update={"prompt": prompt})})
-    with pytest.raises(PipelineError, match=r"question \d+ of train is \d+ tokens long .* takes 256"):
+    with pytest.raises(PipelineError, match=r"question \d+ of train is \d+ tokens long .* 256 positions"):
         train(config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

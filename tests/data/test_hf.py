@@ -582,7 +582,7 @@ def test_tables_and_files_give_the_same_results(tmp_path: Path) -> None:
     (files, of_files, in_files), (table, of_tables, in_table) = made.values()
     assert (of_files.images, of_tables.images, of_tables.encoded) == (24, 24, 24)
     assert (in_files.num_images, in_table.num_images) == (24, 72)  # one row per question
-    assert list(in_files.images) == list(in_table.paths)
+    assert list(in_files.images) == list(in_table.images)
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
     trained = [train(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
     assert trained[0]["train_loss"] == trained[1]["train_loss"]
