@@ -306,7 +306,7 @@ def test_a_damaged_text_is_renewed_and_a_damaged_manifest_is_told(data_set: Path
     for command in (["cache", "verify", cache], ["cache", "repair", cache], ["train", config]):
         done = pipe(*command)
         assert done.exit_code == 1
-        assert "delete this one file and run `pipe precompute` again: the features are kept" in done.stderr
+        assert "Delete this one file and run `pipe precompute` again; the features are kept" in done.stderr
     manifest.unlink()
     again = json.loads(pipe("precompute", config, "--json").stdout)
     assert (again["encoded"], again["reused"]) == (0, 24)
