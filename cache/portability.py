@@ -7,8 +7,10 @@ import socket
 import sys
 from contextlib import suppress
 from errno import EBADF, EINVAL, ENOLCK, ENOSYS, EOPNOTSUPP
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from filelock import lock_descriptor
 
@@ -26,6 +28,7 @@ BINARY = getattr(os, "O_BINARY", 0)
 DONT_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 """Flags of `os.open` that open a pipe or terminal without waiting; regular files are unaffected."""
 CAN_RENAME_OPEN_FILES = os.name != "nt"
+MAPS_KEEP_FILES_OPEN = os.name == "nt" or sys.version_info < (3, 13)
 
 _NO_LOCKS = (ENOSYS, ENOLCK, EOPNOTSUPP, EINVAL, EBADF)
 _DEFAULT_MAX_OPEN_FILES = 512
@@ -51,6 +54,12 @@ def pread_into(descriptor: int, data: memoryview, offset: int) -> int:
         found = os.read(descriptor, len(data))
     data[: len(found)] = found
     return len(found)
+
+
+def map_file(descriptor: int) -> mmap:
+    """Return a read-only memory map of a whole file, valid after the descriptor is closed. Raises OSError."""
+    options: dict[str, Any] = {} if MAPS_KEEP_FILES_OPEN else {"trackfd": False}
+    return mmap(descriptor, 0, access=ACCESS_READ, **options)
 
 
 def fdatasync(descriptor: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cache import portability
-from cache.files import sha256_of
+from cache.files import as_bytes, sha256_of
 from cache.format import PartLayout, check_head, inspect_part
 from cache.hdf5 import REPAIR_ADVICE, read_error
 from cache.lock import ReadLock
@@ -123,11 +123,12 @@ class FeatureReader:
         indices = np.searchsorted(self._ends, rows, side="right")
         parts, checked = self._open(np.unique(indices).tolist()), self._checked
         order = np.argsort(rows, kind="stable")  # part by part
+        data, row_bytes = as_bytes(features), self.spec.row_bytes
         for i, index, row in zip(order.tolist(), indices[order].tolist(), rows[order].tolist(), strict=True):
-            part = parts[index]
-            part.read(row, features[i], self._open_file)
+            part, target = parts[index], data[i * row_bytes : (i + 1) * row_bytes]
+            part.read(row, target, self._open_file)
             if not checked[row]:
-                part.check(row, features[i])
+                part.check(row, target)
                 checked[row] = True
         return features
 

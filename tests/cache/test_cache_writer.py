@@ -625,14 +625,14 @@ def test_simulated_kill_stops_all_changes(tmp_path):
 def test_too_many_open_files_is_not_a_damaged_source(tmp_path, monkeypatch):
     build(tmp_path / "a", WANTED)
     error = OSError(24, "Too many open files")
-    monkeypatch.setattr("cache.part_reader.map_features", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("cache.part_reader.map_file", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(CacheError, match="Too many open files"):
         FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"])
 
 
 def test_source_is_read_with_requested_io(tmp_path, monkeypatch):
     build(tmp_path / "a", WANTED)
-    monkeypatch.setattr("cache.part_reader.map_features", lambda *_: pytest.fail("mapped"))
+    monkeypatch.setattr("cache.part_reader.map_file", lambda *_: pytest.fail("mapped"))
     with FeatureWriter(tmp_path / "b", spec(), WANTED, sources=[tmp_path / "a"], io="pread") as writer:
         assert writer.copied == len(WANTED)
 
