@@ -175,12 +175,12 @@ def test_the_fingerprint_covers_the_encoder_and_nothing_else(checkpoint: Path, s
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / WEIGHTS).unlink(), "only checkpoints in safetensors are loaded"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "only safetensors is supported"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"short"), "not a readable safetensors file"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 100), "header too large"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "this pipeline takes BLIP-2"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "this pipeline supports BLIP-2"),
     ],
 )
 def test_a_folder_that_is_no_whole_checkpoint_is_refused(

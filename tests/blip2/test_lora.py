@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from data_set import SAVES_LORA_ONLY
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from plain_model import wake_lora
+from plain_model import make_lora_nonzero
 from safetensors.torch import load_file
 from transformers import Blip2ForConditionalGeneration
 
@@ -112,7 +112,7 @@ def test_plain_peft_adapts_on_the_full_model_what_was_trained(
     before = {name: weight.clone() for name, weight in half.state_dict().items()}
     model = add_lora(half, 4, 8, 0.0, targets, bias)
     try:
-        wake_lora(model)
+        make_lora_nonzero(model)
         save_adapter(model, tmp_path / "adapter")
         found = {name.removeprefix("base_model.model.") for name in adapted(model)}
         ids = torch.tensor([[2, 7, 8, 9]])

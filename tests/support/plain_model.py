@@ -39,7 +39,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def wake_lora(model: torch.nn.Module, seed: int = 0) -> None:
+def make_lora_nonzero(model: torch.nn.Module, seed: int = 0) -> None:
     """B starts at zero, and with it the gradient of A: give both some weight, the same for every model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from data_set import write_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from plain_answers import assert_equal_but_for_ties, plain_answers
-from plain_model import examples_of, load_full, load_processor, trainable, wake_lora
+from plain_model import examples_of, load_full, load_processor, trainable, make_lora_nonzero
 from rounding import relative_difference
 from transformers import AutoProcessor, get_scheduler
 
@@ -78,8 +78,8 @@ def test_loss_and_lora_gradients_equal_the_plain_recipes(
         load_full(checkpoint, bits), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     )
     ours = add_lora(load_base(config), 16, 32, 0.0, ("q_proj", "v_proj"), "none")
-    wake_lora(plain)
-    wake_lora(ours)
+    make_lora_nonzero(plain)
+    make_lora_nonzero(ours)
 
     picked = [examples_of(builder.text)[i] for i in questions]
     plain_loss = plain.train()(**plain_batch(load_processor(checkpoint, "right"), picked)).loss
