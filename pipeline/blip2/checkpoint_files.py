@@ -44,9 +44,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if (folder / WEIGHTS).exists():
         return dict.fromkeys(safetensors_header(folder / WEIGHTS)[1], folder / WEIGHTS)
     if not (folder / INDEX).exists():
-        raise PipelineError(
-            f"{folder}: neither {WEIGHTS} nor {INDEX} found; only safetensors is supported"
-        )
+        raise PipelineError(f"{folder}: neither {WEIGHTS} nor {INDEX} found; only safetensors is supported")
     return {name: folder / shard for name, shard in _weight_map(folder / INDEX).items()}
 
 

@@ -45,9 +45,7 @@ def test_a_full_disk_of_temporary_files_is_named(sharded: Path, monkeypatch: pyt
     for name in ("Path.symlink_to", "Path.write_text", "TemporaryDirectory"):
         with monkeypatch.context() as patch:
             patch.setattr(f"pipeline.blip2.checkpoint.{name}", fail)
-            with pytest.raises(
-                PipelineError, match=r"No space left on device\); free some space there, or set TMPDIR"
-            ):
+            with pytest.raises(PipelineError, match=r"No space left on device\); free some space there, or set TMPDIR"):
                 load_language_half(sharded, CPU, torch.float32)
 
 
@@ -180,7 +178,10 @@ def test_the_fingerprint_covers_the_encoder_and_nothing_else(checkpoint: Path, s
         (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 100), "header too large"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "this pipeline supports BLIP-2"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'),
+            "supports BLIP-2",
+        ),
     ],
 )
 def test_a_folder_that_is_no_whole_checkpoint_is_refused(

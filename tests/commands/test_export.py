@@ -19,7 +19,7 @@ from data_set import SAVES_LORA_ONLY, write_config, write_data_set
 from peft import PeftModel
 from PIL import Image
 from plain_answers import assert_equal_but_for_ties, plain_answers
-from plain_model import examples_of, load_full, load_processor, trainable, make_lora_nonzero
+from plain_model import examples_of, load_full, load_processor, make_lora_nonzero, trainable
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
@@ -292,9 +292,7 @@ def test_a_value_beyond_float16_is_told(run: Run, checkpoint: Path, tmp_path: Pa
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / WEIGHTS).items()}
     tensors["qformer.layernorm.bias"][3] = 70_000
     save_file(tensors, tmp_path / "checkpoint" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(
-        PipelineError, match=r"qformer\.layernorm\.bias: its largest value is 70144, but the maximum"
-    ):
+    with pytest.raises(PipelineError, match=r"qformer\.layernorm\.bias: its largest value is 70144, but the maximum"):
         export(run, tmp_path / "merged", (f"model.checkpoint={tmp_path}/checkpoint",), merge=True)
     assert not (tmp_path / "merged").exists()
 

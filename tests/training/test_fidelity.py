@@ -14,7 +14,7 @@ from data_set import write_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from plain_answers import assert_equal_but_for_ties, plain_answers
-from plain_model import examples_of, load_full, load_processor, trainable, make_lora_nonzero
+from plain_model import examples_of, load_full, load_processor, make_lora_nonzero, trainable
 from rounding import relative_difference
 from transformers import AutoProcessor, get_scheduler
 
