@@ -52,9 +52,8 @@ def of_self(node: ast.Attribute) -> bool:
 
 def private_attributes(tree: ast.AST, own: set[str]) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in PUBLIC:
-            if node.attr not in own:
-                yield f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in PUBLIC | own:
+            yield f"line {node.lineno}: {ast.unparse(node)}"
 
 
 def hooks(tree: ast.AST) -> Iterator[str]:

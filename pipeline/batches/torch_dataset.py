@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -97,7 +97,7 @@ class CachedVQADataset(Dataset[dict[str, Any]]):
         }
 
 
-def language_model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+def language_model_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Return the inputs of `model.language_model` for a batch of `CachedVQADataset.collate`.
 
     Args:
