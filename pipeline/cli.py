@@ -464,10 +464,10 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
 
     if plot:
         require_writable(plot.parent)
-    summary = benchmark(size, questions, turns, folder)
+    result = benchmark(size, questions, turns, folder)
     if plot:
-        draw(summary, plot)
-    return summary
+        draw(result, plot)
+    return result.to_dict()
 
 
 CACHE = click.argument("folder", metavar="CACHE", type=PATH)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from pipeline.batches.random_questions import make_questions, sequences_of
 from pipeline.blip2.random_checkpoint import config_of
 from pipeline.cli import main
-from pipeline.commands.benchmark import count_operations, make_questions, sequences_of
+from pipeline.commands.benchmark import count_operations
 
 BIG = "blip2-opt-2.7b"
 

@@ -368,9 +368,9 @@ def _failures() -> dict[str, tuple[Exception, str]]:
         return error
 
     return {
-        "no token": (answered(401), "no valid token; `hf auth login`"),
-        "no right": (answered(403), "the token has no right to write to me/adapter"),
-        "hub is down": (answered(503), "the hub answers 503 (503 Client Error)"),
+        "no token": (answered(401), "no valid token; run `hf auth login`"),
+        "no right": (answered(403), "the token has no write access to me/adapter"),
+        "hub is down": (answered(503), "the hub returned status 503 (503 Client Error)"),
         "no network": (ConnectionError("Connection refused"), "no connection (Connection refused); check the network"),
         "not local": (LocalEntryNotFoundError("nothing"), "no connection (nothing)"),
         "offline": (OfflineModeIsEnabled("offline mode is enabled."), "no connection (offline mode is enabled)"),
@@ -392,7 +392,7 @@ def test_a_push_that_fails_is_told_in_a_line_and_loses_nothing(
     done = pipe("export", run.path, tmp_path / "dest", "--push", "me/adapter")
     assert done.exit_code == 1
     told = done.stderr.splitlines()
-    assert told[-1].startswith(f"pipe: {tmp_path}/dest is whole, but not on the hub: {message}")
+    assert told[-1].startswith(f"pipe: {tmp_path}/dest is complete, but was not uploaded: {message}")
     assert told[-1].endswith(f"Then: hf upload me/adapter {tmp_path}/dest")
     assert (tmp_path / "dest" / "adapter_model.safetensors").is_file()
 
@@ -407,6 +407,6 @@ def test_without_a_network_a_push_is_told(run: Run, tmp_path: Path, monkeypatch:
 
 
 def test_a_repository_that_none_can_be_called_is_refused_first(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--push 'a/b/c' is not the name of a repository"):
+    with pytest.raises(ConfigError, match="--push 'a/b/c' is not a valid repository name"):
         export(run, tmp_path / "dest", repo="a/b/c")
     assert list(tmp_path.iterdir()) == []

@@ -303,7 +303,7 @@ def test_on_a_disk_that_is_full(trained: Run, config: Config, tmp_path: Path) ->
             free = os.statvfs(disk)
             os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - room * 1024)
         told = pipe(logs, *words).error()
-        assert "No space left on device. Make room on the disk, then " in told
+        assert "No space left on device. Free space on the disk, then " in told
         assert half_written(disk) == []
         (disk / "filler").unlink()
         again = ("train", disk / "runs" / f"run-{room}", "--resume") if "--resume" in told else words
@@ -320,7 +320,7 @@ def test_a_folder_whose_name_is_no_utf_8(trained: Run, cached: Config, tmp_path:
         lambda: export(trained, run.path),
     ]
     for one in work:
-        with pytest.raises(PipelineError, match="its path is not UTF-8, and safetensors takes no other; rename it"):
+        with pytest.raises(PipelineError, match="its path is not UTF-8, which safetensors requires; rename it"):
             one()
     write_text(run.path.with_name("file"), json.dumps(str(run.path), ensure_ascii=False))
     assert json.loads(run.path.with_name("file").read_text(encoding="utf-8")) == str(run.path)
