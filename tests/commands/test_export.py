@@ -166,7 +166,7 @@ def test_an_adapter_on_one_of_two_tied_weights_unties_them(run: Run, tmp_path: P
 
 def test_a_large_model_is_written_in_shards(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_one = export(run, tmp_path / "one", merge=True)
-    monkeypatch.setattr("pipeline.blip2.merge.SHARD_BYTES", 500_000)
+    monkeypatch.setattr("pipeline.blip2.merge.MAX_SHARD_BYTES", 500_000)
     assert export(run, tmp_path / "merged", merge=True)["differences"] == in_one["differences"]
     index = json.loads((tmp_path / "merged" / INDEX).read_text())
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
@@ -255,7 +255,7 @@ def test_half_an_export_leaves_nothing(
         if len(written) == 2:
             raise error
 
-    monkeypatch.setattr("pipeline.blip2.merge.SHARD_BYTES", 500_000)
+    monkeypatch.setattr("pipeline.blip2.merge.MAX_SHARD_BYTES", 500_000)
     monkeypatch.setattr("pipeline.blip2.merge.save_file", save_some)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         export(run, tmp_path / "merged", merge=True)
@@ -267,7 +267,7 @@ def test_a_killed_export_leaves_no_destination(run: Run, tmp_path: Path) -> None
     code = (
         "import os, sys; from pathlib import Path; import pipeline.blip2.merge;"
         "from pipeline.commands.export import export;"
-        "from pipeline.runs.run import Run; pipeline.blip2.merge.SHARD_BYTES = 500_000;"
+        "from pipeline.runs.run import Run; pipeline.blip2.merge.MAX_SHARD_BYTES = 500_000;"
         "save = pipeline.blip2.merge.save_file;"
         "pipeline.blip2.merge.save_file = lambda t, path, **how: save(t, path, **how) "
         "if '00001' in path.name else os.kill(os.getpid(), 9);"
@@ -393,7 +393,7 @@ def test_a_push_that_fails_is_told_in_a_line_and_loses_nothing(
     assert done.exit_code == 1
     told = done.stderr.splitlines()
     assert told[-1].startswith(f"pipe: {tmp_path}/dest is complete, but was not uploaded: {message}")
-    assert told[-1].endswith(f"Then: hf upload me/adapter {tmp_path}/dest")
+    assert told[-1].endswith(f"Then run: hf upload me/adapter {tmp_path}/dest")
     assert (tmp_path / "dest" / "adapter_model.safetensors").is_file()
 
 
