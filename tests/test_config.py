@@ -179,18 +179,18 @@ def test_defaults_are_those_of_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cache: {dir: x}\ndata: {}\ncache: {dir: y}\n", "line 3: the key cache stands in line 1 already"),
-        ("train:\n  epochs: 1\n  'epochs': 2\n", "line 3: the key epochs stands in line 2 already"),
+        ("cache: {dir: x}\ndata: {}\ncache: {dir: y}\n", "line 3: duplicate key cache, first in line 1"),
+        ("train:\n  epochs: 1\n  'epochs': 2\n", "line 3: duplicate key epochs, first in line 2"),
         (
             "data:\n  train:\n    images: a\n    annotations: b\n    images: c\n",
-            "line 5: the key images stands in line 3",
+            "line 5: duplicate key images, first in line 3",
         ),
-        ("lora: {target_modules: [{a: 1, a: 2}]}\n", "line 1: the key a stands in line 1"),
-        ("a: &a {r: 1}\nb: {<<: *a, r: 2, r: 3}\n", "line 2: the key r stands in line 2"),
-        ("train:\n  1: 2\n", "line 2: the key 1 is no text"),
-        ("on: {}\n", "line 1: the key on is no text"),
-        ("? [a, b]\n: c\n", "line 1: the key is no text"),
-        ('{"cache": {"dir": "x"},\n "cache": {"dir": "y"}}', "line 2: the key cache stands in line 1"),
+        ("lora: {target_modules: [{a: 1, a: 2}]}\n", "line 1: duplicate key a, first in line 1"),
+        ("a: &a {r: 1}\nb: {<<: *a, r: 2, r: 3}\n", "line 2: duplicate key r, first in line 2"),
+        ("train:\n  1: 2\n", "line 2: the key 1 is not text"),
+        ("on: {}\n", "line 1: the key on is not text"),
+        ("? [a, b]\n: c\n", "line 1: the key is not text"),
+        ('{"cache": {"dir": "x"},\n "cache": {"dir": "y"}}', "line 2: duplicate key cache, first in line 1"),
     ],
 )
 def test_duplicate_or_non_text_key_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -216,7 +216,7 @@ def test_yaml_merges_and_aliases_may_replace_a_key(tmp_path: Path) -> None:
 def test_duplicate_key_in_an_override_is_an_error_and_the_last_override_wins(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("{data: {train: {}}, cache: {dir: x}}")
-    with pytest.raises(ConfigError, match=r"'cache=\{dir: a, dir: b\}': line 1: the key dir stands in line 1"):
+    with pytest.raises(ConfigError, match=r"'cache=\{dir: a, dir: b\}': line 1: duplicate key dir, first in line 1"):
         load_config(path, ["cache={dir: a, dir: b}"])
     assert load_config(path, ["lora.r=4", "lora.r=8"]).lora.r == 8
     for overrides in (["lora.r=4,8", "lora.r=2"], ["lora.r=2", "lora.r=4,8"], ["lora.r=4,8,4"]):

@@ -73,7 +73,7 @@ def trainable_questions(builder: SequenceBuilder, config: Config) -> np.ndarray:
 
 
 def training_batches(config: Config, builder: SequenceBuilder, questions: np.ndarray) -> TrainingBatches:
-    """Return this rank's batches of `questions` as the `train` section of `config` says."""
+    """Return this rank's batches of `questions` according to the `train` section of `config`."""
     settings = config.train
     micro_batch = MAX_QUESTIONS_PER_SEQUENCE if settings.micro_batch == "auto" else settings.micro_batch
     image_row = builder.text.image_row if settings.share_prefix else None

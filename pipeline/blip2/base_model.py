@@ -11,7 +11,7 @@ from pipeline.config import Config
 
 
 def load_base(config: Config, dropout: float | None = None) -> Blip2LanguageHalf:
-    """Load the language half onto this rank's device, quantized as `config` says.
+    """Load the language half onto this rank's device, quantized according to `config`.
 
     Args:
         config: its `model` and `quantization` sections are used.

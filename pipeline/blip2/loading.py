@@ -42,7 +42,7 @@ def load_half(model_class: type[Model], folder: Path, half: tuple[str, ...], **s
     filled = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if filled:
         raise PipelineError(
-            f"{folder}: these tensors are missing from the checkpoint, or have another shape than its {CONFIG} says: "
+            f"{folder}: these tensors are missing from the checkpoint, or have another shape than in its {CONFIG}: "
             f"{', '.join(sorted(filled))}; download it again"
         )
     return model

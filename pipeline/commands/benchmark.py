@@ -1,12 +1,12 @@
-"""What the pipeline brings on this machine: the plain recipe, one question a sequence, and token trees, side by side.
+"""Benchmarks training on this machine: the plain recipe, and this pipeline without and with shared prefixes.
 
-Models of real size with random weights, nothing to be downloaded. Each way trains in a process of its own, and they
-take turns. A step is forward, backward and AdamW over the same questions, in one pass, for all ways.
+The models have real sizes and random weights, so that nothing is downloaded. Each method trains in a process of its
+own, and the processes alternate. A step is forward, backward and AdamW over the same questions, in one pass.
 
-The questions are made up to VQAv2's averages: 5.4 an image (3 and a Poisson number), 7.2 tokens a question, 2.4 a
-target. Their words are random, so that the trees share the image and the prompt's first words, and nothing else. The
-plain recipe gets pixels already decoded, in the compute dtype, and its encoder runs on each question's picture, as it
-does in transformers' training examples; its logits are computed as transformers computes them, at every position.
+The questions follow the averages of VQAv2: 5.4 questions per image (3 plus a Poisson variable), 7.2 tokens per question
+and 2.4 per target. Their tokens are random, so that the prefix trees share the image and the first words of the prompt
+only. The plain recipe gets decoded pixels in the compute dtype. Its encoder runs on the image of each question, and its
+logits are computed at every position, as in transformers' training examples.
 """
 
 import multiprocessing
@@ -20,75 +20,33 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, Blip2Config, Blip2ForConditionalGeneration
 
-from pipeline.batches.sequences import ImageSequence, pack
+from pipeline.batches.random_questions import Question, make_questions, sequences_of
+from pipeline.batches.sequences import pack
 from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
 from pipeline.blip2.encoder import Blip2Encoder
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_language_half
 from pipeline.blip2.memory import peak_bytes, reset_peak
-from pipeline.blip2.prefix_tree import PromptTarget, build_prefix_tree
 from pipeline.blip2.random_checkpoint import config_of, write_random_checkpoint
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import write_text
 from pipeline.common.progress import log_info, progress_bar
+from pipeline.common.result import Result
 
-VQAV2_QUESTIONS = 443_757  # of its train split: an epoch
+VQAV2_QUESTIONS = 443_757
+"""Questions in the training split of VQAv2."""
 R, ALPHA, DROPOUT, TARGETS = 16, 32, 0.05, ("q_proj", "v_proj")
 IGNORED = -100
 META = torch.device("meta")
-BEFORE, BEHIND = (2, 45641, 35), (31652, 35)
-"""BOS and "Question:"; " Answer:". What is behind the question cannot be shared."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """Token ids."""
-
-    image: int
-    prompt: list[int]
-    target: list[int]
-
-
-def make_questions(count: int, config: Blip2Config, seed: int = 0) -> list[Question]:
-    """`count` questions, image by image."""
-    rng = np.random.default_rng(seed)
-    vocabulary = config.text_config.vocab_size
-    before, behind = ([token % vocabulary for token in tokens] for tokens in (BEFORE, BEHIND))
-    questions: list[Question] = []
-    for image in range(count):
-        for _ in range(min(3 + rng.poisson(2.36), count - len(questions))):
-            words = rng.integers(3, vocabulary - 1, 3 + rng.poisson(4.2)).tolist()
-            target = rng.integers(3, vocabulary - 1, 1 + rng.poisson(0.4)).tolist()
-            prompt = [*before, *words, *behind]
-            questions.append(Question(image, prompt, [*target, config.text_config.eos_token_id % vocabulary]))
-    return questions
-
-
-def sequences_of(questions: list[Question], config: Blip2Config, share: bool) -> list[ImageSequence]:
-    """The questions as stage two lays them out, with random features."""
-    generator = torch.Generator().manual_seed(0)
-    shape = config.num_query_tokens, config.qformer_config.hidden_size
-    groups: dict[int, list[Question]] = {}
-    for number, question in enumerate(questions):
-        groups.setdefault(question.image if share else number, []).append(question)
-    return [
-        ImageSequence(
-            torch.randn(shape, generator=generator).half(),
-            build_prefix_tree(shape[0], [PromptTarget(one.prompt, one.target) for one in group]),
-            len(group),
-        )
-        for group in groups.values()
-    ]
 
 
 def plain_inputs(questions: list[Question], config: Blip2Config, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the recipe's processor and collator give: the pixels, image tokens and text of each question, padded."""
+    """Return the padded inputs of the plain recipe, as a processor and a collator produce them."""
     side = config.vision_config.image_size
     texts = [[*[config.image_token_index] * config.num_query_tokens, *one.prompt, *one.target] for one in questions]
     longest = max(map(len, texts))
@@ -106,7 +64,7 @@ def plain_inputs(questions: list[Question], config: Blip2Config, dtype: torch.dt
 
 
 def plain_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The recipe's model: all of BLIP-2, its language model in 4 bits."""
+    """Load the model of the plain recipe: the full BLIP-2, its language model in 4 bits."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -122,21 +80,54 @@ def plain_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 def stage_two_model(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Load the language half with an adapter."""
     return add_lora(load_language_half(folder, device, dtype), R, ALPHA, DROPOUT, TARGETS, "none")
 
 
-WAYS: dict[str, tuple[Callable[..., nn.Module], Callable[..., dict[str, Any]]]] = {
+METHODS: dict[str, tuple[Callable[..., nn.Module], Callable[..., dict[str, Any]]]] = {
     "plain": (plain_model, plain_inputs),
     "unshared": (stage_two_model, lambda questions, config, _: pack(sequences_of(questions, config, share=False))),
     "shared": (stage_two_model, lambda questions, config, _: pack(sequences_of(questions, config, share=True))),
 }
 
 
-def benchmark(size: str, questions: int, turns: int, folder: Path | None = None) -> dict[str, Any]:
-    """Trains `turns` steps of `questions` questions each way, after one to warm up; the summary of all.
+@dataclass(frozen=True)
+class BenchmarkResult(Result):
+    """Result of `benchmark`. The methods are `plain`, `unshared` and `shared`."""
 
-    `folder` holds the checkpoint of random weights, or is where it is to be made; by default it is made for the time
-    of the run. Raises `PipelineError`.
+    size: str
+    device: str
+    dtype: str
+    questions: int
+    """Questions per step."""
+    ratios: dict[str, float]
+    """Measured speed-up, `shared_vs_plain` and `shared_vs_unshared`."""
+    ratios_by_operations: dict[str, float]
+    """Speed-up by the number of operations."""
+    questions_per_second: dict[str, float]
+    """By method."""
+    seconds_per_step: dict[str, list[float]]
+    peak_memory_bytes: dict[str, int]
+    teraflop_per_question: dict[str, float]
+    matrix_product_peak_teraflops: float
+    """Measured peak of this device, in teraflop per second."""
+    share_of_peak: dict[str, float]
+    """Operations per second of each method, relative to the peak."""
+    hours_for_vqav2_epoch: dict[str, float]
+    seconds: float
+
+
+def benchmark(size: str, questions: int, turns: int, folder: Path | None = None) -> BenchmarkResult:
+    """Measure training steps with each method.
+
+    Args:
+        size: a key of `pipeline.blip2.random_checkpoint.SIZES`.
+        questions: questions per step.
+        turns: measured steps of each method, after a warm-up step.
+        folder: folder of the checkpoint with random weights, written if it is missing; by default a temporary folder.
+
+    Raises:
+        PipelineError: a method fails, for example for lack of memory.
     """
     started = time.perf_counter()
     device = pick_device()
@@ -145,33 +136,32 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None = None)
         checkpoint = (folder or Path(temporary)) / size
         if not checkpoint.exists():
             write_random_checkpoint(checkpoint, size)
-        seconds, peaks = _take_turns(checkpoint, questions, turns)
+        seconds, peaks = _measure_steps(checkpoint, questions, turns)
     config = config_of(size)
     operations = count_operations(make_questions(questions, config), config)
     peak = matrix_product_peak(device, dtype)
-    rate = {way: questions / median(times) for way, times in seconds.items()}
-    return {
-        "size": size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": dtype_name(dtype),
-        "questions": questions,
-        "ratios": {f"shared_vs_{way}": rate["shared"] / rate[way] for way in ("plain", "unshared")},
-        "ratios_by_operations": {
-            f"shared_vs_{way}": operations[way] / operations["shared"] for way in ("plain", "unshared")
-        },
-        "questions_per_second": rate,
-        "seconds_per_step": seconds,
-        "peak_memory_bytes": peaks,
-        "teraflop_per_question": {way: count / questions / 1e12 for way, count in operations.items()},
-        "matrix_product_peak_teraflops": peak / 1e12,
-        "share_of_peak": {way: rate[way] * count / questions / peak for way, count in operations.items()},
-        "hours_for_vqav2_epoch": {way: VQAV2_QUESTIONS / one / 3600 for way, one in rate.items()},
-        "seconds": time.perf_counter() - started,
-    }
+    rates = {method: questions / median(times) for method, times in seconds.items()}
+    others = ("plain", "unshared")
+    return BenchmarkResult(
+        size=size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=dtype_name(dtype),
+        questions=questions,
+        ratios={f"shared_vs_{other}": rates["shared"] / rates[other] for other in others},
+        ratios_by_operations={f"shared_vs_{other}": operations[other] / operations["shared"] for other in others},
+        questions_per_second=rates,
+        seconds_per_step=seconds,
+        peak_memory_bytes=peaks,
+        teraflop_per_question={method: count / questions / 1e12 for method, count in operations.items()},
+        matrix_product_peak_teraflops=peak / 1e12,
+        share_of_peak={method: rates[method] * count / questions / peak for method, count in operations.items()},
+        hours_for_vqav2_epoch={method: VQAV2_QUESTIONS / rate / 3600 for method, rate in rates.items()},
+        seconds=time.perf_counter() - started,
+    )
 
 
 def count_operations(questions: list[Question], config: Blip2Config) -> dict[str, int]:
-    """Floating-point operations of a step's matrix products, counted by torch on tensors without storage."""
+    """Count the floating-point operations of the matrix products of a step, on tensors without storage."""
     with META:
         half = Blip2LanguageHalf(config).requires_grad_(False)
         model = add_lora(half, R, ALPHA, DROPOUT, TARGETS, "none")
@@ -182,17 +172,17 @@ def count_operations(questions: list[Question], config: Blip2Config) -> dict[str
         encoder.qformer(query_embeds=encoder.query_tokens, encoder_hidden_states=image_embeds)
     encoding = counter.get_total_flops() * len(questions)
     counted = {}
-    for way in ("unshared", "shared"):
+    for method in ("unshared", "shared"):
         with FlopCounterMode(display=False) as counter:
-            model(**_to(pack(sequences_of(questions, config, way == "shared")), META)).loss.backward()
-        counted[way] = counter.get_total_flops()
+            model(**_to(pack(sequences_of(questions, config, method == "shared")), META)).loss.backward()
+        counted[method] = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        model(**_to(_padded_chains(questions, config), META)).loss.backward()
+        model(**_to(_padded_sequences(questions, config), META)).loss.backward()
     return {"plain": encoding + counter.get_total_flops(), **counted}
 
 
 def matrix_product_peak(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
-    """Operations a second of a large product, the best of some."""
+    """Return the operations per second of a large matrix product, the best of five."""
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
@@ -204,15 +194,17 @@ def matrix_product_peak(device: torch.device, dtype: torch.dtype, side: int = 40
     return 2 * side**3 / best
 
 
-def draw(summary: dict[str, Any], path: Path) -> None:
-    """Questions a second by way, as bars in an SVG file. Raises OSError."""
-    rates: dict[str, float] = summary["questions_per_second"]
+def draw(result: BenchmarkResult, path: Path) -> None:
+    """Write a bar chart of the questions per second of each method to an SVG file."""
+    rates = result.questions_per_second
     bars = []
-    for row, (way, rate) in enumerate(rates.items()):
+    for row, (method, rate) in enumerate(rates.items()):
         top, width = 40 + 30 * row, 360 * rate / max(rates.values())
-        bars.append(f'<text x="10" y="{top + 15}">{way}</text><rect x="90" y="{top}" width="{width:.1f}" height="20"/>')
+        bars.append(
+            f'<text x="10" y="{top + 15}">{method}</text><rect x="90" y="{top}" width="{width:.1f}" height="20"/>'
+        )
         bars.append(f'<text x="{95 + width:.1f}" y="{top + 15}">{rate:.3g}</text>')
-    title = f"questions a second, {summary['size']}, {summary['device']}, {summary['dtype']}"
+    title = f"questions per second, {result.size}, {result.device}, {result.dtype}"
     write_text(
         path,
         f'<svg xmlns="http://www.w3.org/2000/svg" width="540" height="{50 + 30 * len(rates)}" '
@@ -221,65 +213,65 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     )
 
 
-def _padded_chains(questions: list[Question], config: Blip2Config) -> dict[str, Any]:
-    """What the plain recipe's language model computes: one question a sequence, padded, logits at every position."""
+def _padded_sequences(questions: list[Question], config: Blip2Config) -> dict[str, Any]:
+    """Return what the language model of the plain recipe computes: padded sequences, with logits at every position."""
     longest = max(len(one.prompt) + len(one.target) for one in questions)
     padded = [Question(one.image, one.prompt, [0] * (longest + 1 - len(one.prompt))) for one in questions]
     inputs = pack(sequences_of(padded, config, share=False))
-    nodes = len(inputs["position_ids"])
-    everywhere = {"label_indices": torch.arange(nodes), "labels": torch.zeros(nodes, dtype=torch.long)}
-    return inputs | everywhere | {"label_weights": torch.ones(nodes)}
+    num_tokens = len(inputs["position_ids"])
+    everywhere = {"label_indices": torch.arange(num_tokens), "labels": torch.zeros(num_tokens, dtype=torch.long)}
+    return inputs | everywhere | {"label_weights": torch.ones(num_tokens)}
 
 
-def _take_turns(checkpoint: Path, questions: int, turns: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each step, and the highest peak of memory, by way."""
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    peaks = dict.fromkeys(WAYS, 0)
+def _measure_steps(checkpoint: Path, questions: int, turns: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Return the seconds of each step and the peak memory, by method."""
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    peaks = dict.fromkeys(METHODS, 0)
     with _workers(checkpoint, questions) as workers, progress_bar("benchmark", 3 * (turns + 1), "steps") as bar:
         for turn in range(turns + 1):
-            for way, worker in workers.items():
+            for method, worker in workers.items():
                 worker.send("step")
-                taken, peak = _answer(way, worker)
+                step_seconds, peak = _receive(method, worker)
                 bar.update()
                 if turn:
-                    seconds[way].append(taken)
-                    peaks[way] = max(peaks[way], peak)
+                    seconds[method].append(step_seconds)
+                    peaks[method] = max(peaks[method], peak)
     return seconds, peaks
 
 
 @contextmanager
 def _workers(checkpoint: Path, questions: int) -> Iterator[dict[str, Connection]]:
-    """A process for each way, its model loaded."""
+    """Start a process for each method and load its model."""
     context = multiprocessing.get_context("spawn")
-    ends, processes = {}, []
+    connections, processes = {}, []
     try:
-        for way in WAYS:
-            log_info(f"loading the model: {way}")
-            ends[way], theirs = context.Pipe()
-            processes.append(context.Process(target=_work, args=(way, checkpoint, questions, theirs), daemon=True))
+        for method in METHODS:
+            log_info(f"loading the model: {method}")
+            connections[method], theirs = context.Pipe()
+            processes.append(context.Process(target=_work, args=(method, checkpoint, questions, theirs), daemon=True))
             processes[-1].start()
             theirs.close()
-            _answer(way, ends[way])
-        yield ends
+            _receive(method, connections[method])
+        yield connections
     finally:
         for process in processes:
             process.kill()
 
 
-def _answer(way: str, worker: Connection) -> Any:
+def _receive(method: str, worker: Connection) -> Any:
     try:
-        answer = worker.recv()
+        message = worker.recv()
     except EOFError:
-        raise PipelineError(f"the process that measures {way!r} died, of too little memory perhaps") from None
-    if isinstance(answer, str):
-        raise PipelineError(f"{way}: {answer}; try fewer --questions")
-    return answer
+        raise PipelineError(f"the process of the method {method!r} died, possibly for lack of memory") from None
+    if isinstance(message, str):
+        raise PipelineError(f"{method}: {message}; try fewer --questions")
+    return message
 
 
-def _work(way: str, checkpoint: Path, questions: int, connection: Connection) -> None:
-    """In a process of its own: loads, then a step for every word that comes in."""
+def _work(method: str, checkpoint: Path, questions: int, connection: Connection) -> None:
+    """Run the process of a method: load the model, then run a step for each message."""
     try:
-        step = _step(way, checkpoint, questions)
+        step = _step(method, checkpoint, questions)
         connection.send(None)
         while connection.recv():
             connection.send(step())
@@ -287,15 +279,15 @@ def _work(way: str, checkpoint: Path, questions: int, connection: Connection) ->
         connection.send((str(error).strip() or repr(error)).splitlines()[0])
 
 
-def _step(way: str, checkpoint: Path, questions: int) -> Callable[[], tuple[float, int]]:
-    """A training step; -> its seconds, and the most memory that was taken."""
+def _step(method: str, checkpoint: Path, questions: int) -> Callable[[], tuple[float, int]]:
+    """Return a function that runs a training step and returns its seconds and its peak memory."""
     torch.manual_seed(0)
     device = pick_device()
     dtype = pick_dtype("auto", device)
-    load, inputs_of = WAYS[way]
+    load, make_inputs = METHODS[method]
     model = load(checkpoint, device, dtype).train()
     config = Blip2Config.from_pretrained(checkpoint)
-    inputs = inputs_of(make_questions(questions, config), config, dtype)
+    inputs = make_inputs(make_questions(questions, config), config, dtype)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
 
     def step() -> tuple[float, int]:
@@ -314,9 +306,9 @@ def _step(way: str, checkpoint: Path, questions: int) -> Callable[[], tuple[floa
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
-        return {name: _to(one, device) for name, one in value.items()}
+        return {name: _to(item, device) for name, item in value.items()}
     if isinstance(value, list):
-        return [_to(one, device) for one in value]
+        return [_to(item, device) for item in value]
     return value.to(device) if isinstance(value, Tensor) else value
 
 

@@ -1,1 +1,1 @@
-"""What every room uses: errors, logging and progress, terminal, distributed, hub, files."""
+"""Shared by all packages: errors, logging and progress, terminal, distributed runs, files and library names."""

@@ -32,13 +32,17 @@ def cache_argument(model: "nn.Module") -> str:
 
 def checkpointing_arguments(enabled: bool) -> dict[str, Any]:
     """Return the arguments of `TrainingArguments` that enable or disable activation checkpointing."""
+    known = _training_argument_names()
+    name = next(name for name in _CHECKPOINTING if name in known)
+    return {name: enabled, f"{name}_kwargs": _CHECKPOINTING_KWARGS if enabled else None}
+
+
+def _training_argument_names() -> set[str]:
     from dataclasses import fields
 
     from transformers import TrainingArguments
 
-    known = {field.name for field in fields(TrainingArguments)}
-    name = next(name for name in _CHECKPOINTING if name in known)
-    return {name: enabled, f"{name}_kwargs": _CHECKPOINTING_KWARGS if enabled else None}
+    return {field.name for field in fields(TrainingArguments)}
 
 
 def checkpoints_activations(arguments: "TrainingArguments") -> bool:

@@ -1,4 +1,4 @@
-"""Writing a run's files: each is there whole or not at all, and an error says which file, why and what to do."""
+"""Writes files and folders atomically, with errors that name the file, the cause and the remedy."""
 
 import errno
 import os
@@ -14,48 +14,56 @@ from safetensors import SafetensorError
 from cache.files import fsync_folder, open_descriptor, write_atomically
 from pipeline.common.errors import PipelineError
 
-_MAKE_WRITABLE = "Make it writable for you"
+_MAKE_WRITABLE = "Make it writable for your user"
 _CHECK_DISK = "Check the disk"
 _REMEDIES = {
-    errno.ENOSPC: "Make room on the disk",
-    errno.EDQUOT: "Make room within your quota",
-    errno.EFBIG: "Choose a disk that takes larger files",
+    errno.ENOSPC: "Free space on the disk",
+    errno.EDQUOT: "Free space within your quota",
+    errno.EFBIG: "Choose a disk that allows larger files",
     errno.EROFS: _MAKE_WRITABLE,
     errno.EACCES: _MAKE_WRITABLE,
     errno.EPERM: _MAKE_WRITABLE,
-    errno.ENOTDIR: "A folder is needed there: choose another place",
-    errno.EISDIR: "A file is needed there: choose another place",
-    errno.EEXIST: "Something else has this name: choose another place",
+    errno.ENOTDIR: "It must be a folder: choose another path",
+    errno.EISDIR: "It must be a file: choose another path",
+    errno.EEXIST: "It exists already: choose another path",
     errno.ENAMETOOLONG: "Choose a shorter name",
-    errno.ENOENT: "Check that the folder is still there",
+    errno.ENOENT: "Check that the folder still exists",
     errno.EIO: _CHECK_DISK,
     errno.ESTALE: _CHECK_DISK,
     errno.ENXIO: _CHECK_DISK,
     errno.ENODEV: _CHECK_DISK,
 }
-"""What to do about an error of a disk."""
+"""Remedy for each errno of a disk error."""
 _TORCH_WRITER = re.compile(r"inline_container|PytorchStreamWriter|iostream error")
-_FULL_BYTES = 1 << 20  # so little is free that the disk counts as full
+_FULL_DISK_BYTES = 1 << 20
+"""A disk with less free space counts as full."""
 _PROBE = bytes(4096)
 
 
 class WriteError(PipelineError):
-    """A file could not be written."""
+    """A file could not be written.
+
+    Args:
+        path: the file or folder.
+        number: errno of the error.
+        then: what to do after its cause is removed.
+    """
 
     def __init__(self, path: Path, number: int, then: str = "run the same command again") -> None:
-        """`number` is the errno, `then` what to do once its cause is gone."""
         self.path, self.number = path, number
         super().__init__(f"{path}: {os.strerror(number)}. {_REMEDIES[number]}, then {then}")
 
     def followed_by(self, then: str) -> "WriteError":
+        """Return the error with another next step."""
         return WriteError(self.path, self.number, then)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of a disk, however a library raises them, into a `WriteError`.
+    """Convert disk errors, which libraries raise as different exceptions, into `WriteError`.
 
-    `path` is the file, or a folder in which several are written.
+    Args:
+        path: the file, or a folder in which files are written.
     """
     try:
         yield
@@ -69,7 +77,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def followed_by(then: str) -> Iterator[None]:
-    """Have a `WriteError` say what to do next."""
+    """Set the next step of a `WriteError` that is raised in the block."""
     try:
         yield
     except WriteError as error:
@@ -77,29 +85,33 @@ def followed_by(then: str) -> Iterator[None]:
 
 
 def disk_errno(error: Exception, path: Path) -> int | None:
-    """The errno of a disk's error; None if it is another error. torch keeps no errno: the room that is left tells."""
+    """Return the errno of a disk error, or None for other errors. torch drops the errno: free space decides."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _REMEDIES else None
     if isinstance(error, SafetensorError):
         found = re.search(r"os error (\d+)", str(error))
         return int(found[1]) if found and int(found[1]) in _REMEDIES else None
     if _TORCH_WRITER.search(str(error)):
-        return errno.ENOSPC if shutil.disk_usage(_nearest(path)).free < _FULL_BYTES else errno.EIO
+        return errno.ENOSPC if shutil.disk_usage(_nearest_existing(path)).free < _FULL_DISK_BYTES else errno.EIO
     return None
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """Of an error that no stage expected: that the disk takes nothing, and what to do; None if it is another error."""
+    """Return the message for an unexpected error of a full or read-only disk, or None for other errors."""
     number = disk_errno(error, Path()) if isinstance(error, Exception) else None
     if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return None
     where = getattr(error, "filename", None) or "a file"
-    return f"{where}: {os.strerror(number)}. {_REMEDIES[number]} (that of temporary files is TMPDIR's), then try again"
+    return f"{where}: {os.strerror(number)}. {_REMEDIES[number]} (for temporary files, see TMPDIR), then try again"
 
 
 def require_writable(folder: Path) -> None:
-    """Raise `WriteError` if `folder`, or the nearest one above it that is there, takes no file: before long work."""
-    existing = _nearest(folder)
+    """Check before long work that a file can be written to `folder`, or to its nearest existing parent.
+
+    Raises:
+        WriteError: it cannot.
+    """
+    existing = _nearest_existing(folder)
     try:
         if not existing.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -112,24 +124,35 @@ def require_writable(folder: Path) -> None:
 
 
 def require_utf8(folder: Path) -> None:
-    """Raise `PipelineError` for a folder that weights cannot be written to, or read from, because of its name."""
+    """Check that safetensors can open files in `folder`: it supports UTF-8 paths only.
+
+    Raises:
+        PipelineError: the path is not UTF-8.
+    """
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
-        raise PipelineError(f"{folder}: its path is not UTF-8, and safetensors takes no other; rename it") from None
+        raise PipelineError(f"{folder}: its path is not UTF-8, which safetensors requires; rename it") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` in one step. Raises `WriteError`.
+    """Replace the file at `path` atomically.
 
-    A file name that is no UTF-8 is escaped, as JSON and YAML read it back.
+    Characters of file names that are not UTF-8 are escaped such that JSON and YAML read them back.
+
+    Raises:
+        WriteError: the file cannot be written.
     """
     with writing(path):
         write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to the file at `path`, or nothing. Raises `WriteError`."""
+    """Append a whole line to the file at `path`, or nothing.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
     data = memoryview((line + "\n").encode())
     with writing(path), open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
         size = os.fstat(descriptor).st_size
@@ -143,7 +166,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Bring the files in `folder`, and their names, to disk."""
+    """Flush the files in `folder`, and their names, to disk."""
     for path in folder.rglob("*"):
         with open_descriptor(path, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
@@ -152,10 +175,10 @@ def sync_files(folder: Path) -> None:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` at the end, and goes if anything fails."""
+    """Provide an empty folder that replaces `folder` at the end of the block, or is removed on an error."""
     partial = folder.with_name(folder.name + ".partial")
     with writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         try:
             partial.mkdir(parents=True)
             yield partial
@@ -167,9 +190,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(source: Path, folder: Path) -> None:
-    """Rename the folder `source` to `folder`; one that was there before goes when the new one has its name."""
+    """Rename the folder `source` to `folder`. An existing `folder` is removed after the rename."""
     old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():  # a disk that took no rename did not take that back either
+    if old.exists() and not folder.exists():  # left by a rename that failed and could not be undone
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -185,6 +208,6 @@ def put_in_place(source: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _nearest(path: Path) -> Path:
-    """`path`, or the nearest above it that is there."""
+def _nearest_existing(path: Path) -> Path:
+    """Return `path`, or its nearest existing parent."""
     return next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())

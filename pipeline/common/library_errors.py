@@ -1,4 +1,4 @@
-"""Errors of libraries in a line each, for an error of ours."""
+"""Formats exceptions of libraries in one line each."""
 
 from collections.abc import Iterator
 
@@ -6,22 +6,22 @@ from pydantic import ValidationError
 
 
 def explain(error: ValidationError) -> Iterator[str]:
-    """Each key that is wrong, its value, and what is allowed."""
+    """Yield a line for each invalid key: its value and what is allowed."""
     found: dict[str, str] = {}
-    for one in error.errors(include_url=False):
-        key = ".".join(part for part in map(str, one["loc"]) if part.isidentifier() and part not in _OF_PYDANTIC)
-        message = f"{one['msg'][0].lower()}{one['msg'][1:]}"
-        value = f"{key} is {_short(one['input'])}: " if key else ""
+    for detail in error.errors(include_url=False):
+        key = ".".join(part for part in map(str, detail["loc"]) if part.isidentifier() and part not in _PYDANTIC_TYPES)
+        message = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
+        value = f"{key} is {_short(detail['input'])}: " if key else ""
         found[key] = f"{found[key]}, or {message}" if key in found else f"{value}{message}"
     yield from found.values()
 
 
-_OF_PYDANTIC = {"int", "float", "bool", "str", "tuple", "none"}
-"""What it puts behind the key of a value that may be of several types."""
+_PYDANTIC_TYPES = {"int", "float", "bool", "str", "tuple", "none"}
+"""Parts that pydantic appends to the key of a value that may have several types."""
 
 
 def one_line(error: Exception) -> str:
-    """Its message, or its name if it has none."""
+    """Return the message of an exception in one line, or the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

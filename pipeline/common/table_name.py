@@ -1,4 +1,4 @@
-"""The name of a table of the `datasets` library, as a config gives it."""
+"""Name of a table of the `datasets` library in a config."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ SUFFIXES = (".parquet", ".arrow")
 
 @dataclass(frozen=True)
 class TableName:
-    """Where a table is found, in the words of the config."""
+    """Location of a table, by the keys of the config."""
 
     dataset: str
     subset: str | None = None
@@ -17,7 +17,7 @@ class TableName:
 
 
 def is_local(dataset: str) -> bool:
-    """Whether it is files, there or not, and no hub id."""
+    """Return whether the name refers to local files, existing or not, rather than to a hub id."""
     path = Path(dataset)
-    looks = path.suffix in SUFFIXES or dataset.startswith(("/", "./", "../", "~")) or dataset.count("/") > 1
-    return looks or bool(set(dataset) & set("*?[")) or path.exists()
+    is_path = path.suffix in SUFFIXES or dataset.startswith(("/", "./", "../", "~")) or dataset.count("/") > 1
+    return is_path or bool(set(dataset) & set("*?[")) or path.exists()

@@ -1,4 +1,4 @@
-"""YAML as configs are written in it: the library's, but a key that stands there twice is an error, not the last one."""
+"""Parses YAML like PyYAML, except that a duplicate key is an error."""
 
 from typing import Any
 
@@ -11,11 +11,15 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The content of one YAML document.
+    """Return the content of one YAML document.
+
+    Args:
+        text: the document.
+        source: name of the document for errors.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: it is none.
-        ConfigError: a mapping in it has a key twice, or one that is no text; `source` is said to hold it.
+        yaml.YAMLError: the text is not YAML. ValueError and RecursionError occur too.
+        ConfigError: a mapping has a duplicate key, or a key that is not text.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -29,13 +33,13 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _check_keys(node: yaml.Node, source: str, seen: set[int]) -> None:
-    """In the tree of nodes: what an alias or a merge repeats has each of its keys once there."""
+    """Check the keys of all mappings below a YAML node. Aliased nodes are visited once."""
     if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
-        for one in node.value:
-            _check_keys(one, source, seen)
+        for item in node.value:
+            _check_keys(item, source, seen)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -45,13 +49,13 @@ def _check_keys(node: yaml.Node, source: str, seen: set[int]) -> None:
 
 
 def _check_key(key: yaml.Node, source: str, lines: dict[str, int]) -> None:
-    """`lines` has those of the mapping so far, and where they stand."""
+    """Check one key of a mapping. `lines` maps the previous keys to their lines."""
     line = key.start_mark.line + 1
     if key.tag != _TEXT:
         named = f" {key.value}" if isinstance(key, yaml.ScalarNode) else ""
-        raise ConfigError(f"{source}: line {line}: the key{named} is no text; if it is meant as one, put it in quotes")
+        raise ConfigError(f"{source}: line {line}: the key{named} is not text; to use it as text, put it in quotes")
     if key.value in lines:
         raise ConfigError(
-            f"{source}: line {line}: the key {key.value} stands in line {lines[key.value]} already; keep one"
+            f"{source}: line {line}: duplicate key {key.value}, first in line {lines[key.value]}; remove one"
         )
     lines[key.value] = line

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -163,7 +164,9 @@ class StageTwoTrainer(Trainer):
         loss = torch.zeros((), device=self.args.device)
         for number, group in enumerate(groups, start=1):
             with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
-                part = self.compute_loss(model, self._prepare_inputs(pack(group)), num_items_in_batch=labels)
+                part = self.compute_loss(
+                    model, send_to_device(pack(group), self.args.device), num_items_in_batch=labels
+                )
                 self.accelerator.backward(part)
             loss += part.detach()
         return loss
@@ -186,7 +189,7 @@ class StageTwoTrainer(Trainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), ActivationMemoryCounter(self.model.parameters()) as saved:
             try:
-                self.compute_loss(self.model, self._prepare_inputs(pack([shortest])))
+                self.compute_loss(self.model, send_to_device(pack([shortest]), self.args.device))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

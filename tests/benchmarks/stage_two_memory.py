@@ -23,9 +23,9 @@ from transformers import BlipImageProcessorPil
 from cache.part import PartWriter
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
+from pipeline.batches.random_questions import make_questions
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.random_checkpoint import SIZES, config_of, write_random_checkpoint
-from pipeline.commands.benchmark import make_questions
 from pipeline.data.text import PromptTokenizer
 from pipeline.encoding.encoder_spec import encoder_spec
 

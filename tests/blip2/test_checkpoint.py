@@ -1,4 +1,4 @@
-"""Each stage reads its own half of a checkpoint, and from a hub asks for no other."""
+"""Each stage reads its own half of a checkpoint, and downloads no other."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def sharded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded checkpoint in many shards, as the large ones are."""
+    """The embedded checkpoint in many shards, like large checkpoints."""
     folder = tmp_path_factory.mktemp("sharded")
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     model.half().save_pretrained(folder, max_shard_size="200KB")
@@ -38,7 +38,7 @@ def sharded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_full_disk_of_temporary_files_is_named(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_of_temporary_files_is_reported(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -50,7 +50,7 @@ def test_a_full_disk_of_temporary_files_is_named(sharded: Path, monkeypatch: pyt
 
 
 def without_the_other_half(sharded: Path, half: tuple[str, ...], other: tuple[str, ...], folder: Path) -> Path:
-    """A copy in which the shards that only the other half needs are gone."""
+    """A copy without the shards that only the other half needs."""
     shutil.copytree(sharded, folder)
     gone = shards_of(sharded, other) - shards_of(sharded, half)
     assert len(gone) >= 3
@@ -70,7 +70,7 @@ def poisoned(checkpoint: Path, half: tuple[str, ...], folder: Path) -> Path:
     return folder
 
 
-def test_the_halves_have_the_full_models_parameters_between_them(checkpoint: Path) -> None:
+def test_halves_together_have_the_parameters_of_the_full_model(checkpoint: Path) -> None:
     names = set(load_file(checkpoint / WEIGHTS))
     encoder = set(load_encoder(checkpoint, CPU, torch.float32).state_dict())
     language = set(load_language_half(checkpoint, CPU, torch.float32, bits=None).state_dict())
@@ -79,14 +79,14 @@ def test_the_halves_have_the_full_models_parameters_between_them(checkpoint: Pat
     assert not encoder & language
 
 
-def test_stage_one_loads_without_the_language_models_shards(sharded: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_encoder_loads_without_shards_of_the_language_model(sharded: Path, checkpoint: Path, tmp_path: Path) -> None:
     folder = without_the_other_half(sharded, ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, tmp_path / "half")
     pixel_values = torch.randn(2, 3, 64, 64)
     half, whole = (load_encoder(path, CPU, torch.float32) for path in (folder, checkpoint))
     assert torch.equal(half(pixel_values), whole(pixel_values))
 
 
-def test_stage_two_loads_without_the_encoders_shards(sharded: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_language_half_loads_without_shards_of_the_encoder(sharded: Path, checkpoint: Path, tmp_path: Path) -> None:
     folder = without_the_other_half(sharded, LANGUAGE_MODEL_PREFIXES, ENCODER_PREFIXES, tmp_path / "half")
     half, whole = (load_language_half(path, CPU, torch.float32).state_dict() for path in (folder, checkpoint))
     assert half.keys() == whole.keys()
@@ -97,7 +97,7 @@ def test_stage_two_loads_without_the_encoders_shards(sharded: Path, checkpoint: 
 def test_no_tensor_of_the_other_half_is_read_from_a_single_file(
     checkpoint: Path, tmp_path: Path, half: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every tensor that is materialised passes through a slice of the file: count them by name."""
+    """Each materialized tensor is read through a slice of the file: count them by name."""
     import transformers.modeling_utils as loading
 
     read: set[str] = set()
@@ -149,7 +149,7 @@ def test_nan_in_the_other_half_changes_nothing(checkpoint: Path, tmp_path: Path)
     assert all(torch.isfinite(weight).all() for weight in language.state_dict().values())
 
 
-def test_linear_layers_of_opt_are_quantised_and_nothing_else(checkpoint: Path) -> None:
+def test_only_linear_layers_of_opt_are_quantized(checkpoint: Path) -> None:
     import bitsandbytes
 
     model = load_language_half(checkpoint, CPU, torch.float32)
@@ -161,7 +161,7 @@ def test_linear_layers_of_opt_are_quantised_and_nothing_else(checkpoint: Path) -
     assert {weight.dtype for weight in model.language_projection.parameters()} == {torch.float32}
 
 
-def test_the_fingerprint_covers_the_encoder_and_nothing_else(checkpoint: Path, sharded: Path, tmp_path: Path) -> None:
+def test_fingerprint_covers_the_encoder_only(checkpoint: Path, sharded: Path, tmp_path: Path) -> None:
     known = fingerprint(checkpoint, ENCODER_PREFIXES)
     assert len(known) == 64
     assert fingerprint(sharded, ENCODER_PREFIXES) == known
@@ -173,17 +173,18 @@ def test_the_fingerprint_covers_the_encoder_and_nothing_else(checkpoint: Path, s
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / WEIGHTS).unlink(), "only checkpoints in safetensors are loaded"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "only safetensors is supported"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"short"), "not a readable safetensors file"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 100), "header too large"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "this pipeline takes BLIP-2"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'),
+            "supports BLIP-2",
+        ),
     ],
 )
-def test_a_folder_that_is_no_whole_checkpoint_is_refused(
-    checkpoint: Path, tmp_path: Path, damage: object, message: str
-) -> None:
+def test_invalid_checkpoint_folder_is_an_error(checkpoint: Path, tmp_path: Path, damage: object, message: str) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(checkpoint, folder)
     damage(folder)
@@ -191,14 +192,14 @@ def test_a_folder_that_is_no_whole_checkpoint_is_refused(
         fetch_checkpoint(str(folder), None, ENCODER_PREFIXES)
 
 
-def test_a_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_an_error_with_its_name(sharded: Path, tmp_path: Path) -> None:
     folder = without_the_other_half(sharded, ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, tmp_path / "half")
     fetch_checkpoint(str(folder), None, ENCODER_PREFIXES)
     with pytest.raises(PipelineError, match=r"incomplete: missing model-\d+"):
         fetch_checkpoint(str(folder), None, LANGUAGE_MODEL_PREFIXES)
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_without_a_tokenizer_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     from pipeline.data.text import PromptTokenizer
 
     folder = tmp_path / "no-tokenizer"
@@ -209,7 +210,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path:
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """As much of a model hub as a download needs: one repository at one commit."""
+    """A minimal model hub with one repository at one commit."""
 
     commit = "0123456789abcdef0123456789abcdef01234567"
     asked: set[str]
@@ -258,7 +259,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(sharded: Path, tmp_path: Path) -> Iterator[tuple[dict[str, str], set[str]]]:
-    """The environment that points at a hub on this machine, and the names of the files it was asked for."""
+    """Environment variables of a local hub, and the names of the files requested from it."""
     asked: set[str] = set()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, sharded, asked))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -276,9 +277,7 @@ def fetch_in_a_new_process(checkpoint: str, half: str, environment: dict[str, st
 
 
 @pytest.mark.parametrize("half", ["ENCODER_PREFIXES", "LANGUAGE_MODEL_PREFIXES"])
-def test_from_a_hub_only_the_needed_shards_are_asked_for(
-    hub: tuple[dict[str, str], set[str]], sharded: Path, half: str
-) -> None:
+def test_only_needed_shards_are_downloaded(hub: tuple[dict[str, str], set[str]], sharded: Path, half: str) -> None:
     environment, asked = hub
     done = fetch_in_a_new_process("someone/blip2", half, environment)
     assert done.returncode == 0, done.stderr
@@ -292,7 +291,7 @@ def test_from_a_hub_only_the_needed_shards_are_asked_for(
     assert load(folder, CPU, torch.float32) is not None
 
 
-def test_a_hub_id_that_is_not_there_is_told_in_one_line(hub: tuple[dict[str, str], set[str]]) -> None:
+def test_unknown_hub_id_is_an_error_in_one_line(hub: tuple[dict[str, str], set[str]]) -> None:
     done = fetch_in_a_new_process("nobody/nothing", "ENCODER_PREFIXES", hub[0])
     assert done.returncode == 1
     assert "PipelineError: checkpoint 'nobody/nothing' (model.checkpoint) is not a local folder" in done.stderr

@@ -1,4 +1,4 @@
-"""A checkpoint is what it says, or both stages refuse it with one error, before the long work."""
+"""Both stages report an invalid checkpoint with the same error, before the long work."""
 
 import json
 import re
@@ -35,14 +35,14 @@ HEAD, WORDS = "language_model.lm_head.weight", "language_model.model.decoder.emb
 
 
 def begin_stage_one(folder: Path) -> Any:
-    """What `pipe precompute` does before the pictures are read."""
+    """The steps of `pipe precompute` before images are read."""
     small = fetch_small_files(str(folder), None, ENCODER_PREFIXES)
     PromptTokenizer(small, "Q: {question}")
     return load_preprocessor(small).size
 
 
 def begin_stage_two(folder: Path) -> Any:
-    """What `pipe train` does before tokens are made and the model is loaded."""
+    """The steps of `pipe train` before tokenization and before the model is loaded."""
     folder = fetch_checkpoint(str(folder), None, LANGUAGE_MODEL_PREFIXES)
     return encoder_spec(folder, "float32", "float32"), PromptTokenizer(folder, "Q: {question}")
 
@@ -51,7 +51,7 @@ BEGINNINGS = (begin_stage_one, begin_stage_two)
 
 
 def compute(folder: Path) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Features, the loss and the answer to a question: what loading would fill in with random numbers shows."""
+    """Features, loss and prediction of a question, which show weights that loading would initialize randomly."""
     height, width = begin_stage_one(folder)
     spec, tokenizer = begin_stage_two(folder)
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def compute(folder: Path) -> tuple[torch.Tensor, torch.Tensor, str]:
 
 
 def copy_of(folder: Path, **files: Any) -> Path:
-    """The embedded checkpoint by links, with other JSON files by their stems; None leaves one out."""
+    """Links to the embedded checkpoint, with JSON files replaced by stem; None omits a file."""
     folder.mkdir()
     for path in embedded_checkpoint().iterdir():
         if path.stem not in files:
@@ -96,7 +96,7 @@ def _config() -> dict[str, Any]:
 
 
 def refused(folder: Path) -> str:
-    """The one error of both stages."""
+    """The error, which is the same in both stages."""
     messages = []
     for begin in BEGINNINGS:
         with pytest.raises(PipelineError) as caught:
@@ -107,13 +107,13 @@ def refused(folder: Path) -> str:
 
 
 def classes() -> Iterator[str]:
-    """One tensor of each kind, of the last layer that has it."""
+    """One tensor of each kind, from the last layer that has it."""
     names = {re.sub(r"\d+", "N", name): name for name in sorted(_tensors())}
     yield from names.values()
 
 
 @pytest.mark.parametrize("name", list(classes()))
-def test_a_tensor_that_is_missing_or_of_another_shape_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_missing_tensor_or_wrong_shape_is_an_error_with_its_name(name: str, tmp_path: Path) -> None:
     missing = refused(with_tensors(tmp_path / "missing", lambda tensors: tensors.pop(name)))
     assert f"{WEIGHTS}: missing {name}" in missing
 
@@ -127,21 +127,21 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_refused_by_name(name: s
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool], ids=str)
-def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_of_integer_dtype_are_an_error(dtype: torch.dtype, tmp_path: Path) -> None:
     name = "language_model.model.decoder.layers.0.fc1.weight"
     folder = with_tensors(tmp_path / "c", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     assert re.search(rf"{WEIGHTS}: {name} is \w+; supported are BF16, F16, F32, F64", refused(folder))
 
 
 @pytest.mark.parametrize("only", [HEAD, WORDS])
-def test_either_of_two_tied_weights_is_enough(only: str, tmp_path: Path) -> None:
+def test_one_of_two_tied_weights_is_enough(only: str, tmp_path: Path) -> None:
     def keep_one(tensors: dict[str, torch.Tensor]) -> None:
         tensors[only] = tensors.pop(WORDS)
 
     _same(compute(with_tensors(tmp_path / "one", keep_one)), compute(embedded_checkpoint()))
 
 
-def test_both_of_two_tied_weights_may_be_there_and_neither_may_not(tmp_path: Path) -> None:
+def test_both_tied_weights_may_be_present_but_not_neither(tmp_path: Path) -> None:
     both = with_tensors(tmp_path / "both", lambda tensors: tensors.update({HEAD: tensors[WORDS].clone()}))
     _same(compute(both), compute(embedded_checkpoint()))
     untied = {**_config(), "text_config": {**_config()["text_config"], "tie_word_embeddings": False}}
@@ -149,18 +149,18 @@ def test_both_of_two_tied_weights_may_be_there_and_neither_may_not(tmp_path: Pat
     assert f"missing {WORDS}" in refused(with_tensors(tmp_path / "neither", lambda tensors: tensors.pop(WORDS)))
 
 
-def test_a_tensor_too_many_is_logged_and_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Older repositories hold buffers that the model makes itself."""
+def test_unknown_tensor_is_logged_and_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Older repositories contain buffers that the model computes itself."""
     name = "vision_model.embeddings.position_ids"
     folder = with_tensors(tmp_path / "more", lambda tensors: tensors.update({name: torch.arange(65)[None]}))
     _same(compute(folder), compute(embedded_checkpoint()))
-    told = capsys.readouterr().err
-    assert told.count(name) == 1
-    assert "ignoring tensors that the model does not have" in told
+    logged = capsys.readouterr().err
+    assert logged.count(name) == 1
+    assert "ignoring tensors that the model does not have" in logged
 
 
 @pytest.mark.parametrize(("bits", "name"), [(4, "fc1.weight"), (None, "fc1.weight"), (4, "fc1.bias")])
-def test_a_tensor_that_is_not_finite_is_refused_when_it_is_loaded(bits: int | None, name: str, tmp_path: Path) -> None:
+def test_non_finite_tensor_is_an_error_when_loaded(bits: int | None, name: str, tmp_path: Path) -> None:
     name = f"language_model.model.decoder.layers.1.{name}"
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
@@ -175,10 +175,10 @@ def test_a_tensor_that_is_not_finite_is_refused_when_it_is_loaded(bits: int | No
         load_encoder(folder, CPU, torch.float32)
 
 
-def test_what_the_headers_do_not_show_is_refused_when_it_is_loaded(
+def test_missing_tensors_are_an_error_when_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the check before: the library's own account is heeded too, and not printed."""
+    """Without the check of headers, the loading info of transformers is used and not printed."""
     gone = ("qformer.layernorm.bias", "language_model.model.decoder.layers.0.fc1.bias")
     folder = with_tensors(tmp_path / "c", lambda tensors: [tensors.pop(name) for name in gone])
     for load, name in ((load_encoder, gone[0]), (load_language_half, gone[1])):
@@ -195,9 +195,7 @@ KEYS = [*((key,) for key in _config() if key not in FREE), *((one, key) for one 
 
 
 @pytest.mark.parametrize("key", KEYS, ids=".".join)
-def test_a_wrong_value_in_the_config_is_refused_by_its_key_or_does_no_harm(
-    key: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_invalid_config_value_is_an_error_with_its_key_or_harmless(key: tuple[str, ...], tmp_path: Path) -> None:
     for number, value in enumerate(VALUES):
         config = json.loads(json.dumps(_config()))
         section = config[key[0]] if len(key) > 1 else config
@@ -228,7 +226,7 @@ def test_a_wrong_value_in_the_config_is_refused_by_its_key_or_does_no_harm(
         ("qformer_config", "vocab_size", -1),
     ],
 )
-def test_what_is_accepted_computes_the_same_each_time(section: str, key: str, value: Any, tmp_path: Path) -> None:
+def test_accepted_config_is_deterministic(section: str, key: str, value: Any, tmp_path: Path) -> None:
     config = {**_config(), section: {**_config()[section], key: value}}
     folder = copy_of(tmp_path / "c", config=config)
     _same(compute(folder), compute(folder))
@@ -240,8 +238,8 @@ def _same(first: tuple[torch.Tensor, torch.Tensor, str], second: tuple[torch.Ten
     assert first[2] == second[2]
 
 
-def test_a_config_that_keeps_no_cache_answers_alike(tmp_path: Path) -> None:
-    """As one that was saved in a training with gradient checkpointing."""
+def test_use_cache_false_in_the_config_changes_no_prediction(tmp_path: Path) -> None:
+    """Training with gradient checkpointing saves such a config."""
     probabilities = []
     for number, use_cache in enumerate((True, False)):
         text = {**_config()["text_config"], "use_cache": use_cache}
@@ -257,9 +255,7 @@ def test_a_config_that_keeps_no_cache_answers_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize(("key", "value"), [("return_dict", False), ("chunk_size_feed_forward", 3)])
-def test_a_setting_that_the_model_does_not_compute_with_is_refused(
-    section: str, key: str, value: Any, tmp_path: Path
-) -> None:
+def test_unsupported_setting_is_an_error(section: str, key: str, value: Any, tmp_path: Path) -> None:
     config = {**_config(), section: {**_config()[section], key: value}}
     assert f"{section}.{key} is {value}" in refused(copy_of(tmp_path / "c", config=config))
 
@@ -267,13 +263,15 @@ def test_a_setting_that_the_model_does_not_compute_with_is_refused(
 @pytest.mark.parametrize(
     ("key", "value"), [("_attn_implementation", "none"), ("transformers_weights", "other.safetensors")]
 )
-def test_a_setting_that_the_library_refuses_is_told_with_the_checkpoint(key: str, value: str, tmp_path: Path) -> None:
+def test_setting_that_transformers_rejects_is_an_error_with_the_checkpoint(
+    key: str, value: str, tmp_path: Path
+) -> None:
     folder = copy_of(tmp_path / "c", config={**_config(), key: value})
     with pytest.raises(PipelineError, match=re.escape(f"{folder}: the checkpoint cannot be loaded: ")):
         load_encoder(folder, CPU, torch.float32)
 
 
-def test_of_several_end_tokens_the_first_is_taught(tmp_path: Path) -> None:
+def test_first_of_several_end_tokens_is_trained(tmp_path: Path) -> None:
     text = {**_config()["text_config"], "eos_token_id": [202, 2]}
     several = PromptTokenizer(copy_of(tmp_path / "c", config={**_config(), "text_config": text}), "{question}")
     one = PromptTokenizer(embedded_checkpoint(), "{question}")
@@ -282,7 +280,7 @@ def test_of_several_end_tokens_the_first_is_taught(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_that_is_not_there_is_the_librarys_default_and_fits_no_tensor(section: str, tmp_path: Path) -> None:
+def test_missing_config_section_is_an_error(section: str, tmp_path: Path) -> None:
     message = refused(copy_of(tmp_path / "c", config={key: _config()[key] for key in _config() if key != section}))
     assert "config.json requires" in message or "missing " in message
 
@@ -307,7 +305,7 @@ def test_a_section_that_is_not_there_is_the_librarys_default_and_fits_no_tensor(
         ({"processor_config": None, "preprocessor_config": "{"}, "preprocessor_config.json: not readable as JSON"),
     ],
 )
-def test_small_files_that_are_damaged_are_named(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_damaged_small_file_is_an_error_with_its_name(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = copy_of(tmp_path / "c", **files)
     if message:
         assert message in refused(folder)
@@ -335,7 +333,7 @@ def test_small_files_that_are_damaged_are_named(files: dict[str, Any], message: 
     ],
     ids=str,
 )
-def test_a_wrong_value_of_the_image_processor_is_refused_by_its_key(setting: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_image_processor_value_is_an_error_with_its_key(setting: dict[str, Any], tmp_path: Path) -> None:
     values = json.loads((embedded_checkpoint() / "processor_config.json").read_text())["image_processor"] | setting
     message = refused(copy_of(tmp_path / "c", processor_config=None, preprocessor_config=values))
     assert next(iter(setting)) in message or "size" in message
@@ -343,7 +341,7 @@ def test_a_wrong_value_of_the_image_processor_is_refused_by_its_key(setting: dic
 
 
 def in_shards(folder: Path, change: Callable[[dict[str, Any]], object] = lambda index: None) -> Path:
-    """The embedded checkpoint in a shard a half, and its index changed."""
+    """The embedded checkpoint with one shard per half and a changed index."""
     copy_of(folder, model=None)
     halves = {"e.safetensors": ENCODER_PREFIXES, "l.safetensors": LANGUAGE_MODEL_PREFIXES}
     shards = {shard: {name: one for name, one in _tensors().items() if name.startswith(half)}
@@ -373,15 +371,13 @@ def in_shards(folder: Path, change: Callable[[dict[str, Any]], object] = lambda 
         (lambda index: index["weight_map"].update({WORDS: 3}), "which is not a file of this folder"),
     ],
 )
-def test_an_index_that_does_not_hold_is_refused(
-    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
-) -> None:
+def test_invalid_index_is_an_error(change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:
     for begin in BEGINNINGS:
         begin(in_shards(tmp_path / begin.__name__))
     assert message in refused(in_shards(tmp_path / "damaged", change))
 
 
-def test_half_of_the_other_half_is_refused_but_none_of_it_is_not(tmp_path: Path) -> None:
+def test_other_half_may_be_missing_as_a_whole_only(tmp_path: Path) -> None:
     alone = with_tensors(
         tmp_path / "alone", lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith("language")]
     )
@@ -396,7 +392,7 @@ def cut(data: bytes) -> bytes:
 
 
 def overlapping(data: bytes) -> bytes:
-    """Every tensor at the beginning of the data."""
+    """All tensors at the beginning of the data."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     for name, one in header.items():
@@ -420,7 +416,7 @@ def overlapping(data: bytes) -> bytes:
         lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     ],
 )
-def test_a_weight_file_that_is_damaged_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_damaged_weight_file_is_an_error(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     folder = copy_of(tmp_path / "c", model=None)
     (folder / WEIGHTS).write_bytes(damage((embedded_checkpoint() / WEIGHTS).read_bytes()))
     message = refused(folder)
@@ -429,12 +425,12 @@ def test_a_weight_file_that_is_damaged_is_refused(damage: Callable[[bytes], byte
 
 
 @pytest.mark.parametrize("command", ["precompute", "precompute --dry-run", "train", "train --dry-run"])
-def test_the_command_says_so_in_one_error_and_leaves_nothing(
+def test_command_prints_one_error_and_writes_nothing(
     command: str, data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "vision_model.embeddings.patch_embedding.weight"
     folder = with_tensors(data_set / "checkpoint", lambda tensors: tensors.pop(name))
-    monkeypatch.setattr("pipeline.commands.precompute.scan_dataset", lambda *_: pytest.fail("the pictures were read"))
+    monkeypatch.setattr("pipeline.commands.precompute.scan_dataset", lambda *_: pytest.fail("images were read"))
     config = write_config(data_set, model={"checkpoint": str(folder)})
     stage, *words = command.split()
     done = CliRunner().invoke(main, [stage, str(config), *words])
@@ -444,8 +440,8 @@ def test_the_command_says_so_in_one_error_and_leaves_nothing(
     assert not (data_set / "runs").exists()
 
 
-def test_a_merge_unties_what_the_checkpoint_has_twice(tmp_path: Path) -> None:
-    """Of two different weights where the config says one, plain `from_pretrained` takes both."""
+def test_merge_unties_weights_that_differ(tmp_path: Path) -> None:
+    """`from_pretrained` loads both of two different tied weights."""
     from pipeline.blip2.merge import write_merged
 
     folder = with_tensors(tmp_path / "both", lambda tensors: tensors.update({HEAD: 2 * tensors[WORDS]}))

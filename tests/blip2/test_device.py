@@ -1,4 +1,4 @@
-"""Which device a process computes on, among several GPUs that this machine does not have."""
+"""Selection of the device, on simulated GPUs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "compute_90"]
 
 
 class Gpus:
-    """What torch.cuda says of some GPUs, and what it is told."""
+    """A simulation of torch.cuda."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]]) -> None:
         self.current = 0
@@ -44,10 +44,10 @@ class Gpus:
 
 
 @pytest.mark.parametrize(("local_rank", "count", "index"), [("0", 2, 0), ("1", 2, 1), ("3", 4, 3), ("3", 1, 0)])
-def test_each_process_has_its_gpu_and_makes_it_the_current_one(
+def test_rank_uses_its_gpu_as_the_current_device(
     monkeypatch: pytest.MonkeyPatch, local_rank: str, count: int, index: int
 ) -> None:
-    """The last: CUDA_VISIBLE_DEVICES shows each process a GPU of its own."""
+    """In the last case, CUDA_VISIBLE_DEVICES gives each rank a single GPU."""
     gpus = Gpus(monkeypatch, [AMPERE] * count)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert pick_device() == torch.device("cuda", index)
@@ -71,13 +71,15 @@ def test_each_process_has_its_gpu_and_makes_it_the_current_one(
         ((10, 3), ["sm_100a"], False),
     ],
 )
-def test_a_build_of_torch_runs_where_its_code_does(capability: tuple[int, int], built: list[str], runs: bool) -> None:
+def test_architectures_of_a_build_decide_where_it_runs(
+    capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
     assert _is_supported(capability, built) == runs
 
 
-def test_a_gpu_that_torch_holds_no_code_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = Gpus(monkeypatch, [AMPERE, PASCAL])
-    assert pick_device().index == 0, "another GPU does not matter"
+    assert pick_device().index == 0, "other GPUs are not checked"
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(PipelineError, match=r"cuda:1 \(GPU number 1\) has compute capability 6\.1, .*sm_75.* only\. .*"
                                             r"CUDA_VISIBLE_DEVICES="):  # fmt: skip
@@ -87,14 +89,14 @@ def test_a_gpu_that_torch_holds_no_code_for_is_refused(monkeypatch: pytest.Monke
     assert pick_device().index == 1
 
 
-def test_accelerate_may_be_told_to_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_can_force_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpus(monkeypatch, [AMPERE])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert pick_device().type == "cpu"
 
 
 class Others:
-    """A team whose other processes report `reports`."""
+    """A context whose ranks report `reports`."""
 
     def __init__(self, *reports: tuple[str | None, str]) -> None:
         self.reports = reports
@@ -103,7 +105,7 @@ class Others:
         return [report, *self.reports]
 
 
-def test_processes_on_one_gpu_do_not_train_together_and_are_told_in_stage_one(
+def test_ranks_sharing_a_gpu_are_an_error_in_training_and_logged_in_stage_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Gpus(monkeypatch, [AMPERE])
@@ -115,13 +117,13 @@ def test_processes_on_one_gpu_do_not_train_together_and_are_told_in_stage_one(
     assert "ranks 0 and 1 use the same GPU" in capsys.readouterr().err
 
 
-def test_processes_that_would_train_in_different_number_formats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_with_different_dtypes_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpus(monkeypatch, [AMPERE])
     with pytest.raises(PipelineError, match=r"compute_dtype=auto is bfloat16, float16 on ranks 0 to 1"):
         check_devices(Others(("uuid-1", "float16")), "auto")  # type: ignore[arg-type]
     check_devices(Others(("uuid-1", "float16")), "float16")  # type: ignore[arg-type]
 
 
-def test_processes_on_a_cpu_share_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_on_a_cpu_do_not_count_as_sharing(capsys: pytest.CaptureFixture[str]) -> None:
     check_devices(Others((None, "float32"), (None, "float32")), "float32")  # type: ignore[arg-type]
     assert not capsys.readouterr().err

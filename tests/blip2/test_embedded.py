@@ -1,4 +1,4 @@
-"""The checkpoint inside the package, and the script that makes it."""
+"""The embedded checkpoint and the script that creates it."""
 
 import random
 from pathlib import Path
@@ -14,12 +14,12 @@ from pipeline.blip2.embedded.scenes import COLOR_NAMES, SHAPES, draw_scene, sent
 SCENES = 300
 
 
-def test_it_is_small_and_safe(checkpoint: Path) -> None:
+def test_checkpoint_is_small_and_in_safetensors(checkpoint: Path) -> None:
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 8_000_000
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors", ".md"}
 
 
-def test_its_tokenizer_is_the_scripts_with_opts_special_tokens(checkpoint: Path) -> None:
+def test_tokenizer_is_that_of_the_script_with_special_tokens_of_opt(checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     made = make_tokenizer(0)
     assert tokenizer.get_vocab() == made.get_vocab()
@@ -33,8 +33,8 @@ def test_its_tokenizer_is_the_scripts_with_opts_special_tokens(checkpoint: Path)
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_plain_transformers_describes_a_scene_with_it(checkpoint: Path) -> None:
-    """What it was pretrained for, on scenes that it has not seen."""
+def test_plain_transformers_describes_a_scene(checkpoint: Path) -> None:
+    """The task of the pretraining, on held-out scenes."""
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
     rng = random.Random("unseen")
@@ -48,7 +48,7 @@ def test_plain_transformers_describes_a_scene_with_it(checkpoint: Path) -> None:
     assert sum(named) >= 0.8 * len(scenes)
 
 
-def test_scenes_are_seeded_and_their_sentences_true() -> None:
+def test_scenes_are_seeded_and_sentences_are_true() -> None:
     for seed in range(SCENES):
         scene, again = draw_scene(random.Random(seed)), draw_scene(random.Random(seed))
         assert np.array_equal(scene.pixels, again.pixels)
@@ -65,7 +65,7 @@ def test_scenes_are_seeded_and_their_sentences_true() -> None:
             assert continuation == (" true" if holds != noun.startswith("no ") else " false")
 
 
-def test_the_script_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
+def test_script_writes_a_loadable_checkpoint(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [str(tmp_path / "made"), "--vision-steps=2", "--language-steps=2"])
     assert done.exit_code == 0, done.output
     model = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "made")

@@ -1,4 +1,4 @@
-"""What `lora:` names is what is trained, saved, and adapted on the full model by plain PEFT; else it is refused."""
+"""The modules named in `lora` are trained, saved, and adapted on the full model by plain PEFT."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from data_set import SAVES_LORA_ONLY
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from plain_model import wake_lora
+from plain_model import make_lora_nonzero
 from safetensors.torch import load_file
 from transformers import Blip2ForConditionalGeneration
 
@@ -34,7 +34,7 @@ EVERY = {f"{DECODER}layers.{layer}.{kind}" for layer in range(4) for kind in KIN
 
 @pytest.fixture(scope="module")
 def half(checkpoint: Path) -> Blip2LanguageHalf:
-    """Shared: what a test puts on it, it takes off again."""
+    """Shared: a test must remove the adapter that it adds."""
     return load_language_half(checkpoint, CPU, torch.float32, bits=None)
 
 
@@ -58,7 +58,7 @@ def adapted(model: torch.nn.Module) -> set[str]:
         (("all_linear",), "did you mean all-linear?"),
     ],
 )
-def test_a_name_that_no_linear_layer_has_is_refused(
+def test_name_without_a_linear_layer_is_an_error(
     half: Blip2LanguageHalf, targets: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -69,7 +69,7 @@ def test_a_name_that_no_linear_layer_has_is_refused(
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["train", "dry run"])
-def test_it_is_refused_as_wrong_usage_before_anything_is_loaded(
+def test_invalid_target_is_a_usage_error_before_loading(
     cached: Config, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.commands.train.load_base", lambda *_: pytest.fail("the model was loaded"))
@@ -82,7 +82,7 @@ def test_it_is_refused_as_wrong_usage_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("text", ["all-linear", "[all-linear]", "[all-linear, q_proj]"])
-def test_all_linear_is_written_alone_or_in_a_list(cached: Config, tmp_path: Path, text: str) -> None:
+def test_all_linear_may_be_a_string_or_in_a_list(cached: Config, tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(cached.to_yaml())
     config = load_config(tmp_path / "config.yaml", (f"lora.target_modules={text}",))
     assert config.lora.target_modules[0] == "all-linear"
@@ -105,14 +105,14 @@ def test_all_linear_is_written_alone_or_in_a_list(cached: Config, tmp_path: Path
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
 @pytest.mark.parametrize("bias", ["none", LORA_ONLY])
-def test_plain_peft_adapts_on_the_full_model_what_was_trained(
+def test_plain_peft_adapts_the_same_layers_on_the_full_model(
     half: Blip2LanguageHalf, checkpoint: Path, targets: tuple[str, ...], expected: set[str], bias: str, tmp_path: Path
 ) -> None:
-    """The vision model has layers `fc1` and `fc2` too; trained biases come along."""
+    """The vision model has layers `fc1` and `fc2` too. Trained biases are included."""
     before = {name: weight.clone() for name, weight in half.state_dict().items()}
     model = add_lora(half, 4, 8, 0.0, targets, bias)
     try:
-        wake_lora(model)
+        make_lora_nonzero(model)
         save_adapter(model, tmp_path / "adapter")
         found = {name.removeprefix("base_model.model.") for name in adapted(model)}
         ids = torch.tensor([[2, 7, 8, 9]])
@@ -187,7 +187,9 @@ def builder(cached: Config) -> SequenceBuilder:
 
 
 @SAVES_LORA_ONLY
-def test_a_training_of_biases_in_half_precision_goes_on_as_if_never_stopped(cached: Config, tmp_path: Path) -> None:
+def test_resumed_training_of_biases_in_half_precision_equals_an_uninterrupted_one(
+    cached: Config, tmp_path: Path
+) -> None:
     lora = cached.lora.model_copy(update={"target_modules": ("all-linear",), "bias": "lora_only", "r": 2})
     config = cached.model_copy(
         update={
@@ -212,8 +214,8 @@ def test_a_training_of_biases_in_half_precision_goes_on_as_if_never_stopped(cach
 
 
 @SAVES_LORA_ONLY
-def test_a_peft_that_forgets_the_biases_is_refused(half: Blip2LanguageHalf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As releases before 0.21 do with `lora_only`."""
+def test_peft_that_omits_biases_is_an_error(half: Blip2LanguageHalf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases before 0.21 omit those of `lora_only`."""
     import pipeline.blip2.lora
 
     saved = pipeline.blip2.lora.get_peft_model_state_dict

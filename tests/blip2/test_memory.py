@@ -1,4 +1,4 @@
-"""Memory: what a step keeps, what is free, and that a forecast comes true."""
+"""Memory: activations, free memory, peaks, and the estimate of a training."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ from pipeline.training.trainer import max_tokens_that_fit
 CPU = torch.device("cpu")
 
 
-def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights() -> None:
+def test_activations_are_counted_once_and_without_weights() -> None:
     layer, inputs = nn.Linear(8, 8), torch.zeros(4, 8)
     with ActivationMemoryCounter(layer.parameters()) as saved:
         layer(inputs).sin().cos()
@@ -39,20 +39,20 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights(
 
 
 @pytest.mark.parametrize("free", [10**3, 10**8, 10**9, 1_010_000_000, 10**13])
-def test_micro_batches_take_their_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+def test_micro_batches_use_a_fraction_of_free_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr("pipeline.training.trainer.free_memory_bytes", lambda device: free)
     nodes = max_tokens_that_fit(3e6, CPU)
     assert nodes == {10**3: 1, 10**8: 20, 10**9: 192, 1_010_000_000: 192, 10**13: 640}[free]
 
 
-def test_processes_on_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.training.trainer.free_memory_bytes", lambda device: 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert max_tokens_that_fit(3e6, CPU) == 48
     assert max_tokens_that_fit(3e6, torch.device("cuda", 1)) == 192, "each has a GPU of its own"
 
 
-def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     without = free_memory_bytes(CPU)
     (tmp_path / "memory.max").write_text("3000\n")
@@ -62,7 +62,7 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert free_memory_bytes(CPU) == pytest.approx(without, rel=0.2)
 
 
-def test_the_peak_is_that_since_it_was_reset() -> None:
+def test_peak_is_measured_since_the_reset() -> None:
     reset_peak(CPU)
     before = peak_bytes(CPU)
     torch.ones(1 << 26)
@@ -71,7 +71,7 @@ def test_the_peak_is_that_since_it_was_reset() -> None:
     assert peak_bytes(CPU) < before + (1 << 27)
 
 
-def test_out_of_memory_is_known_on_a_cpu_too() -> None:
+def test_out_of_memory_on_a_cpu_is_detected() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60)
     assert is_out_of_memory(error.value)
@@ -95,7 +95,7 @@ def test_out_of_memory_is_known_on_a_cpu_too() -> None:
     ],
     ids=lambda error: str(error)[:40],
 )
-def test_out_of_memory_has_many_words(error: Exception) -> None:
+def test_messages_of_out_of_memory_are_detected(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
@@ -112,11 +112,11 @@ def test_out_of_memory_has_many_words(error: Exception) -> None:
     ],
     ids=str,
 )
-def test_what_else_is_told_of_memory_is_no_lack_of_it(error: Exception) -> None:
+def test_other_errors_about_memory_are_not_out_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
 
 
-def test_what_does_not_fit_is_computed_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_that_do_not_fit_are_split(capsys: pytest.CaptureFixture[str]) -> None:
     def compute(numbers: Sequence[int]) -> list[int]:
         if len(numbers) > limit:
             raise MemoryError
@@ -137,7 +137,7 @@ def _raise(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_forecast_counts_what_the_model_keeps(cached: Config, dtype: str) -> None:
+def test_estimate_equals_the_measured_activations(cached: Config, dtype: str) -> None:
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"compute_dtype": dtype})})
     sequences = open_split(config, "train").for_training(range(30))
     foretold = _saved_bytes(_without_storage(config, getattr(torch, dtype)), sequences)
@@ -148,7 +148,7 @@ def test_the_forecast_counts_what_the_model_keeps(cached: Config, dtype: str) ->
     assert foretold == pytest.approx(saved.bytes, rel=0.02)
 
 
-def test_the_forecast_knows_the_size_of_the_weights(cached: Config) -> None:
+def test_estimate_equals_the_size_of_the_weights(cached: Config) -> None:
     model = load_base(cached)
     loaded = sum(weight.nbytes for weight in model.parameters())
     scales = sum(
@@ -161,7 +161,7 @@ def test_the_forecast_knows_the_size_of_the_weights(cached: Config) -> None:
     assert foretold == pytest.approx(loaded + scales, rel=0.01)
 
 
-def test_a_dry_run_begins_nothing(cached: Config, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(cached: Config, tmp_path: Path) -> None:
     train = cached.train.model_copy(update={"output_dir": tmp_path / "runs", "batch_size": 20, "micro_batch": 5})
     told = estimate_training(cached.model_copy(update={"train": train}))
     assert (told["questions"], told["steps"]) == (54, 4)
@@ -171,7 +171,7 @@ def test_a_dry_run_begins_nothing(cached: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_forecast_comes_true_within_15_percent() -> None:
+def test_estimate_is_within_15_percent() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "stage_two_memory.py"
     done = subprocess.run([sys.executable, script, "--size", "opt-350m"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

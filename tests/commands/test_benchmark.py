@@ -1,4 +1,4 @@
-"""`pipe benchmark` on the smallest size, and the count of operations that it is judged against."""
+"""`pipe benchmark` on the smallest size, and the operations that it counts."""
 
 import json
 from pathlib import Path
@@ -8,39 +8,40 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from pipeline.batches.random_questions import make_questions, sequences_of
 from pipeline.blip2.random_checkpoint import config_of
 from pipeline.cli import main
-from pipeline.commands.benchmark import count_operations, make_questions, sequences_of
+from pipeline.commands.benchmark import count_operations
 
 BIG = "blip2-opt-2.7b"
 
 
-def test_the_questions_are_distributed_like_vqav2s() -> None:
-    asked = make_questions(20_000, config_of(BIG))
-    assert len(asked) / len({one.image for one in asked}) == pytest.approx(5.36, rel=0.02)
-    assert np.mean([len(one.prompt) for one in asked]) == pytest.approx(5 + 7.2, rel=0.02)
-    assert np.mean([len(one.target) for one in asked]) == pytest.approx(2.4, rel=0.02)
+def test_questions_have_the_statistics_of_vqav2() -> None:
+    questions = make_questions(20_000, config_of(BIG))
+    assert len(questions) / len({one.image for one in questions}) == pytest.approx(5.36, rel=0.02)
+    assert np.mean([len(one.prompt) for one in questions]) == pytest.approx(5 + 7.2, rel=0.02)
+    assert np.mean([len(one.target) for one in questions]) == pytest.approx(2.4, rel=0.02)
     assert make_questions(20, config_of(BIG)) == make_questions(20, config_of(BIG))
 
 
-def test_operations_are_those_of_the_weights() -> None:
-    """2 a weight and token, and as many again for the gradient of the input, which the first layer has no use for."""
+def test_operations_are_four_per_weight_and_token() -> None:
+    """Two in the forward pass, and two for the gradient of the input, which the first layer does not need."""
     config = config_of(BIG)
-    asked = make_questions(16, config)
-    counted = count_operations(asked, config)
+    questions = make_questions(16, config)
+    counted = count_operations(questions, config)
     linear = 32 * (4 * 2560**2 + 2 * 2560 * 10240)
-    nodes = sum(one.num_tokens for one in sequences_of(asked, config, share=True))
-    labels = sum(len(one.target) for one in asked)
-    assert counted["shared"] == pytest.approx(4 * (nodes * linear + labels * 2560 * 50304), rel=0.04)
+    num_tokens = sum(one.num_tokens for one in sequences_of(questions, config, share=True))
+    labels = sum(len(one.target) for one in questions)
+    assert counted["shared"] == pytest.approx(4 * (num_tokens * linear + labels * 2560 * 50304), rel=0.04)
     assert counted["plain"] > 4.5 * counted["shared"]
     assert counted["unshared"] > 2 * counted["shared"]
 
 
 @pytest.mark.slow
-def test_the_benchmark_tells_rates_ratios_and_peaks(tmp_path: Path) -> None:
+def test_benchmark_reports_rates_ratios_and_peaks(tmp_path: Path) -> None:
     plot = tmp_path / "plot.svg"
-    words = ["benchmark", "--size", "tiny", "--questions", "8", "--turns", "1", "--plot", str(plot), "--json"]
-    done = CliRunner().invoke(main, words)
+    arguments = ["benchmark", "--size", "tiny", "--questions", "8", "--turns", "1", "--plot", str(plot), "--json"]
+    done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     rates = summary["questions_per_second"]

@@ -19,7 +19,7 @@ from data_set import SAVES_LORA_ONLY, write_config, write_data_set
 from peft import PeftModel
 from PIL import Image
 from plain_answers import assert_equal_but_for_ties, plain_answers
-from plain_model import examples_of, load_full, load_processor, trainable, wake_lora
+from plain_model import examples_of, load_full, load_processor, make_lora_nonzero, trainable
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
@@ -64,7 +64,7 @@ def untrained(run: Run, bits: int | None, targets: tuple[str, ...], bias: str, f
     other = Run(folder)
     other.start(load_config(run.config, (f"quantization.bits={bits or 'null'}",)))
     model = add_lora(load_base(load_config(other.config)), 4, 8, 0.0, targets, bias)
-    wake_lora(model)
+    make_lora_nonzero(model)
     save_adapter(model, other.adapter)
     return other
 
@@ -166,7 +166,7 @@ def test_an_adapter_on_one_of_two_tied_weights_unties_them(run: Run, tmp_path: P
 
 def test_a_large_model_is_written_in_shards(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_one = export(run, tmp_path / "one", merge=True)
-    monkeypatch.setattr("pipeline.blip2.merge.SHARD_BYTES", 500_000)
+    monkeypatch.setattr("pipeline.blip2.merge.MAX_SHARD_BYTES", 500_000)
     assert export(run, tmp_path / "merged", merge=True)["differences"] == in_one["differences"]
     index = json.loads((tmp_path / "merged" / INDEX).read_text())
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
@@ -255,7 +255,7 @@ def test_half_an_export_leaves_nothing(
         if len(written) == 2:
             raise error
 
-    monkeypatch.setattr("pipeline.blip2.merge.SHARD_BYTES", 500_000)
+    monkeypatch.setattr("pipeline.blip2.merge.MAX_SHARD_BYTES", 500_000)
     monkeypatch.setattr("pipeline.blip2.merge.save_file", save_some)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         export(run, tmp_path / "merged", merge=True)
@@ -267,7 +267,7 @@ def test_a_killed_export_leaves_no_destination(run: Run, tmp_path: Path) -> None
     code = (
         "import os, sys; from pathlib import Path; import pipeline.blip2.merge;"
         "from pipeline.commands.export import export;"
-        "from pipeline.runs.run import Run; pipeline.blip2.merge.SHARD_BYTES = 500_000;"
+        "from pipeline.runs.run import Run; pipeline.blip2.merge.MAX_SHARD_BYTES = 500_000;"
         "save = pipeline.blip2.merge.save_file;"
         "pipeline.blip2.merge.save_file = lambda t, path, **how: save(t, path, **how) "
         "if '00001' in path.name else os.kill(os.getpid(), 9);"
@@ -368,9 +368,9 @@ def _failures() -> dict[str, tuple[Exception, str]]:
         return error
 
     return {
-        "no token": (answered(401), "no valid token; `hf auth login`"),
-        "no right": (answered(403), "the token has no right to write to me/adapter"),
-        "hub is down": (answered(503), "the hub answers 503 (503 Client Error)"),
+        "no token": (answered(401), "no valid token; run `hf auth login`"),
+        "no right": (answered(403), "the token has no write access to me/adapter"),
+        "hub is down": (answered(503), "the hub returned status 503 (503 Client Error)"),
         "no network": (ConnectionError("Connection refused"), "no connection (Connection refused); check the network"),
         "not local": (LocalEntryNotFoundError("nothing"), "no connection (nothing)"),
         "offline": (OfflineModeIsEnabled("offline mode is enabled."), "no connection (offline mode is enabled)"),
@@ -392,8 +392,8 @@ def test_a_push_that_fails_is_told_in_a_line_and_loses_nothing(
     done = pipe("export", run.path, tmp_path / "dest", "--push", "me/adapter")
     assert done.exit_code == 1
     told = done.stderr.splitlines()
-    assert told[-1].startswith(f"pipe: {tmp_path}/dest is whole, but not on the hub: {message}")
-    assert told[-1].endswith(f"Then: hf upload me/adapter {tmp_path}/dest")
+    assert told[-1].startswith(f"pipe: {tmp_path}/dest is complete, but was not uploaded: {message}")
+    assert told[-1].endswith(f"Then run: hf upload me/adapter {tmp_path}/dest")
     assert (tmp_path / "dest" / "adapter_model.safetensors").is_file()
 
 
@@ -407,6 +407,6 @@ def test_without_a_network_a_push_is_told(run: Run, tmp_path: Path, monkeypatch:
 
 
 def test_a_repository_that_none_can_be_called_is_refused_first(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--push 'a/b/c' is not the name of a repository"):
+    with pytest.raises(ConfigError, match="--push 'a/b/c' is not a valid repository name"):
         export(run, tmp_path / "dest", repo="a/b/c")
     assert list(tmp_path.iterdir()) == []

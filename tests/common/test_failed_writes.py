@@ -1,6 +1,6 @@
-"""A disk that refuses any one write of a stage: the error says what to do, nothing half written is left, and it works.
+"""A failed write in any stage: the error names the remedy, no partial file is left, and a rerun succeeds.
 
-Which write it is, is counted: files opened for writing, folders made, renames, and the writes of torch and safetensors.
+Writes are counted: files opened for writing, folders created, renames, and the writes of torch and safetensors.
 """
 
 import errno
@@ -36,7 +36,7 @@ SOME, MANY = 5, 20
 
 
 class Disk:
-    """Counts the writes below `folder`, and refuses those from number `refused` on."""
+    """Counts the writes below `folder` and fails them from number `refused` on."""
 
     def __init__(self, folder: Path, refused: int = 0) -> None:
         self.folder, self.refused, self.writes = str(folder), refused, 0
@@ -55,7 +55,7 @@ _disk: Disk | None = None
 
 
 def _watch(event: str, words: tuple[Any, ...]) -> None:
-    """An audit hook: it cannot be taken away again."""
+    """Audit hook; Python cannot remove it."""
     if _disk is None:
         return
     if event == "open" and isinstance(words[0], str | Path):
@@ -90,8 +90,8 @@ def _safetensors_save(save: Callable[..., object]) -> Callable[..., object]:
             try:
                 _disk.take(path, _half_written(path))
             except OSError as error:
-                told = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
-                raise SafetensorError(told) from None
+                message = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+                raise SafetensorError(message) from None
         return save(tensors, path, *how, **more)
 
     return saving
@@ -125,7 +125,7 @@ def refusing(folder: Path, refused: int = 0) -> Iterator[Disk]:
 
 
 def refused_writes(folder: Path, work: Callable[[], object], samples: int) -> Iterator[int]:
-    """The numbers of so many writes of `work`, evenly spread, or of all; `work` is done once to count them."""
+    """Evenly spread numbers of the writes of `work`, which is run once to count them."""
     with refusing(folder) as disk:
         work()
     assert disk.writes >= SOME
@@ -151,16 +151,16 @@ def config(cached: Config) -> Config:
 
 
 @MOMENTS
-def test_training(config: Config, tmp_path: Path, samples: int) -> None:
+def test_training_survives_a_failed_write(config: Config, tmp_path: Path, samples: int) -> None:
     load, wanted = _LoadOnce(), Run(tmp_path / "whole")
     for refused in refused_writes(tmp_path, lambda: train(config, wanted, load=load), samples):
         run = Run(tmp_path / "runs" / str(refused))
-        with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as told:
+        with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as raised:
             train(config, run, load=load)
         load.forget()
         assert half_written(tmp_path / "runs") == [], f"after write {refused}"
-        resume = f"pipe train {run.path} --resume" in str(told.value)
-        assert resume or not run.path.exists(), f"after write {refused}: {told.value}"
+        resume = f"pipe train {run.path} --resume" in str(raised.value)
+        assert resume or not run.path.exists(), f"after write {refused}: {raised.value}"
         train(config, run, resume, load)
         assert files_of(run.adapter) == files_of(wanted.adapter), f"after write {refused}"
 
@@ -175,7 +175,7 @@ def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @MOMENTS
 @pytest.mark.parametrize("stage", ["evaluate", "export", "report"])
-def test_a_stage_on_a_run(trained: Run, tmp_path: Path, stage: str, samples: int) -> None:
+def test_stage_survives_a_failed_write(trained: Run, tmp_path: Path, stage: str, samples: int) -> None:
     run = Run(tmp_path / "run")
     shutil.copytree(trained.path, run.path)
 
@@ -196,7 +196,7 @@ def test_a_stage_on_a_run(trained: Run, tmp_path: Path, stage: str, samples: int
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_file_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_file_is_unchanged_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     path = tmp_path / "file"
     write_text(path, "first")
     append_line(path, "")
@@ -220,7 +220,7 @@ def replace_and_fail(folder: Path) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_folder_is_replaced_atomically(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for content in (b"first", b"second"):
         with replacing_folder(folder) as partial:
@@ -231,7 +231,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_cannot_be_replaced_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, rename = tmp_path / "folder", Path.rename
     for stays in ("folder", "folder.old"):  # the disk refuses one rename, or that back to the old name as well
         with replacing_folder(folder) as partial:
@@ -255,7 +255,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_what_takes_no_file_is_known_before(tmp_path: Path) -> None:
+def test_unwritable_folder_is_detected_in_advance(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WriteError, match="Not a directory"):
         require_writable(tmp_path / "file" / "deeper")
@@ -264,7 +264,7 @@ def test_what_takes_no_file_is_known_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["evaluate", "report", "export", "train"])
-def test_a_stage_asks_before_it_loads_a_model(
+def test_stage_checks_its_output_before_loading_a_model(
     trained: Run, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -284,8 +284,8 @@ def test_a_stage_asks_before_it_loads_a_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_a_disk_that_is_full(trained: Run, config: Config, tmp_path: Path) -> None:
-    """The real errors of the system, torch and safetensors, with less and less room."""
+def test_full_disk(trained: Run, config: Config, tmp_path: Path) -> None:
+    """Real errors of the system, torch and safetensors, on a disk with less and less space."""
     try:
         mounts = Mounts(tmp_path)
     except OSError as error:
@@ -302,17 +302,17 @@ def test_on_a_disk_that_is_full(trained: Run, config: Config, tmp_path: Path) ->
         with (disk / "filler").open("wb") as file:
             free = os.statvfs(disk)
             os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - room * 1024)
-        told = pipe(logs, *words).error()
-        assert "No space left on device. Make room on the disk, then " in told
+        stderr = pipe(logs, *words).error()
+        assert "No space left on device. Free space on the disk, then " in stderr
         assert half_written(disk) == []
         (disk / "filler").unlink()
-        again = ("train", disk / "runs" / f"run-{room}", "--resume") if "--resume" in told else words
+        again = ("train", disk / "runs" / f"run-{room}", "--resume") if "--resume" in stderr else words
         assert pipe(logs, *again).status == 0
         shutil.rmtree(disk / "runs")
     mounts.close()
 
 
-def test_a_folder_whose_name_is_no_utf_8(trained: Run, cached: Config, tmp_path: Path) -> None:
+def test_folder_name_that_is_not_utf_8_is_an_error(trained: Run, cached: Config, tmp_path: Path) -> None:
     run = Run(tmp_path / os.fsdecode(b"gr\xfcn"))
     work: list[Callable[[], object]] = [
         lambda: train(cached, run),
@@ -320,7 +320,7 @@ def test_a_folder_whose_name_is_no_utf_8(trained: Run, cached: Config, tmp_path:
         lambda: export(trained, run.path),
     ]
     for one in work:
-        with pytest.raises(PipelineError, match="its path is not UTF-8, and safetensors takes no other; rename it"):
+        with pytest.raises(PipelineError, match="its path is not UTF-8, which safetensors requires; rename it"):
             one()
     write_text(run.path.with_name("file"), json.dumps(str(run.path), ensure_ascii=False))
     assert json.loads(run.path.with_name("file").read_text(encoding="utf-8")) == str(run.path)

@@ -1,4 +1,4 @@
-"""A remembered digest is used while the files are as they were, and never after."""
+"""A cached fingerprint is used until a file changes."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.common import fingerprint_cache as remembered
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint of its own that seems to be old, and an empty memory."""
+    """A copy of the checkpoint that appears old, and an empty cache of fingerprints."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memory"))
     monkeypatch.setattr(remembered, "RACY_SECONDS", 0)
     folder = tmp_path / "checkpoint"
@@ -24,20 +24,20 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def count_readings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Path]]:
-    """What the tensors were read of, at each time."""
+    """Record the files whose tensors are read."""
     read: list[dict[str, Path]] = []
     real = checkpoint._fingerprint
     monkeypatch.setattr(checkpoint, "_fingerprint", lambda files: (read.append(files), real(files))[1])
     return read
 
 
-def test_the_tensors_are_read_once(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_read_once(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = count_readings(monkeypatch)
     assert fingerprint(weights, ENCODER_PREFIXES) == fingerprint(weights, ENCODER_PREFIXES)
     assert len(readings) == 1
 
 
-def test_a_changed_tensor_is_noticed_though_size_and_time_are_the_same(weights: Path) -> None:
+def test_changed_tensor_is_detected_with_the_same_size_and_time(weights: Path) -> None:
     before = fingerprint(weights, ENCODER_PREFIXES)
     path = weights / "model.safetensors"
     found = path.stat()
@@ -50,7 +50,7 @@ def test_a_changed_tensor_is_noticed_though_size_and_time_are_the_same(weights: 
     assert fingerprint(weights, ENCODER_PREFIXES) != before
 
 
-def test_nothing_is_remembered_of_a_file_changed_a_moment_ago(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_of_a_recently_changed_file_is_not_cached(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "RACY_SECONDS", 3600)
     readings = count_readings(monkeypatch)
     fingerprint(weights, ENCODER_PREFIXES)
@@ -58,12 +58,12 @@ def test_nothing_is_remembered_of_a_file_changed_a_moment_ago(weights: Path, mon
     assert len(readings) == 2
 
 
-def test_without_a_home_there_is_no_memory(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_cached_without_a_home_folder(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory")))
     assert fingerprint(weights, ENCODER_PREFIXES) == fingerprint(weights, ENCODER_PREFIXES)
 
 
-def test_a_memory_that_cannot_be_written_is_done_without(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_of_fingerprints_is_ignored(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
     assert fingerprint(weights, ENCODER_PREFIXES) == fingerprint(embedded_checkpoint(), ENCODER_PREFIXES)

@@ -1,9 +1,8 @@
-"""Answers of plain transformers, and whether others differ from them only where rounding decides.
+"""Predictions of plain transformers, and a comparison that allows for ties.
 
-Two programs that compute the same function may say different things where two tokens are equally probable but for
-rounding, which every processor does in its own way. So a different answer is accepted only where the plain model
-itself hardly prefers its own, by less than the two programs' numbers can differ; how many such ties there are is
-nobody's fault. Everything else must be equal.
+Two programs that compute the same function may predict different tokens if two tokens are equally probable up to
+rounding, which depends on the processor. A different prediction is therefore accepted only if the plain model prefers
+its own by less than the two programs can differ. All other predictions must be equal.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,30 +22,30 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class PlainAnswer:
-    """What the full model says to one question, and how much it prefers that."""
+    """Prediction of the full model for one question, with its scores."""
 
     text: str
     tokens: list[int]
     logits: Tensor
-    """(T, vocabulary), before each of the tokens; empty for beam search."""
+    """(T, vocabulary) for each token; empty for beam search."""
     beams: dict[str, float]
-    """The text of every beam at the end and its score; empty for greedy search."""
+    """Final text and score of every beam; empty for greedy search."""
 
     def preference(self, other: str, tokenizer: PromptTokenizer) -> float:
-        """How much the model prefers its answer to `other`: in logits where they part, or in a beam's score."""
+        """Return the margin to `other`: of logits at the first different token, or of beam scores."""
         if self.beams:
             return self.beams[self.text] - self.beams.get(other, float("-inf"))
-        said = tokenizer.targets([other])[0]
-        place = next((n for n, pair in enumerate(zip(self.tokens, said, strict=False)) if len(set(pair)) > 1), None)
+        tokens = tokenizer.targets([other])[0]
+        place = next((n for n, pair in enumerate(zip(self.tokens, tokens, strict=False)) if len(set(pair)) > 1), None)
         if place is None:
             return float("inf")
-        return float(self.logits[place, self.tokens[place]] - self.logits[place, said[place]])
+        return float(self.logits[place, self.tokens[place]] - self.logits[place, tokens[place]])
 
 
 def plain_answers(
     model: PreTrainedModel, processor: Any, examples: Sequence[VQAExample], **settings: Any
 ) -> Iterator[PlainAnswer]:
-    """The recipe's way: pictures and prompts through the processor, `generate` on the full model."""
+    """Predict as the recipe does: images and prompts through the processor, `generate` on the full model."""
     beams = settings.get("num_beams", 1)
     for start in range(0, len(examples), BATCH):
         some = examples[start : start + BATCH]
@@ -65,7 +64,7 @@ def plain_answers(
             output_scores=True,
             **{"max_new_tokens": 10, **settings},
         )
-        new = found.sequences[:, inputs["input_ids"].shape[1] :]  # the full model gives the prompt back too
+        new = found.sequences[:, inputs["input_ids"].shape[1] :]  # the full model returns the prompt too
         texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         for place in range(0, len(new), beams):
             logits = torch.stack([step[place] for step in found.logits]).float() if beams == 1 else torch.empty(0)
@@ -77,10 +76,9 @@ def plain_answers(
 def assert_equal_but_for_ties(
     answers: Sequence[str], plain: Sequence[PlainAnswer], tokenizer: PromptTokenizer, apart: float
 ) -> None:
-    """Of logits that are `apart` from each other at most, a preference, which is of two, may be off by twice that.
+    """Assert that the predictions are equal except for ties.
 
-    Raises:
-        AssertionError: an answer differs that the plain model clearly prefers another to.
+    If logits differ by at most `apart`, the margin of two logits differs by at most twice that.
     """
     assert len(answers) == len(plain)
     for answer, one in zip(answers, plain, strict=True):

@@ -1,4 +1,4 @@
-"""The full model as plain transformers loads and trains it."""
+"""The full model, loaded and trained by plain transformers."""
 
 from pathlib import Path
 
@@ -39,8 +39,8 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def wake_lora(model: torch.nn.Module, seed: int = 0) -> None:
-    """B starts at zero, and with it the gradient of A: give both some weight, the same for every model."""
+def make_lora_nonzero(model: torch.nn.Module, seed: int = 0) -> None:
+    """Set A and B to random values, the same for every model: with B at zero, the gradient of A is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in trainable(model).values():

@@ -1,6 +1,6 @@
-"""The cached, split pipeline computes what the plain end-to-end recipe computes.
+"""The cached, split pipeline computes the same as the plain end-to-end recipe.
 
-The plain side uses transformers and PEFT alone: the full `Blip2ForConditionalGeneration`, its processor, pictures.
+The plain side uses transformers and PEFT alone: the full `Blip2ForConditionalGeneration`, its processor, and images.
 """
 
 import json
@@ -14,7 +14,7 @@ from data_set import write_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from plain_answers import assert_equal_but_for_ties, plain_answers
-from plain_model import examples_of, load_full, load_processor, trainable, wake_lora
+from plain_model import examples_of, load_full, load_processor, make_lora_nonzero, trainable
 from rounding import relative_difference
 from transformers import AutoProcessor, get_scheduler
 
@@ -33,13 +33,13 @@ from pipeline.data.examples import VQAExample
 from pipeline.data.vqa import read_examples
 from pipeline.runs.run import Run
 
-IGNORED = -100  # a label that the plain recipe does not train
+IGNORED = -100  # label without loss in the plain recipe
 CPU = torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [None, 4], ids=["float32", "nf4"])
 
 
 def plain_batch(processor: AutoProcessor, examples: list[VQAExample]) -> dict[str, torch.Tensor]:
-    """The recipe's inputs: pictures, prompt and answer as one text, labels on the answer and its end token only."""
+    """Inputs of the recipe: images, prompt and answer as one text, labels on the answer and its end token only."""
     prompts = [f"Question: {example.question} Answer:" for example in examples]
     texts = [f"{prompt} {example.target}\n" for prompt, example in zip(prompts, examples, strict=True)]
     images = [Image.open(example.image) for example in examples]
@@ -78,8 +78,8 @@ def test_loss_and_lora_gradients_equal_the_plain_recipes(
         load_full(checkpoint, bits), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     )
     ours = add_lora(load_base(config), 16, 32, 0.0, ("q_proj", "v_proj"), "none")
-    wake_lora(plain)
-    wake_lora(ours)
+    make_lora_nonzero(plain)
+    make_lora_nonzero(ours)
 
     picked = [examples_of(builder.text)[i] for i in questions]
     plain_loss = plain.train()(**plain_batch(load_processor(checkpoint, "right"), picked)).loss
@@ -100,7 +100,7 @@ def test_loss_and_lora_gradients_equal_the_plain_recipes(
 def test_lora_weights_after_20_steps_equal_the_plain_recipes(
     cached: Config, checkpoint: Path, bits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accumulation, gradient checkpointing, warm-up, cosine decay and clipping included."""
+    """Includes accumulation, gradient checkpointing, warm-up, cosine decay and clipping."""
     settings = {"max_steps": 20, "batch_size": 8, "micro_batch": 4, "gradient_checkpointing": True, "save_steps": 100}
     config = cached.model_copy(
         update={
@@ -140,7 +140,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
 def _train_plainly(
     model: PeftModel, checkpoint: Path, examples: list[VQAExample], order: list[list[int]], steps: int
 ) -> None:
-    """The recipe's loop in torch alone: two micro-batches a step, the loss a mean over the step's answer tokens."""
+    """The recipe as a torch loop: two micro-batches per step, the loss is the mean over the answer tokens of a step."""
     enable_activation_checkpointing(model)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3, weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=steps)
@@ -158,7 +158,7 @@ def _train_plainly(
 
 @pytest.fixture(scope="module")
 def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A short training on easy-VQA's own pictures, 500 test questions beside it."""
+    """A short training on images of easy-VQA, with 500 test questions."""
     folder = tmp_path_factory.mktemp("easy_vqa")
     for split, count in (("train", 800), ("test", 500)):
         rows = [example.to_record() for example in read_examples("easy_vqa", split).examples[:count]]
@@ -189,7 +189,7 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("official", {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0}),
     ],
 )
-def test_plain_transformers_and_peft_answer_500_test_questions_the_same(
+def test_plain_transformers_and_peft_predict_the_same_on_500_test_questions(
     easy_vqa_run: Run, checkpoint: Path, preset: str, settings: dict[str, float]
 ) -> None:
     summary = evaluate(easy_vqa_run, tuple(f"evaluate.{key}={value}" for key, value in PRESETS[preset].items()))
