@@ -53,7 +53,7 @@ def quickstart(overrides: tuple[str, ...]) -> Result | None:
               pipe quickstart train.seed=1
     """
     _import_model_libraries()
-    from pipeline.commands._transition import quickstart
+    from pipeline.commands.quickstart import quickstart
 
     return quickstart(overrides)
 
@@ -104,9 +104,20 @@ def train(config: Path, overrides: tuple[str, ...], name: str | None, resume: bo
               pipe train runs/wide --resume
     """
     _import_model_libraries()
-    from pipeline.commands._transition import train_command
+    from pipeline.config import Config
+    from pipeline.overrides import combinations_of
 
-    return train_command(config, overrides, name, resume, dry_run)
+    if len(combinations_of(overrides, Config)[0]) > 1:
+        from pipeline.commands.grid import train_grid
+
+        if dry_run:
+            raise click.UsageError("--dry-run estimates a single run: give each key one value")
+        return train_grid(config, overrides, name, resume)
+    from pipeline.commands.train import resolve_run, train_run
+    from pipeline.training.estimate import estimate_training
+
+    loaded, run = resolve_run(config, overrides, name, resume)
+    return estimate_training(loaded) if dry_run else train_run(loaded, run, resume)
 
 
 @main.command()
@@ -138,7 +149,7 @@ def evaluate(
               pipe evaluate runs/easy_vqa-1 --preset official --adapter none
     """
     _import_model_libraries()
-    from pipeline.commands._transition import evaluate
+    from pipeline.commands.evaluate import evaluate
 
     options = {"split": split, "num_beams": num_beams, "metric": metric}
     given = [f"evaluate.{key}={value}" for key, value in options.items() if value is not None]
@@ -169,7 +180,7 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None, as_
 
     def answer() -> Result | None:
         _import_model_libraries()
-        from pipeline.commands._transition import ask
+        from pipeline.commands.ask import ask
 
         return ask(
             run, image, question, (*_preset_overrides(preset), *overrides), adapter == "trained", as_json, output
@@ -197,7 +208,7 @@ def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed:
     Example:  pipe report runs/easy_vqa-1
               pipe report runs/* --output comparison.html
     """
-    from pipeline.commands._transition import report
+    from pipeline.commands.report import report
 
     return report(runs, output, max_examples, seed)
 
@@ -221,7 +232,7 @@ def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool
               pipe export runs/easy_vqa-1 models/easy_vqa --merge --push me/blip2-easy-vqa
     """
     _import_model_libraries()
-    from pipeline.commands._transition import export
+    from pipeline.commands.export import export
 
     return export(run, destination, overrides, merge, push)
 
@@ -251,9 +262,15 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
               pipe benchmark --size tiny --turns 10 --plot benchmark.svg
     """
     _import_model_libraries()
-    from pipeline.commands._transition import benchmark
+    from pipeline.commands.benchmark import benchmark, draw
+    from pipeline.common.files import require_writable
 
-    return benchmark(size, questions, turns, folder, plot)
+    if plot:
+        require_writable(plot.parent)
+    result = benchmark(size, questions, turns, folder)
+    if plot:
+        draw(result, plot)
+    return result
 
 
 main.add_command(cache)

@@ -1,7 +1,5 @@
 """Import of libraries that are slow to load, or print more than a user needs."""
 
-import logging
-
 
 def import_bitsandbytes() -> None:
     """Import bitsandbytes without `torch.compile`, which takes a quarter of the time that a command needs to start.
@@ -12,7 +10,9 @@ def import_bitsandbytes() -> None:
     """
     from unittest.mock import patch
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)
+    from pipeline.common.compat import silence_optional_kernel_warning
+
+    silence_optional_kernel_warning()
     with patch("torch.compile", side_effect=RuntimeError):
         import bitsandbytes  # noqa: F401
 
@@ -22,8 +22,3 @@ def hide_transformers_progress() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-
-
-def _is_relevant(record: logging.LogRecord) -> bool:
-    """Drop the note that an optional CPU kernel is not installed. Without it, the weights are dequantized first."""
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")

@@ -205,7 +205,7 @@ def test_who_reads_no_further_is_told_nothing(run: Run, picture: Path, monkeypat
     def gone(*_: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("pipeline.commands._transition._Answers.tell", gone)
+    monkeypatch.setattr("pipeline.commands.ask.AnswerWriter.write", gone)
     done = pipe("ask", run.path, picture, typed=f"{QUESTION}\n" * 3)
     assert (done.exit_code, done.output) == (1, "")
 
