@@ -19,6 +19,7 @@ from pipeline.common.terminal import from_home, locale_problem, print_error, sho
 
 if TYPE_CHECKING:
     from pipeline.commands.ask import Conversation
+    from pipeline.common.result import Result
 
 
 class UserPath(click.Path):
@@ -49,7 +50,7 @@ def main() -> None:
     """
 
 
-def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
+def stage(command: "Callable[..., Result | dict[str, Any] | None]") -> Callable[..., None]:
     """A command that returns a summary, with --json and --debug, and errors told in a line or two."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
@@ -81,7 +82,7 @@ def _ending_process() -> Iterator[None]:
         yield
 
 
-def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
+def _guarded(call: "Callable[[], Result | dict[str, Any] | None]", debug: bool) -> dict[str, Any] | None:
     from pipeline.common.distributed import local_rank
     from pipeline.common.errors import ConfigError
 
@@ -90,7 +91,8 @@ def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str
         # The libraries' notes to developers; other warnings stay.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        return call()
+        summary = call()
+        return summary if summary is None or isinstance(summary, dict) else summary.to_dict()
     except (click.ClickException, BrokenPipeError):
         raise  # click prints the one; of the other, that who reads stdout has seen enough, it says nothing
     except (Exception, KeyboardInterrupt) as error:
@@ -204,9 +206,7 @@ def precompute(config: Path, overrides: tuple[str, ...], dry_run: bool) -> dict[
               "of the run --name.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say how many steps it takes, and how much memory; begin nothing.")
 @stage
-def train(
-    config: Path, overrides: tuple[str, ...], name: str | None, resume: bool, dry_run: bool
-) -> dict[str, Any] | None:
+def train(config: Path, overrides: tuple[str, ...], name: str | None, resume: bool, dry_run: bool) -> "Result | None":
     """Stage two: train LoRA on the 4-bit language model, from the cache alone, into a run folder.
 
     Overrides that list several values, lora.r=8,16, train every combination, each into a folder of its own.
@@ -220,31 +220,21 @@ def train(
               pipe train configs/easy_vqa.yaml lora.r=8,16 train.learning_rate=1e-3,3e-3 --name grid
               pipe train runs/wide --resume
     """
-    from pipeline.config import combinations_of, load_config
-    from pipeline.runs.run import Run, named_run, next_run
+    from pipeline.config import combinations_of
 
-    combinations, fixed = combinations_of(overrides)
-    is_grid = len(combinations) > 1
+    is_grid = len(combinations_of(overrides)[0]) > 1
     if is_grid and dry_run:
         raise click.UsageError("--dry-run foretells one training: give each key one value")
-    if resume and not name and (is_grid or not config.is_dir()):
-        raise click.UsageError("--resume goes on with a run: give its folder in place of CONFIG, or its --name")
-    resumed = Run(config) if resume and not name else None
-    loaded = load_config(resumed.config if resumed else config, fixed)
-    folder = loaded.train.output_dir
-    run = resumed or (named_run(folder, name) if name else next_run(folder, config.stem))
     _load_bitsandbytes()
     if is_grid:
         from pipeline.commands.grid import train_grid
 
-        return train_grid(config, combinations, fixed, run, resume)
-    if dry_run:
-        from pipeline.training.estimate import estimate_training
+        return train_grid(config, overrides, name, resume)
+    from pipeline.commands.train import resolve_run, train_run
+    from pipeline.training.estimate import estimate_training
 
-        return estimate_training(loaded)
-    from pipeline.commands.train import train
-
-    return train(loaded, run, resume)
+    loaded, run = resolve_run(config, overrides, name, resume)
+    return estimate_training(loaded) if dry_run else train_run(loaded, run, resume)
 
 
 ADAPTER = click.option(

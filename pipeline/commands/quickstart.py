@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.progress import log_info
 from pipeline.config import load_config
 from pipeline.runs.run import next_run
@@ -24,7 +24,7 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     log_info("1/4 The frozen encoder runs once over every picture")
     encoded = precompute(config) or {}
     log_info("2/4 Training LoRA on the 4-bit language model, from the cache")
-    trained = train(config, run) or {}
+    trained = train_run(config, run)
     log_info("3/4 Answering the test questions without the adapter")
     before = evaluate(run, with_adapter=False)
     log_info("4/4 Answering them with it")
@@ -34,7 +34,14 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         "accuracy": after["accuracy"],
         "questions": after["questions"],
         "precompute": _pick(encoded, "images", "encoded", "cache_bytes", "images_per_second", "seconds"),
-        "train": _pick(trained, "questions", "steps", "seconds_training", "questions_per_second", "seconds"),
+        "train": _pick(
+            trained.to_dict() if trained else {},
+            "questions",
+            "steps",
+            "seconds_training",
+            "questions_per_second",
+            "seconds",
+        ),
         "evaluate": _pick(after, "questions_per_second", "seconds"),
         "seconds": time.perf_counter() - started,
         "cache": encoded["cache"],
