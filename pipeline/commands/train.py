@@ -6,26 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-import torch
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import TrainOutput
 
-from pipeline.batches.assemble import (
-    check_lora,
-    load_base,
-    load_tokenizer,
-    open_split,
-    trainable_questions,
-    training_batches,
-)
-from pipeline.batches.sequences import SequenceBuilder
+from pipeline.batches.assemble import check_lora, load_base
 from pipeline.blip2.device import check_devices, dtype_name
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, save_adapter
 from pipeline.blip2.memory import peak_bytes, reset_peak
@@ -36,20 +25,17 @@ from pipeline.common.files import WriteError, put_in_place, require_writable, wr
 from pipeline.common.progress import log_info, log_warning
 from pipeline.common.result import Result
 from pipeline.config import Config, TrainConfig, load_config
-from pipeline.data.text import cut_answers, log_cut_answers
 from pipeline.runs.card import write_card
 from pipeline.runs.checkpoints import newest_valid_checkpoint
 from pipeline.runs.jsonl import read_jsonl
 from pipeline.runs.record import write_inputs, write_summary
 from pipeline.runs.run import Run, named_run, next_run
-from pipeline.training.arguments import training_arguments
+from pipeline.training.data import TrainingData, open_training_data
 from pipeline.training.estimate import num_training_steps
-from pipeline.training.lora_monitor import LoraMonitorCallback
-from pipeline.training.metrics import MetricsCallback
-from pipeline.training.micro_batches import MicroBatcher
-from pipeline.training.stopping import GracefulStopCallback, StopRequest
-from pipeline.training.trainer import StageTwoTrainer, question_dataloader
-from pipeline.training.validation import BestAdapterCallback, Validator
+from pipeline.training.setup import Callbacks, make_callbacks, make_trainer
+from pipeline.training.stopping import StopRequest
+from pipeline.training.trainer import StageTwoTrainer
+from pipeline.training.validation import BestAdapterCallback
 
 LoadBase = Callable[[Config], Blip2LanguageHalf]
 
@@ -83,32 +69,6 @@ class TrainResult(Result):
     """Of rank 0: torch's allocations on a GPU, else resident memory."""
     seconds_training: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The questions of a training and of its validation."""
-
-    builder: SequenceBuilder
-    trainable: np.ndarray
-    """Numbers of the questions that have an answer."""
-    validator: Validator | None
-    multiline_answers: int
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """What happens during training beside the optimizer steps."""
-
-    graceful_stop: GracefulStopCallback
-    lora_monitor: LoraMonitorCallback
-    metrics: MetricsCallback
-    best_adapter: BestAdapterCallback | None
-
-    def in_order(self) -> list[TrainerCallback]:
-        """Return the callbacks; `metrics` completes a checkpoint after `lora_monitor` has written into it."""
-        callbacks = [self.graceful_stop, self.lora_monitor, self.metrics]
-        return [*callbacks, self.best_adapter] if self.best_adapter else callbacks
 
 
 @dataclass(frozen=True)
@@ -193,15 +153,16 @@ def train_run(config: Config, run: Run, resume: bool = False, load: LoadBase = l
     with _explain_write_errors(run), DistributedContext() as context:
         check_devices(context, config.quantization.compute_dtype)
         with _prepared_run(context, config, run, resume) as (run, checkpoint):
-            data = _open_data(config)
+            check_lora(config)
+            data = open_training_data(config)
 
             base = load(config)
             set_seed(config.train.seed)
             model = add_lora(base, **config.lora.model_dump())
 
             stop = StopRequest()
-            callbacks = _make_callbacks(config, run, model, stop, with_validation=data.validator is not None)
-            trainer = _make_trainer(config, run, model, data, base.dtype, callbacks)
+            callbacks = make_callbacks(config, run, model, stop, with_validation=data.validator is not None)
+            trainer = make_trainer(config, run, model, data, base.dtype, callbacks)
             if context.rank == 0:
                 run.write_config(config)
                 device = trainer.args.device.type
@@ -284,54 +245,6 @@ def _find_checkpoint(run: Run) -> Path | None:
     if checkpoint is None:
         log_warning(f"{run.path}: no complete checkpoint; training starts at the first step")
     return checkpoint
-
-
-def _open_data(config: Config) -> TrainingData:
-    """Open the splits for training and validation, after a check that they match the config."""
-    check_lora(config)
-    builder = open_split(config, "train")
-    tokenizer = load_tokenizer(config)
-    validator = None
-    if config.validation.steps is not None:
-        validation_split = open_split(config, config.validation.split, builder.features, answered=True)
-        validator = Validator(validation_split, tokenizer, config.validation, config.evaluate)
-    multiline_answers = len(cut_answers(builder.text, tokenizer))
-    log_cut_answers("train", multiline_answers, tokenizer)
-    return TrainingData(builder, trainable_questions(builder, config), validator, multiline_answers)
-
-
-def _make_callbacks(config: Config, run: Run, model: PeftModel, stop: StopRequest, with_validation: bool) -> Callbacks:
-    settings = config.train
-    save = partial(save_adapter, model)
-    return Callbacks(
-        graceful_stop=GracefulStopCallback(stop, settings.save_minutes),
-        lora_monitor=LoraMonitorCallback(model, run, settings.lora_monitor_steps, settings.warmup_steps, stop),
-        metrics=MetricsCallback(run, settings.save_total_limit),
-        best_adapter=BestAdapterCallback(run, config.validation, save) if with_validation else None,
-    )
-
-
-def _make_trainer(
-    config: Config, run: Run, model: PeftModel, data: TrainingData, compute_dtype: torch.dtype, callbacks: Callbacks
-) -> StageTwoTrainer:
-    sampler, build_sequences, max_questions = training_batches(config, data.builder, data.trainable)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
-    try:
-        trainer = StageTwoTrainer(
-            model,
-            training_arguments(config.train, run, compute_dtype),
-            question_dataloader(len(data.trainable), build_sequences, sampler),
-            MicroBatcher(max_questions),
-            config.train.on_nonfinite == "skip",
-            data.validator,
-            callbacks.in_order(),
-        )
-    except (RuntimeError, ImportError, ValueError) as error:
-        if not config.train.report_to:
-            raise
-        raise PipelineError(f"train.report_to {list(config.train.report_to)}: {str(error).splitlines()[0]}") from None
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _warn_of_long_warmup(settings: TrainConfig, num_questions: int) -> None:
