@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common import compat
 from pipeline.config import Config
 from pipeline.runs.run import Run
@@ -79,9 +79,9 @@ def test_no_old_name_is_called_in_a_training(cached: Config, tmp_path: Any, monk
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(config, Run(tmp_path / "run"))
+        train_run(config, Run(tmp_path / "run"))
         explicit = settings.model_copy(update={"gradient_checkpointing": True})
-        train(config.model_copy(update={"train": explicit}), Run(tmp_path / "other"))
+        train_run(config.model_copy(update={"train": explicit}), Run(tmp_path / "other"))
     renamed = [str(one.message) for one in caught if "checkpointing" in str(one.message) or "cache" in str(one.message)]
     of_peft = "`is_gradient_checkpointing`"  # which asks every model for it
     assert [line for line in renamed if not line.startswith(of_peft)] == []

@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 import pipeline.training.lora_monitor
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.export import export
-from pipeline.commands.grid import _LoadOnce
+from pipeline.commands.grid import BaseModelCache
 from pipeline.commands.report import report
-from pipeline.commands.train import load_for_training, train
+from pipeline.commands.train import load_for_training, train_run
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import WriteError, append_line, put_in_place, replacing_folder, require_writable, write_text
 from pipeline.config import Config
+from pipeline.runs.checkpoints import COMPLETE_MARKER
 from pipeline.runs.run import Run
 
 NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO]
@@ -137,7 +138,7 @@ def half_written(folder: Path) -> list[Path]:
     found = [path for path in folder.rglob("*") if path.suffix in (".tmp", ".partial")]
     # One that could not get its name back, since the disk takes no rename, is all that there is.
     found += [path for path in folder.rglob("*.old") if path.with_suffix("").exists()]
-    return found + [path for path in folder.rglob("checkpoint-*") if not (path / "whole").exists()]
+    return found + [path for path in folder.rglob("checkpoint-*") if not (path / COMPLETE_MARKER).exists()]
 
 
 MOMENTS = pytest.mark.parametrize("samples", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
@@ -152,23 +153,23 @@ def config(cached: Config) -> Config:
 
 @MOMENTS
 def test_training(config: Config, tmp_path: Path, samples: int) -> None:
-    load, wanted = _LoadOnce(), Run(tmp_path / "whole")
-    for refused in refused_writes(tmp_path, lambda: train(config, wanted, load=load), samples):
+    load, wanted = BaseModelCache(), Run(tmp_path / "whole")
+    for refused in refused_writes(tmp_path, lambda: train_run(config, wanted, load=load), samples):
         run = Run(tmp_path / "runs" / str(refused))
         with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as told:
-            train(config, run, load=load)
-        load.forget()
+            train_run(config, run, load=load)
+        load.clear()
         assert half_written(tmp_path / "runs") == [], f"after write {refused}"
         resume = f"pipe train {run.path} --resume" in str(told.value)
         assert resume or not run.path.exists(), f"after write {refused}: {told.value}"
-        train(config, run, resume, load)
+        train_run(config, run, resume, load)
         assert files_of(run.adapter) == files_of(wanted.adapter), f"after write {refused}"
 
 
 @pytest.fixture(scope="module")
 def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("trained") / "run")
-    train(with_train(cached, max_steps=1, lora_monitor_steps=None), run)
+    train_run(with_train(cached, max_steps=1, lora_monitor_steps=None), run)
     evaluate(run)
     return run
 
@@ -276,7 +277,7 @@ def test_a_stage_asks_before_it_loads_a_model(
         "evaluate": lambda: evaluate(trained),
         "report": lambda: report([trained], tmp_path / "page.html"),
         "export": lambda: export(trained, tmp_path / "out", merge=True),
-        "train": lambda: train(config, Run(tmp_path / "run"), load=load_for_training),
+        "train": lambda: train_run(config, Run(tmp_path / "run"), load=load_for_training),
     }
     folder = trained.path if command == "evaluate" else tmp_path
     with refusing(folder, 1), pytest.raises(WriteError):
@@ -315,7 +316,7 @@ def test_on_a_disk_that_is_full(trained: Run, config: Config, tmp_path: Path) ->
 def test_a_folder_whose_name_is_no_utf_8(trained: Run, cached: Config, tmp_path: Path) -> None:
     run = Run(tmp_path / os.fsdecode(b"gr\xfcn"))
     work: list[Callable[[], object]] = [
-        lambda: train(cached, run),
+        lambda: train_run(cached, run),
         lambda: evaluate(run),
         lambda: export(trained, run.path),
     ]

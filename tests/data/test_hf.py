@@ -27,7 +27,7 @@ from pipeline.batches.assemble import open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import reencode, repair
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.table_name import TableName
 from pipeline.config import Config, SplitFiles, load_config
@@ -578,8 +578,8 @@ def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -
     assert (in_files.pictures, in_table.pictures) == (24, 72)  # rows: each picture is there for each of its questions
     assert list(in_files.paths) == list(in_table.paths)
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
-    trained = [train(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
-    assert trained[0]["train_loss"] == trained[1]["train_loss"]
+    trained = [train_run(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
+    assert trained[0].train_loss == trained[1].train_loss
     scores = [evaluate(Run(tmp_path / f"run-{n}")) for n in range(2)]
     assert scores[1]["questions"] == 18
     assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by pictures, not by rows

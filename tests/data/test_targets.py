@@ -13,7 +13,7 @@ from data_set import write_config
 from pipeline.batches.assemble import load_tokenizer, open_split, training_batches
 from pipeline.batches.sequences import SequenceBuilder, pack
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.targets import Targets
@@ -94,7 +94,7 @@ def test_a_training_on_several_answers_gives_another_adapter_and_the_same_again(
     adapters = []
     for name, choice in (("first", answers), ("again", answers), ("common", "most_common")):
         run = Run(tmp_path / name)
-        train(with_answers(ten_answers, choice), run)
+        train_run(with_answers(ten_answers, choice), run)
         adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
     assert adapters[0] != adapters[2]
@@ -127,4 +127,4 @@ def test_an_answer_beyond_the_models_positions_is_told(ten_answers: Config, tmp_
     config = load_config(write_config(folder, data={"val": None}))
     precompute(config)
     with pytest.raises(PipelineError, match="tokens long with its image and answer"):
-        train(with_answers(config, "all"), Run(folder / "run"))
+        train_run(with_answers(config, "all"), Run(folder / "run"))

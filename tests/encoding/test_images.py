@@ -25,7 +25,7 @@ from transformers.image_utils import load_image
 
 from cache.spec import CacheError
 from pipeline.commands.precompute import dry_run, precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
 from pipeline.encoding.decoding import RULES
@@ -287,7 +287,7 @@ def test_a_cache_of_images_that_were_decoded_otherwise_is_refused_and_told_why(
         )
         precompute(config)
     before = {path: path.read_bytes() for path in (data_set / "cache").iterdir()}
-    for stage in precompute, lambda config: train(config, Run(data_set / "run")):
+    for stage in precompute, lambda config: train_run(config, Run(data_set / "run")):
         with pytest.raises((CacheError, PipelineError)) as caught:
             stage(config)
         for words in 'exif_orientation: cache has nothing, wanted "upright"', "transparency: ", "more_than_8_bits: ":
