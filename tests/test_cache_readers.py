@@ -1,4 +1,4 @@
-"""A cache that is being read is neither removed nor repaired, and may be extended."""
+"""A cache in use by a reader cannot be removed or repaired, but it can be extended."""
 
 import gc
 import multiprocessing
@@ -31,7 +31,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(cached: Config, tmp_path: Path) -> Path:
-    """A cache to do anything to."""
+    """A copy of the cache that the test may change."""
     return Path(shutil.copytree(cached.cache.dir, tmp_path / "cache"))
 
 
@@ -47,7 +47,7 @@ def _read(folder: Path, opened: Event, done: Event) -> None:
 
 @pytest.fixture
 def reading(folder: Path) -> Iterator[int]:
-    """Another process reads the cache; its number."""
+    """Read the cache in another process; return its ID."""
     opened, done = _FORK.Event(), _FORK.Event()
     process = _FORK.Process(target=_read, args=(folder, opened, done))
     process.start()
@@ -59,7 +59,7 @@ def reading(folder: Path) -> Iterator[int]:
         process.join()
 
 
-def test_a_cache_that_another_process_reads_is_not_removed(folder: Path, reading: int) -> None:
+def test_cache_read_by_another_process_is_not_removed(folder: Path, reading: int) -> None:
     before = sorted(folder.iterdir())
     done = remove(folder)
     assert done.exit_code == 1
@@ -68,7 +68,7 @@ def test_a_cache_that_another_process_reads_is_not_removed(folder: Path, reading
     assert sorted(folder.iterdir()) == before
 
 
-def test_nor_is_it_repaired(folder: Path, reading: int) -> None:
+def test_cache_read_by_another_process_is_not_repaired(folder: Path, reading: int) -> None:
     part = next(folder.glob("features-*.h5"))
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
@@ -79,7 +79,7 @@ def test_nor_is_it_repaired(folder: Path, reading: int) -> None:
     assert part.read_bytes() == data
 
 
-def test_reading_ends_with_the_reader_and_begins_again_with_the_next_row(folder: Path) -> None:
+def test_read_lock_is_released_on_close_and_taken_again_by_gather(folder: Path) -> None:
     reader = FeatureReader(folder)
     with pytest.raises(CacheError, match=f"process {os.getpid()} on"), not_read(folder, "remove"):
         pass
@@ -95,23 +95,21 @@ def test_reading_ends_with_the_reader_and_begins_again_with_the_next_row(folder:
     del reader
     gc.collect()
     copy.gather(np.zeros(1, np.int64))
-    assert remove(folder).exit_code == 1, "a copy in another process reads as well"
+    assert remove(folder).exit_code == 1, "an unpickled copy holds the lock too"
     del copy
     gc.collect()
     assert remove(folder).exit_code == 0
     assert not folder.exists()
 
 
-def test_a_cache_that_is_read_can_be_extended_and_read_by_others(folder: Path) -> None:
+def test_cache_in_use_can_be_extended_and_read_by_others(folder: Path) -> None:
     with FeatureReader(folder), FeatureReader(folder):
         lock = cache.lock.FolderLock(folder)
         lock.release()
 
 
 @pytest.mark.parametrize("number", cache.lock._UNSUPPORTED)
-def test_where_the_disk_has_no_locks_it_is_read_and_removed_without(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_cache_works_on_a_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def flock(*_: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -121,11 +119,11 @@ def test_where_the_disk_has_no_locks_it_is_read_and_removed_without(
         assert remove(folder).exit_code == 0
 
 
-def test_nothing_is_written_for_it(folder: Path) -> None:
+def test_reading_writes_nothing(folder: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
     with FeatureReader(folder):
         assert {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
 
 
-def test_what_is_not_there_is_not_held(tmp_path: Path) -> None:
+def test_read_lock_of_a_missing_folder_does_nothing(tmp_path: Path) -> None:
     ReadLock(tmp_path / "none").release()

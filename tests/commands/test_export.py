@@ -48,7 +48,7 @@ BITS = pytest.mark.parametrize("bits", [4, None], ids=["nf4", "float32"])
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trained long enough to answer one thing and another."""
     folder = tmp_path_factory.mktemp("trained")
-    write_data_set(folder, pictures=QUESTIONS // 3 * 4)
+    write_data_set(folder, num_images=QUESTIONS // 3 * 4)
     config = load_config(
         write_config(folder, train={"max_steps": 40, "batch_size": 32, "learning_rate": 3e-3, "save_steps": 100})
     )

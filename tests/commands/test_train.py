@@ -292,7 +292,7 @@ def test_warmup_longer_than_the_training_is_logged(
         capsys.readouterr().err
     )
     train_run(with_train(cached, warmup_steps=2), Run(tmp_path / "short"))
-    assert "warmup" not in capsys.readouterr().err
+    assert "train.warmup_steps" not in capsys.readouterr().err
 
 
 def test_fsdp_is_an_error(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,7 @@ def test_on_a_disk_that_is_full(trained: Run, config: Config, tmp_path: Path) ->
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     (tmp_path / "small").mkdir()
-    mounts.do(f"mount -t tmpfs -o size=2m tmpfs {mounts.place / 'small'}")
+    mounts.run(f"mount -t tmpfs -o size=2m tmpfs {mounts.place / 'small'}")
     disk = mounts.folder / "small"
     for room in (0, 40, 150):
         words = ("train", path, f"train.output_dir={disk}/runs", "--name", f"run-{room}")

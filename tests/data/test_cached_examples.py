@@ -23,7 +23,7 @@ NAMES = ['a "quoted".png', "back\\slash.png", "北京 🚀.png", '"image": "x.pn
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config with relative paths, in the working folder; the cache is finished."""
-    write_data_set(tmp_path, pictures=8)
+    write_data_set(tmp_path, num_images=8)
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(NAMES):
         (tmp_path / "images" / f"{number}.png").rename(tmp_path / "images" / name)

@@ -75,7 +75,7 @@ def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_precompute_uses_the_same_and_names_the_near(tmp_path: Path) -> None:
-    write_data_set(tmp_path, pictures=4)
+    write_data_set(tmp_path, num_images=4)
     images = tmp_path / "images"
     (images / "0.png").rename(images / NFD)
     (images / "1.png").rename(images / "One.PNG")

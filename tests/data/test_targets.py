@@ -28,7 +28,7 @@ def ten_answers(tmp_path_factory: pytest.TempPathFactory) -> Config:
     from conftest import write_data_set
 
     folder = tmp_path_factory.mktemp("ten")
-    write_data_set(folder, pictures=4)
+    write_data_set(folder, num_images=4)
     rows = [
         {"image": f"{picture}.png", "question": f"question {number}?", "answers": answers}
         for picture in range(4)
@@ -121,7 +121,7 @@ def test_an_answer_beyond_the_models_positions_is_told(ten_answers: Config, tmp_
     folder = tmp_path / "long"
     from conftest import write_data_set
 
-    write_data_set(folder, pictures=4)
+    write_data_set(folder, num_images=4)
     row = {"image": "0.png", "question": "what?", "answers": ["red", "red", "very " * 3000]}
     (folder / "train.jsonl").write_text(json.dumps(row))
     config = load_config(write_config(folder, data={"val": None}))

@@ -37,7 +37,7 @@ def asked(question: str, *answers: str, number: int = 0) -> VQAExample:
 
 def data_of(folder: Path, rows: list[dict[str, object]], **sections: object) -> Config:
     """A config over these rows as train and val, its pictures made."""
-    write_data_set(folder, pictures=4)
+    write_data_set(folder, num_images=4)
     for split in ("train", "val"):
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return load_config(write_config(folder, **sections))
@@ -252,7 +252,7 @@ LONG = "why " * 400
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_too_long_questions_are_listed_and_skipped(tmp_path: Path, split: str) -> None:
-    write_data_set(tmp_path, pictures=4)
+    write_data_set(tmp_path, num_images=4)
     rows = [row("what?", "red"), row(LONG, "red"), row("what?", "blue", 1), row(LONG, "red", 2)]
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(one) for one in rows))
     files = {"annotations": f"{tmp_path}/long.jsonl", "images": f"{tmp_path}/images"}

@@ -1,4 +1,4 @@
-"""A small data set of rendered scenes, and a config over it."""
+"""Write a small dataset of rendered scenes, and a config for it."""
 
 import json
 import random
@@ -15,18 +15,15 @@ SAVES_LORA_ONLY = pytest.mark.skipif(
 )
 
 
-PICTURES = 24
+NUM_IMAGES = 24
 
 
-QUESTIONS_A_PICTURE = 3
-
-
-def write_data_set(folder: Path, pictures: int = PICTURES, seed: int = 0) -> None:
-    """`train.jsonl`, `val.jsonl` and `images/` of rendered scenes; three quarters of the pictures are for training."""
+def write_data_set(folder: Path, num_images: int = NUM_IMAGES, seed: int = 0) -> None:
+    """Write `train.jsonl`, `val.jsonl` (a quarter of the images) and `images/`, with three questions per image."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True)
     lines: dict[str, list[str]] = {"train": [], "val": []}
-    for number in range(pictures):
+    for number in range(num_images):
         scene = draw_scene(rng)
         Image.fromarray(scene.pixels).save(folder / "images" / f"{number}.png")
         thing = scene.things[0]
@@ -39,7 +36,7 @@ def write_data_set(folder: Path, pictures: int = PICTURES, seed: int = 0) -> Non
 
 
 def write_config(folder: Path, **sections: object) -> Path:
-    """A config over the data set in `folder`, everything that it makes in `folder` too."""
+    """Write a config for the dataset in `folder`, with the cache and runs in `folder` too; `sections` override it."""
     config = {
         "model": {"checkpoint": "embedded"},
         "data": {

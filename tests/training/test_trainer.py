@@ -11,7 +11,7 @@ import pytest
 import rounding
 import torch
 from processes import wait_for
-from ranks import FREED, forbid_freeing_the_group, team, together
+from ranks import FREED, report_group_destruction, run_ranks, running_ranks
 from rounding import relative_difference
 from runs import with_train
 from safetensors.torch import load_file
@@ -258,7 +258,7 @@ def test_two_ranks_give_the_adapter_of_one(cached: Config, tmp_path: Path) -> No
     losses = []
     for run, size in ((alone, 1), (both, 2)):
         words = ("train", config, "--name", run.path.name, "--json")
-        ended = together(tmp_path, size, *words, prepare=forbid_freeing_the_group)
+        ended = run_ranks(tmp_path, size, *words, prepare=report_group_destruction)
         assert [one.status for one in ended] == [0] * size, ended[-1].err
         assert not any(FREED in one.err for one in ended)
         assert json.loads(ended[0].out)["steps"] == 4
@@ -274,10 +274,10 @@ def test_training_ends_when_a_rank_dies_and_can_be_resumed(cached: Config, tmp_p
     config = tmp_path / "config.yaml"
     config.write_text(with_train(cached, max_steps=100_000, output_dir=tmp_path).to_yaml())
     run = Run(tmp_path / "run")
-    with team(tmp_path, 2, "train", config, "--name", "run") as processes:
+    with running_ranks(tmp_path, 2, "train", config, "--name", "run") as processes:
         wait_for(run.last_checkpoint, processes[0])
         processes[1].process.kill()
-        first = processes[0].ended()
+        first = processes[0].wait()
     error = first.error()
     assert "another of the processes ended before its share was done" in error
     assert f"pipe train {run.path} --resume" in error
@@ -287,6 +287,6 @@ def test_training_ends_when_a_rank_dies_and_can_be_resumed(cached: Config, tmp_p
 def test_divergence_on_several_ranks_is_logged_by_rank_0(cached: Config, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(with_train(cached, learning_rate=1e30, warmup_steps=0, output_dir=tmp_path).to_yaml())
-    first, second = together(tmp_path, 2, "train", config, "--name", "run")
+    first, second = run_ranks(tmp_path, 2, "train", config, "--name", "run")
     assert "training diverged at step 2" in first.error()
     assert (second.status, second.out, second.err) == (1, "", "")
