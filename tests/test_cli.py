@@ -78,9 +78,9 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         (["precompute", "nowhere.yaml"], 2, "pipe: nowhere.yaml: no such config file"),
         (["train", "CONFIG", "train.epochz=1"], 2, "unknown key train.epochz; did you mean epochs?"),
         (["train", "CONFIG", "train.epochs=[]"], 2, "train.epochs: input should be a valid number"),
-        (["train", "CONFIG", "--resume"], 2, "--resume goes on with a run: give its folder"),
-        (["train", "CONFIG", "--name", "../evil"], 2, "'../evil' is not one plain name"),
-        (["train", "CONFIG", "--name", ".."], 2, "'..' is not one plain name"),
+        (["train", "CONFIG", "--resume"], 2, "--resume needs a run: give its folder"),
+        (["train", "CONFIG", "--name", "../evil"], 2, "'../evil' is not a plain folder name"),
+        (["train", "CONFIG", "--name", ".."], 2, "'..' is not a plain folder name"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["train", "CONFIG"], 1, "run `pipe precompute` first"),
         (

@@ -144,7 +144,7 @@ def test_all_ranks_end_when_one_dies_and_the_next_run_resumes(
         wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
         processes[1].process.kill()
         first, second, third = [process.wait() for process in processes]
-    assert "another of the processes finished before its share was done" in first.error()
+    assert "another of the processes ended before its share was done" in first.error()
     assert (second.status, second.err, third.status, third.err) == (-signal.SIGKILL, "", 1, "")
     assert pipe(tmp_path, *words).status == 0
     assert contents(tmp_path / "cache") == single_rank_files
