@@ -121,7 +121,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
         return builder
 
     monkeypatch.setattr(pipeline.commands.train, "add_lora", remember_weights)
-    monkeypatch.setattr(pipeline.commands.train, "open_batcher", remember_order)
+    monkeypatch.setattr("pipeline.training.data.open_split", remember_order)
     train_run(config, Run(tmp_path / "run"))
     trained = PeftModel.from_pretrained(load_full(checkpoint, bits), tmp_path / "run" / "adapter", is_trainable=True)
 
