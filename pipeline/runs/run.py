@@ -221,7 +221,9 @@ class Run:
                 folder.rmdir()
 
     def write_config(self, config: Config) -> None:
-        """Write the config, which marks the run as started."""
+        """Write the config, which marks the run as started; create the folder if needed."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, config.to_yaml())
 
     def last_checkpoint(self) -> Path | None:

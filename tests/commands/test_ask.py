@@ -264,7 +264,7 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_pat
 
 def test_a_run_without_an_adapter_is_told(cached: Config, picture: Path, tmp_path: Path) -> None:
     unfinished = Run(tmp_path / "unfinished")
-    unfinished.start(cached)
+    unfinished.write_config(cached)
     with pytest.raises(PipelineError, match="no adapter yet"):
         ask(unfinished, picture, QUESTION, (), True)
 

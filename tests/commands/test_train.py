@@ -249,7 +249,6 @@ def test_arguments_of_pipe_train_resolve_to_a_config_and_a_run(cached: Config, t
     config, run = resolve_run(source, ("train.seed=7",))
     assert (config.train.seed, run) == (7, Run(runs / "mine-1"))
     assert resolve_run(source, name="a")[1] == resolve_run(source, name="a", resume=True)[1] == Run(runs / "a")
-    run.path.mkdir(parents=True)
     run.write_config(config)
     assert resolve_run(run.path, resume=True) == (config, run)
     with pytest.raises(ConfigError, match="--resume needs a run: give its folder in place of CONFIG, or its --name"):
