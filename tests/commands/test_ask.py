@@ -256,7 +256,7 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_pat
     for words, message in (
         ((picture, "what", "shape"), "a question is one word, in quotes"),
         ((picture, QUESTION, "evaluate.beams=3"), "unknown key evaluate.beams"),
-        ((picture, QUESTION, "lora.r=3"), "lora is not looked at any more"),
+        ((picture, QUESTION, "lora.r=3"), "lora has no effect any more"),
     ):
         done = pipe("ask", run.path, *words)
         assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
