@@ -1,4 +1,4 @@
-"""A cache that is being read is neither removed nor repaired, and may be extended."""
+"""A cache in use by a reader cannot be removed or repaired, but it can be extended."""
 
 import gc
 import multiprocessing
@@ -15,8 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cache.lock
-import cache.portability
-from cache.lock import ReadLock, exclude_readers
+from cache.lock import ReadLock, not_read
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.cli import main
@@ -27,12 +26,12 @@ _FORK = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
+    monkeypatch.setattr("cache.lock.PATIENCE", 0)
 
 
 @pytest.fixture
 def folder(cached: Config, tmp_path: Path) -> Path:
-    """A cache to do anything to."""
+    """A copy of the cache that the test may change."""
     return Path(shutil.copytree(cached.cache.dir, tmp_path / "cache"))
 
 
@@ -48,7 +47,7 @@ def _read(folder: Path, opened: Event, done: Event) -> None:
 
 @pytest.fixture
 def reading(folder: Path) -> Iterator[int]:
-    """Another process reads the cache; its number."""
+    """Read the cache in another process; return its ID."""
     opened, done = _FORK.Event(), _FORK.Event()
     process = _FORK.Process(target=_read, args=(folder, opened, done))
     process.start()
@@ -60,16 +59,16 @@ def reading(folder: Path) -> Iterator[int]:
         process.join()
 
 
-def test_a_cache_that_another_process_reads_is_not_removed(folder: Path, reading: int) -> None:
+def test_cache_read_by_another_process_is_not_removed(folder: Path, reading: int) -> None:
     before = sorted(folder.iterdir())
     done = remove(folder)
     assert done.exit_code == 1
     assert f"process {reading} on {socket.gethostname()} is reading this cache" in done.stderr
-    assert "Nothing was changed; remove the cache when that process has finished" in done.stderr
+    assert "remove it when that has ended. Nothing was changed" in done.stderr
     assert sorted(folder.iterdir()) == before
 
 
-def test_nor_is_it_repaired(folder: Path, reading: int) -> None:
+def test_cache_read_by_another_process_is_not_repaired(folder: Path, reading: int) -> None:
     part = next(folder.glob("features-*.h5"))
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
@@ -80,12 +79,12 @@ def test_nor_is_it_repaired(folder: Path, reading: int) -> None:
     assert part.read_bytes() == data
 
 
-def test_reading_ends_with_the_reader_and_begins_again_with_the_next_row(folder: Path) -> None:
+def test_read_lock_is_released_on_close_and_taken_again_by_gather(folder: Path) -> None:
     reader = FeatureReader(folder)
-    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), exclude_readers(folder, "remove"):
+    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), not_read(folder, "remove"):
         pass
     reader.close()
-    with exclude_readers(folder, "remove"):
+    with not_read(folder, "remove"):
         with pytest.raises(CacheError, match="is removing or repairing this cache"):
             FeatureReader(folder)
         with pytest.raises(CacheError, match="is removing or repairing this cache"):
@@ -96,23 +95,21 @@ def test_reading_ends_with_the_reader_and_begins_again_with_the_next_row(folder:
     del reader
     gc.collect()
     copy.gather(np.zeros(1, np.int64))
-    assert remove(folder).exit_code == 1, "a copy in another process reads as well"
+    assert remove(folder).exit_code == 1, "an unpickled copy holds the lock too"
     del copy
     gc.collect()
     assert remove(folder).exit_code == 0
     assert not folder.exists()
 
 
-def test_a_cache_that_is_read_can_be_extended_and_read_by_others(folder: Path) -> None:
+def test_cache_in_use_can_be_extended_and_read_by_others(folder: Path) -> None:
     with FeatureReader(folder), FeatureReader(folder):
         lock = cache.lock.FolderLock(folder)
         lock.release()
 
 
-@pytest.mark.parametrize("number", cache.portability._NO_LOCKS)
-def test_where_the_disk_has_no_locks_it_is_read_and_removed_without(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+@pytest.mark.parametrize("number", cache.lock._UNSUPPORTED)
+def test_cache_works_on_a_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def flock(*_: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -122,11 +119,11 @@ def test_where_the_disk_has_no_locks_it_is_read_and_removed_without(
         assert remove(folder).exit_code == 0
 
 
-def test_nothing_is_written_for_it(folder: Path) -> None:
+def test_reading_writes_nothing(folder: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
     with FeatureReader(folder):
         assert {path.name: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
 
 
-def test_what_is_not_there_is_not_held(tmp_path: Path) -> None:
+def test_read_lock_of_a_missing_folder_does_nothing(tmp_path: Path) -> None:
     ReadLock(tmp_path / "none").release()

@@ -1,6 +1,6 @@
-"""Stage one in several processes: the same bytes whatever their number, one voice, and no hang.
+"""Stage one on several ranks: the same cache for any world size, logs from rank 0 only, and no deadlock.
 
-The fast tests fork the processes and give them what `torchrun` gives; the slow ones run `torchrun` itself.
+The fast tests fork the processes and set the environment of `torchrun`; the slow ones run `torchrun` itself.
 """
 
 import json
@@ -19,21 +19,21 @@ import pytest
 import torch
 from data_set import write_config, write_data_set
 from PIL import Image
-from processes import HUNG, Ended, Running, contents, pipe, started, wait_for
-from ranks import FREED, forbid_freeing_the_group, team, together
+from processes import TIMEOUT, Finished, Running, contents, pipe, started, wait_for
+from ranks import FREED, report_group_destruction, run_ranks, running_ranks
 
 import cache.lock
 import cache.part
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
-from cache.estimate import estimate_write
 from cache.reader import FeatureReader
+from cache.writer import survey
 from pipeline.common.distributed import ENCODING_TIMEOUT, GROUP_TIMEOUT, DistributedContext
 from pipeline.encoding.images import read_image_bytes
 
 PIPE = Path(sys.executable).with_name("pipe")
-PICTURES = 44
-BROKEN = "13.png"  # in a part of process 1, whatever the number of processes above one
+NUM_IMAGES = 44
+BROKEN = "13.png"  # in a part of rank 1 for any world size above 1
 DEEP = "15.png"
 
 REASON = "cannot be decoded: image file is truncated"
@@ -41,9 +41,9 @@ REASON = "cannot be decoded: image file is truncated"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with a picture that cannot be decoded and one of 16 bits, in five parts."""
+    """A config with five parts, and a dataset with an undecodable and a 16-bit image."""
     folder = tmp_path_factory.mktemp("data")
-    write_data_set(folder, PICTURES)
+    write_data_set(folder, NUM_IMAGES)
     broken = folder / "images" / BROKEN
     broken.write_bytes(broken.read_bytes()[:-100])
     Image.effect_noise((64, 64), 90).convert("I;16").save(folder / "images" / DEEP)
@@ -54,15 +54,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of the cache that one process makes."""
-    folder = tmp_path_factory.mktemp("alone")
+def single_rank_files(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the cache that one process writes."""
+    folder = tmp_path_factory.mktemp("single")
     assert pipe(folder, "precompute", config, f"cache.dir={folder}/cache").status == 0
     return contents(folder / "cache")
 
 
-def slow_pictures() -> None:
-    """So that something can happen in the middle."""
+def slow_images() -> None:
+    """Read images slowly, so that tests can act while they are encoded."""
 
     def read(path: Path) -> bytes:
         time.sleep(0.05)
@@ -73,109 +73,113 @@ def slow_pictures() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 6])
-def test_the_cache_is_the_same_and_one_process_speaks(
-    config: Path, alone: dict[str, bytes], tmp_path: Path, size: int
+def test_cache_is_the_same_and_only_rank_0_logs(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path, size: int
 ) -> None:
-    """Six: more than there are parts."""
-    ended = together(tmp_path, size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
-    assert [one.status for one in ended] == [0] * size, "\n".join(one.err for one in ended)
-    assert contents(tmp_path / "cache") == alone
-    assert not verify(tmp_path / "cache").damage
-    summary = json.loads(ended[0].out)
-    assert (summary["images"], summary["encoded"], summary["failed"]) == (PICTURES - 1, PICTURES - 1, 1)
+    """With six ranks there are more ranks than parts."""
+    finished = run_ranks(tmp_path, size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
+    assert [one.status for one in finished] == [0] * size, "\n".join(one.err for one in finished)
+    assert contents(tmp_path / "cache") == single_rank_files
+    assert not verify(tmp_path / "cache").damages
+    summary = json.loads(finished[0].out)
+    assert (summary["images"], summary["encoded"], summary["failed"]) == (NUM_IMAGES - 1, NUM_IMAGES - 1, 1)
     assert summary["skipped"] == {REASON: 3}
     assert summary["rescaled_images"] == 1
-    assert [one.err.count("scaled to its own range") for one in ended] == [1] + [0] * (size - 1)
-    assert f"3 questions ({REASON}: " in ended[0].err
-    assert [(one.out, one.err) for one in ended[1:]] == [("", "")] * (size - 1)
-    told = ended[0].told()
-    assert len(told) == len(set(told)), told
+    assert [one.err.count("scaled to its own range") for one in finished] == [1] + [0] * (size - 1)
+    assert f"3 questions ({REASON}: " in finished[0].err
+    assert [(one.out, one.err) for one in finished[1:]] == [("", "")] * (size - 1)
+    lines = finished[0].log_lines()
+    assert len(lines) == len(set(lines)), lines
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("override", "message"),
     [
         ("data.train.annotations=/nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
         ("model.checkpoint=/nowhere", "/nowhere"),
         ("cache.part_row=3", "unknown key cache.part_row; did you mean part_rows?"),
     ],
 )
-def test_what_is_wrong_is_told_once_and_all_end(config: Path, tmp_path: Path, wrong: str, words: str) -> None:
-    first, second = together(tmp_path, 2, "precompute", config, f"cache.dir={tmp_path}/cache", wrong)
-    assert words in first.error()
+def test_invalid_input_is_one_error_and_ends_all_ranks(
+    config: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    first, second = run_ranks(tmp_path, 2, "precompute", config, f"cache.dir={tmp_path}/cache", override)
+    assert message in first.error()
     assert (second.status, second.out, second.err) == (first.status, "", "")
 
 
-def test_a_dry_run_is_told_once(config: Path, tmp_path: Path) -> None:
+def test_dry_run_is_printed_once(config: Path, tmp_path: Path) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache", "--dry-run", "--json")
-    first, second = together(tmp_path, 2, *words)
-    assert json.loads(first.out)["to_encode"] == PICTURES
+    first, second = run_ranks(tmp_path, 2, *words)
+    assert json.loads(first.out)["to_encode"] == NUM_IMAGES
     assert (second.status, second.out, second.err) == (0, "", "")
 
 
-def test_ctrl_c_is_told_once(config: Path, tmp_path: Path) -> None:
-    with team(tmp_path, 2, "precompute", config, f"cache.dir={tmp_path}/cache", prepare=slow_pictures) as processes:
+def test_ctrl_c_is_printed_once(config: Path, tmp_path: Path) -> None:
+    with running_ranks(
+        tmp_path, 2, "precompute", config, f"cache.dir={tmp_path}/cache", prepare=slow_images
+    ) as processes:
         wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
         for process in processes:
             os.kill(process.process.pid or 0, signal.SIGINT)
-        first, second = [process.ended() for process in processes]
-    assert "Interrupted. Completed work is saved" in first.error()
+        first, second = [process.wait() for process in processes]
+    assert "interrupted; what is written stays good" in first.error()
     assert (second.status, second.out, second.err) == (1, "", "")
 
 
-def test_a_picture_that_another_process_found_broken_is_told_by_the_first(config: Path, tmp_path: Path) -> None:
+def test_invalid_image_of_another_rank_is_an_error_on_rank_0(config: Path, tmp_path: Path) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache", "precompute.on_invalid=error")
-    told = together(tmp_path, 2, *words)[0].error()
-    assert f"3 questions ({REASON}: " in told
-    assert BROKEN in told
+    error = run_ranks(tmp_path, 2, *words)[0].error()
+    assert f"3 questions ({REASON}: " in error
+    assert BROKEN in error
     listed = [json.loads(line) for line in (tmp_path / "cache.skipped.jsonl").read_text().splitlines()]
     assert [Path(one["image"]).name for one in listed] == [BROKEN]
 
 
-def test_a_process_that_dies_ends_the_others_and_the_work_goes_on(
-    config: Path, alone: dict[str, bytes], tmp_path: Path
+def test_all_ranks_end_when_one_dies_and_the_next_run_resumes(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path
 ) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache")
-    with team(tmp_path, 3, *words, prepare=slow_pictures) as processes:
+    with running_ranks(tmp_path, 3, *words, prepare=slow_images) as processes:
         wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
         processes[1].process.kill()
-        first, second, third = [process.ended() for process in processes]
-    assert "another rank exited early" in first.error()
+        first, second, third = [process.wait() for process in processes]
+    assert "another of the processes ended before its share was done" in first.error()
     assert (second.status, second.err, third.status, third.err) == (-signal.SIGKILL, "", 1, "")
     assert pipe(tmp_path, *words).status == 0
-    assert contents(tmp_path / "cache") == alone
+    assert contents(tmp_path / "cache") == single_rank_files
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
-def test_killed_in_one_number_and_finished_in_another(
-    config: Path, alone: dict[str, bytes], tmp_path: Path, before: int, after: int
+def test_killed_run_resumes_with_another_world_size(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path, before: int, after: int
 ) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache")
-    with team(tmp_path, before, *words, prepare=slow_pictures) as processes:
+    with running_ranks(tmp_path, before, *words, prepare=slow_images) as processes:
         wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
         for process in processes:
             process.process.kill()
     assert not (tmp_path / "cache" / "manifest.json").exists()
-    ended = together(tmp_path, after, *words, "--json")
-    assert [one.status for one in ended] == [0] * after
-    assert 10 <= json.loads(ended[0].out)["reused"] < PICTURES - 1
-    assert contents(tmp_path / "cache") == alone
+    finished = run_ranks(tmp_path, after, *words, "--json")
+    assert [one.status for one in finished] == [0] * after
+    assert 10 <= json.loads(finished[0].out)["reused"] < NUM_IMAGES - 1
+    assert contents(tmp_path / "cache") == single_rank_files
 
 
-def test_the_group_is_never_freed(config: Path, tmp_path: Path) -> None:
+def test_process_group_is_never_destroyed(config: Path, tmp_path: Path) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache")
-    ended = together(tmp_path, 2, *words, prepare=forbid_freeing_the_group)
-    assert [one.status for one in ended] == [0, 0]
-    assert not any(FREED in one.err for one in ended)
+    finished = run_ranks(tmp_path, 2, *words, prepare=report_group_destruction)
+    assert [one.status for one in finished] == [0, 0]
+    assert not any(FREED in one.err for one in finished)
 
 
 @pytest.mark.parametrize(("end", "status"), [("pass", 0), ("sys.exit(3)", 3), ("sys.exit('why')", 1), ("1 / 0", 1)])
-def test_a_process_in_a_group_ends_without_freeing_anything(tmp_path: Path, end: str, status: int) -> None:
-    """Not at the interpreter's end either: it would free the group. Exit functions run, and what is printed is seen."""
+def test_process_in_a_group_exits_without_destructors(tmp_path: Path, end: str, status: int) -> None:
+    """The interpreter's shutdown would destroy the group. Exit functions run, and output is flushed."""
     script = f"""
 import atexit, sys
 from torch import distributed
-from pipeline.common.distributed import exit_without_group_teardown
+from pipeline.common.distributed import ending_process
 
 class Freed:
     def __del__(self):
@@ -184,17 +188,17 @@ class Freed:
 freed = Freed()
 atexit.register(print, "exit function")
 distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-with exit_without_group_teardown():
+with ending_process():
     print("done")
     {end}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=HUNG)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=TIMEOUT)
     assert (done.returncode, done.stdout.split()) == (status, ["done", "exit", "function"]), done.stderr
     assert ("ZeroDivisionError" in done.stderr) == (end == "1 / 0")
 
 
 @pytest.mark.parametrize(("timeout", "own_group"), [(GROUP_TIMEOUT, []), (ENCODING_TIMEOUT, [ENCODING_TIMEOUT])])
-def test_only_stage_one_waits_for_long(
+def test_only_stage_one_has_a_long_timeout(
     monkeypatch: pytest.MonkeyPatch, timeout: timedelta, own_group: list[timedelta]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -208,8 +212,8 @@ def test_only_stage_one_waits_for_long(
     assert GROUP_TIMEOUT <= timedelta(hours=1) < timedelta(days=7) <= ENCODING_TIMEOUT
 
 
-def stop_in_the_middle(go: Path) -> None:
-    """No picture is read to be encoded until there is a file `go`."""
+def block_encoding(go: Path) -> None:
+    """Block the encoding until the file `go` exists."""
 
     def read(path: Path) -> bytes:
         while not go.exists():
@@ -227,82 +231,88 @@ def has_open(running: Running, path: Path) -> bool:
     return False
 
 
-def be_patient(seconds: float) -> None:
-    cache.lock.LOCK_TIMEOUT_SECONDS = seconds  # type: ignore[assignment]
+def set_lock_timeout(seconds: float) -> None:
+    cache.lock.PATIENCE = seconds  # type: ignore[assignment]
 
 
-def test_of_two_starts_at_the_same_time_the_second_says_who_holds_the_cache(
-    config: Path, alone: dict[str, bytes], tmp_path: Path
+def test_second_start_names_the_process_that_holds_the_lock(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path
 ) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache")
-    with started(tmp_path, *words, prepare=partial(stop_in_the_middle, tmp_path / "go")) as first:
+    with started(tmp_path, *words, prepare=partial(block_encoding, tmp_path / "go")) as first:
         wait_for(lambda: any((tmp_path / "cache").glob("*.partial")), first)
-        told = pipe(tmp_path, *words, prepare=partial(be_patient, 0.5)).error()
-        assert f"process {first.process.pid} on {socket.gethostname()}" in told
-        assert "Run the command again when it has finished" in told
+        error = pipe(tmp_path, *words, prepare=partial(set_lock_timeout, 0.5)).error()
+        assert f"process {first.process.pid} on {socket.gethostname()}" in error
+        assert "Run the command again when it is done" in error
         (tmp_path / "go").touch()
-        assert first.ended().status == 0
-    assert contents(tmp_path / "cache") == alone
+        assert first.wait().status == 0
+    assert contents(tmp_path / "cache") == single_rank_files
 
 
-def test_a_second_start_that_waits_finds_everything_done(config: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+def test_second_start_waits_and_has_nothing_to_encode(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path
+) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache", "--json")
-    with started(tmp_path, *words, prepare=partial(stop_in_the_middle, tmp_path / "go")) as first:
+    with started(tmp_path, *words, prepare=partial(block_encoding, tmp_path / "go")) as first:
         wait_for(lambda: any((tmp_path / "cache").glob("*.partial")), first)
-        with started(tmp_path, *words, prepare=partial(be_patient, HUNG)) as second:
+        with started(tmp_path, *words, prepare=partial(set_lock_timeout, TIMEOUT)) as second:
             wait_for(lambda: has_open(second, tmp_path / "cache" / ".lock"), second)
             (tmp_path / "go").touch()
-            summaries = [json.loads(process.ended().out) for process in (first, second)]
-    assert [summary["encoded"] for summary in summaries] == [PICTURES - 1, 0]
-    assert contents(tmp_path / "cache") == alone
+            summaries = [json.loads(process.wait().out) for process in (first, second)]
+    assert [summary["encoded"] for summary in summaries] == [NUM_IMAGES - 1, 0]
+    assert contents(tmp_path / "cache") == single_rank_files
 
 
-def test_the_cache_can_be_looked_at_while_it_is_written(config: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
-    """As a dry run, or a second start, does."""
+def test_cache_can_be_inspected_while_it_is_written(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As a dry run or a second start does."""
     folder = tmp_path / "cache"
     (tmp_path / "spec").mkdir()
-    for name, data in alone.items():
+    for name, data in single_rank_files.items():
         (tmp_path / "spec" / name).write_bytes(data)
     reader = FeatureReader(tmp_path / "spec")
     digests = [digest for digest, _ in reader.stored()]
     stored = [0]
     with started(tmp_path, "precompute", config, f"cache.dir={folder}", "cache.part_rows=1") as running:
         began = time.monotonic()
-        while running.process.is_alive() and time.monotonic() - began < HUNG:
-            stored.append(estimate_write(folder, reader.spec, digests).stored)
+        while running.process.is_alive() and time.monotonic() - began < TIMEOUT:
+            stored.append(survey(folder, reader.spec, digests).stored)
             time.sleep(0.002)
-        assert running.ended().status == 0
+        assert running.wait().status == 0
     assert stored == sorted(stored)
 
 
-def torchrun(size: int, *words: object) -> list[str]:
+def torchrun_command(size: int, *words: object) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     return [*launcher, "--no-python", str(PIPE), *map(str, words)]
 
 
-def launched(size: int, *words: object) -> Ended:
-    done = subprocess.run(torchrun(size, *words), capture_output=True, text=True, check=False, timeout=HUNG)
-    return Ended(done.returncode, done.stdout, done.stderr)
+def run_torchrun(size: int, *words: object) -> Finished:
+    done = subprocess.run(torchrun_command(size, *words), capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_torchrun_makes_the_same_cache(config: Path, alone: dict[str, bytes], tmp_path: Path, size: int) -> None:
-    ended = launched(size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
-    assert ended.status == 0, ended.err
-    assert json.loads(ended.out)["encoded"] == PICTURES - 1  # one object, and nothing else
-    assert contents(tmp_path / "cache") == alone
-    told = ended.told()
-    assert len(told) == len(set(told)), told
-    assert "Traceback" not in ended.err
+def test_torchrun_writes_the_same_cache(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path, size: int
+) -> None:
+    finished = run_torchrun(size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
+    assert finished.status == 0, finished.err
+    assert json.loads(finished.out)["encoded"] == NUM_IMAGES - 1  # one object, and nothing else
+    assert contents(tmp_path / "cache") == single_rank_files
+    lines = finished.log_lines()
+    assert len(lines) == len(set(lines)), lines
+    assert "Traceback" not in finished.err
 
 
 @pytest.mark.slow
-def test_torchrun_ends_when_the_input_is_bad(config: Path, tmp_path: Path) -> None:
-    wrong = "data.train.annotations=/nowhere.jsonl"
-    ended = launched(3, "precompute", config, f"cache.dir={tmp_path}/cache", wrong, "--json")
-    assert (ended.status, ended.out) == (1, "")
-    assert [line for line in ended.told() if line.startswith("pipe: ")] == [
+def test_torchrun_ends_on_invalid_input(config: Path, tmp_path: Path) -> None:
+    override = "data.train.annotations=/nowhere.jsonl"
+    finished = run_torchrun(3, "precompute", config, f"cache.dir={tmp_path}/cache", override, "--json")
+    assert (finished.status, finished.out) == (1, "")
+    assert [line for line in finished.log_lines() if line.startswith("pipe: ")] == [
         "pipe: /nowhere.jsonl: cannot be read: No such file or directory"
     ]
     assert not (tmp_path / "cache").exists()
@@ -314,15 +324,17 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_torchrun_killed_with_all_its_processes(config: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+def test_torchrun_killed_with_all_ranks_can_be_resumed(
+    config: Path, single_rank_files: dict[str, bytes], tmp_path: Path
+) -> None:
     words = ("precompute", config, f"cache.dir={tmp_path}/cache")
     began = time.monotonic()
-    with subprocess.Popen(torchrun(3, *words), stderr=subprocess.DEVNULL) as launcher:
-        while not any((tmp_path / "cache").glob("*.partial")) and time.monotonic() - began < HUNG:
+    with subprocess.Popen(torchrun_command(3, *words), stderr=subprocess.DEVNULL) as launcher:
+        while not any((tmp_path / "cache").glob("*.partial")) and time.monotonic() - began < TIMEOUT:
             assert launcher.poll() is None
             time.sleep(0.01)
         for pid in (launcher.pid, *descendants(launcher.pid)):
             os.kill(pid, signal.SIGKILL)
     assert not (tmp_path / "cache" / "manifest.json").exists()
-    assert launched(2, *words).status == 0
-    assert contents(tmp_path / "cache") == alone
+    assert run_torchrun(2, *words).status == 0
+    assert contents(tmp_path / "cache") == single_rank_files

@@ -1,6 +1,6 @@
-"""Stage one killed, interrupted, starved of disk or robbed of its folder: it tells why, and the next run goes on.
+"""Stage one survives kills, signals, full disks and lost folders: it names the cause, and the next run resumes.
 
-In the end the cache is, byte for byte, that of a run that nothing disturbed.
+The resulting cache is, byte for byte, that of an undisturbed run.
 """
 
 import os
@@ -17,47 +17,46 @@ from pathlib import Path
 
 import pytest
 from data_set import write_config, write_data_set
-from processes import HUNG, Ended, Mounts, Running, contents, pipe, started
+from processes import TIMEOUT, Finished, Mounts, Running, contents, pipe, started
 
 import cache.part
 import pipeline.commands.precompute
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
-from cache.format import NOT_WRITTEN, PART_NAME, inspect_part
-from cache.hdf5 import PAGE
+from cache.format import NOT_WRITTEN, PAGE, PART_NAME, inspect_part
 from pipeline.encoding.images import read_image_bytes
 
-PICTURES = 52
-PART_ROWS = 10  # six parts: of the last, of two rows, no picture can be decoded
+NUM_IMAGES = 52
+PART_ROWS = 10  # six parts; in the last, with two rows, no image can be decoded
 BROKEN = (5, 17, 18, 47, 51)
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A data set, and what stage one makes of it if it is let alone."""
+    """A dataset, and the cache and duration of an undisturbed stage one."""
 
     config: Path
     files: dict[str, bytes]
     seconds: float
 
-    def holds(self, folder: Path) -> bool:
-        """Whether a cache is byte for byte the same, and sound."""
-        return contents(folder) == self.files and not verify(folder).damage
+    def matches(self, folder: Path) -> bool:
+        """Return whether a cache has the same bytes and no damage."""
+        return contents(folder) == self.files and not verify(folder).damages
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
-    write_data_set(folder, PICTURES)
+    write_data_set(folder, NUM_IMAGES)
     for number in BROKEN:
-        picture = folder / "images" / f"{number}.png"
-        picture.write_bytes(picture.read_bytes()[:-200])  # its header is good
+        image = folder / "images" / f"{number}.png"
+        image.write_bytes(image.read_bytes()[:-200])  # its header is valid
     settings = {"batch_size": 4, "num_workers": 2, "dtype": "float32", "on_invalid": "skip"}
     dirs = {"dir": f"{folder}/cache", "dtype": "float32", "part_rows": PART_ROWS}
     config = write_config(folder, cache=dirs, precompute=settings)
-    for name in ("first", "timed"):  # the first also starts the process that the others are forked from
+    for name in ("first", "timed"):  # the first run also starts the server process of the forks
         began = time.perf_counter()
-        whole = folder / name / "cache"  # each in a parent of its own: rows are copied from caches beside
+        whole = folder / name / "cache"  # separate parents: rows are copied from sibling caches
         assert pipe(folder, "precompute", config, f"cache.dir={whole}", prepare=commit_always).status == 0
         seconds = time.perf_counter() - began
     assert contents(whole) == contents(folder / "first" / "cache")
@@ -66,12 +65,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 
 def commit_always() -> None:
-    """So that a kill finds more than the first rows."""
+    """Commit after every batch, so that a kill leaves some rows."""
     cache.part.COMMIT_SECONDS = 0.0
 
 
-def slow_pictures() -> None:
-    """So that a signal comes in the middle."""
+def slow_images() -> None:
+    """Read images slowly, so that a signal arrives while they are encoded."""
 
     def read(path: Path) -> bytes:
         time.sleep(0.05)
@@ -81,82 +80,84 @@ def slow_pictures() -> None:
     pipeline.encoding.encoding_loop.read_image_bytes = read
 
 
-def no_look_ahead() -> None:
-    """As if another program had taken the room after the command has looked."""
+def no_disk_space_check() -> None:
+    """Skip the check of disk space, as if another program had filled the disk after it."""
     commit_always()
-    pipeline.encoding.preflight.check_disk_space = lambda *_: None  # type: ignore[assignment]
+    pipeline.commands.precompute.check_disk_space = lambda *_: None  # type: ignore[assignment]
 
 
 def rows_done(folder: Path) -> int | None:
-    """Of an unfinished cache, the rows that are done or given up; None if it is finished, or not begun."""
+    """Return the number of rows written or marked as failed; None if the cache is finished or not started."""
     if not folder.exists() or (folder / "manifest.json").exists():
         return None
     parts = [inspect_part(path) for path in folder.iterdir() if PART_NAME.fullmatch(path.name)]
     return sum(int((part.crc32 != NOT_WRITTEN).sum()) for part in parts)
 
 
-@pytest.mark.parametrize("moments", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
-    undisturbed: Undisturbed, tmp_path: Path, moments: int
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_times_it_resumes_to_the_same_cache(
+    undisturbed: Undisturbed, tmp_path: Path, kills: int
 ) -> None:
-    rng = random.Random(moments)
-    left: list[int | None] = []
-    for moment in range(moments):
-        folder = tmp_path / str(moment) / "cache"
+    rng = random.Random(kills)
+    rows_left: list[int | None] = []
+    for kill in range(kills):
+        folder = tmp_path / str(kill) / "cache"
         words = ("precompute", undisturbed.config, f"cache.dir={folder}")
         for _ in range(rng.choice([1, 1, 2])):
             with started(tmp_path, *words, prepare=commit_always) as running:
                 running.process.join(rng.uniform(0, undisturbed.seconds))
                 running.process.kill()
-            left.append(rows_done(folder))
+            rows_left.append(rows_done(folder))
         assert pipe(tmp_path, *words).status == 0
-        assert undisturbed.holds(folder), f"after kill {len(left)}"
-    unfinished = [rows for rows in left if rows is not None]
-    assert len(unfinished) >= len(left) / 5, f"few kills came while it was at work: {left}"
-    assert moments < 50 or sum(0 < rows < PICTURES for rows in unfinished) >= 5, f"hardly any between rows: {left}"
+        assert undisturbed.matches(folder), f"after kill {len(rows_left)}"
+    unfinished = [rows for rows in rows_left if rows is not None]
+    assert len(unfinished) >= len(rows_left) / 5, f"few kills came during the run: {rows_left}"
+    assert kills < 50 or sum(0 < rows < NUM_IMAGES for rows in unfinished) >= 5, (
+        f"hardly any kill between rows: {rows_left}"
+    )
 
 
 def wait_for_part(folder: Path, running: Running) -> None:
-    """Until the first part is full."""
+    """Wait until the first part is complete."""
     while not (folder / "features-00000.h5").exists():
         assert running.process.is_alive(), running.err
         time.sleep(0.01)
 
 
-def test_ctrl_c_is_told_in_a_line_and_the_same_command_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_ctrl_c_is_one_line_and_the_same_command_resumes(undisturbed: Undisturbed, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     words = ("precompute", undisturbed.config, f"cache.dir={folder}")
-    with started(tmp_path, *words, prepare=slow_pictures) as running:
+    with started(tmp_path, *words, prepare=slow_images) as running:
         wait_for_part(folder, running)
         os.kill(running.process.pid or 0, signal.SIGINT)
-        told = running.ended().error()
-    assert "Interrupted. Completed work is saved. Rerun the command, or for training" in told
-    assert PART_ROWS <= (rows_done(folder) or 0) < PICTURES
+        error = running.wait().error()
+    assert "interrupted; what is written stays good. The same command goes on; a training" in error
+    assert PART_ROWS <= (rows_done(folder) or 0) < NUM_IMAGES
     assert pipe(tmp_path, *words).status == 0
-    assert undisturbed.holds(folder)
+    assert undisturbed.matches(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_real_command(undisturbed: Undisturbed, tmp_path: Path, number: signal.Signals) -> None:
-    for attempt in range(5):  # on a busy machine a signal may come when all is done
+def test_signal_to_the_real_command(undisturbed: Undisturbed, tmp_path: Path, number: signal.Signals) -> None:
+    for attempt in range(5):  # on a busy machine the signal may come after the end
         folder = tmp_path / str(attempt) / "cache"
         words = [Path(sys.executable).with_name("pipe"), "precompute", undisturbed.config, f"cache.dir={folder}"]
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             while not any(folder.glob("*.partial")) and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(number)
-            out, err = process.communicate(timeout=HUNG)
+            out, err = process.communicate(timeout=TIMEOUT)
         if process.returncode != 0:
             break
     assert (out, "Traceback" in err) == ("", False)
     if number == signal.SIGINT:
-        assert Ended(process.returncode, out, err).error().startswith("pipe: Interrupted")
+        assert Finished(process.returncode, out, err).error().startswith("pipe: interrupted")
     else:
         assert process.returncode == -signal.SIGTERM
     assert rows_done(folder) is not None
-    assert subprocess.run([*words, "--json"], capture_output=True, check=False, timeout=HUNG).returncode == 0
-    assert undisturbed.holds(folder)
+    assert subprocess.run([*words, "--json"], capture_output=True, check=False, timeout=TIMEOUT).returncode == 0
+    assert undisturbed.matches(folder)
 
 
 @pytest.fixture
@@ -165,99 +166,101 @@ def mounts(tmp_path: Path) -> Iterator[Mounts]:
     try:
         made = Mounts(tmp_path / "disk")
     except OSError as error:
-        pytest.skip(f"mounts of its own are not permitted here: {error}")
+        pytest.skip(f"mount namespaces are not permitted: {error}")
     yield made
     made.close()
 
 
 def bytes_on_disk(undisturbed: Undisturbed, mounts: Mounts, logs: Path) -> tuple[int, int]:
-    """What the finished cache takes on a disk of ours, and of it the files other than parts."""
-    mounts.do(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
+    """Return the size of the finished cache on a small disk, and that of its files other than parts."""
+    mounts.run(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
     folder = mounts.folder / "cache"
     assert pipe(logs, "precompute", undisturbed.config, f"cache.dir={folder}").status == 0
     found = os.statvfs(folder)
     others = [path for path in folder.iterdir() if not PART_NAME.fullmatch(path.name)]
-    taken = (found.f_blocks - found.f_bfree) * found.f_frsize, sum(path.stat().st_blocks * 512 for path in others)
-    mounts.do(f"umount {mounts.place}")
-    return taken
+    sizes = (found.f_blocks - found.f_bfree) * found.f_frsize, sum(path.stat().st_blocks * 512 for path in others)
+    mounts.run(f"umount {mounts.place}")
+    return sizes
 
 
-def fill_up(disk: Path, room: int) -> Path:
-    """Leaves `room` bytes free; -> the file that takes the rest."""
+def fill_disk(disk: Path, free_bytes: int) -> Path:
+    """Fill a disk except for `free_bytes`; return the file that takes the space."""
     found = os.statvfs(disk)
     with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - room)
+        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - free_bytes)
     return disk / "filler"
 
 
-def run_full(undisturbed: Undisturbed, mounts: Mounts, room: int, logs: Path) -> str:
-    """Stage one on a disk with `room` bytes, and once more when there is more; -> what the first said."""
-    mounts.do(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
+def run_on_full_disk(undisturbed: Undisturbed, mounts: Mounts, free_bytes: int, logs: Path) -> str:
+    """Run stage one on a disk with `free_bytes`, and again with more; return the error of the first run."""
+    mounts.run(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
     folder = mounts.folder / "cache"
     words = ("precompute", undisturbed.config, f"cache.dir={folder}")
-    filler = fill_up(mounts.folder, room)
-    told = pipe(logs, *words, prepare=no_look_ahead).error()
+    filler = fill_disk(mounts.folder, free_bytes)
+    error = pipe(logs, *words, prepare=no_disk_space_check).error()
     assert not (folder / "manifest.json").exists()
     filler.unlink()
     assert pipe(logs, *words).status == 0
-    assert undisturbed.holds(folder)
-    mounts.do(f"umount {mounts.place}")
-    return told
+    assert undisturbed.matches(folder)
+    mounts.run(f"umount {mounts.place}")
+    return error
 
 
 @pytest.mark.parametrize("points", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_on_a_full_disk_it_says_so_and_goes_on_when_there_is_room(
+def test_full_disk_is_an_error_and_the_run_resumes_with_more_space(
     undisturbed: Undisturbed, mounts: Mounts, tmp_path: Path, points: int
 ) -> None:
     rng = random.Random(points)
     whole, texts = bytes_on_disk(undisturbed, mounts, tmp_path)
     parts = whole - texts
-    rooms = [parts * (point + rng.random()) / points for point in range(points)]
-    rooms += [parts + texts * (point + rng.random()) / points for point in range(points)]
+    free = [parts * (point + rng.random()) / points for point in range(points)]
+    free += [parts + texts * (point + rng.random()) / points for point in range(points)]
     if points > 1:
-        rooms += [0, whole - PAGE]  # nothing at all; all but the last page of the manifest
-    for room in rooms:
-        told = run_full(undisturbed, mounts, int(room), tmp_path)
-        assert "No space left on device" in told
-        assert "run the same command again" in told
-        assert str(mounts.folder / "cache") in told
+        free += [0, whole - PAGE]  # no space; all but the last page of the manifest
+    for free_bytes in free:
+        error = run_on_full_disk(undisturbed, mounts, int(free_bytes), tmp_path)
+        assert "No space left on device" in error
+        assert "run the same command again" in error
+        assert str(mounts.folder / "cache") in error
 
 
-def test_too_small_a_disk_is_refused_before_anything_is_begun(data_set: Path, mounts: Mounts, tmp_path: Path) -> None:
-    mounts.do(f"mount -t tmpfs -o size=128k tmpfs {mounts.place}")
+def test_too_small_a_disk_is_an_error_before_the_start(data_set: Path, mounts: Mounts, tmp_path: Path) -> None:
+    mounts.run(f"mount -t tmpfs -o size=128k tmpfs {mounts.place}")
     folder = mounts.folder / "caches" / "mine"
-    told = pipe(tmp_path, "precompute", data_set / "config.yaml", f"cache.dir={folder}").error()
-    assert re.search(r"24 images .*need \d+\.\d\d MB, but only \d+\.\d\d MB are free\. Free disk", told)
-    assert f"pipe: {folder}: " in told
+    error = pipe(tmp_path, "precompute", data_set / "config.yaml", f"cache.dir={folder}").error()
+    assert re.search(r"24 pictures .*need \d+\.\d\d MB, the disk has \d+\.\d\d MB free\. Make room, or choose", error)
+    assert f"pipe: {folder}: " in error
     assert not folder.parent.exists()
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_read_only_disk_is_told_in_a_line(data_set: Path, mounts: Mounts, tmp_path: Path, begun: bool) -> None:
-    mounts.do(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
+@pytest.mark.parametrize("started_before", [False, True])
+def test_read_only_disk_is_a_one_line_error(
+    data_set: Path, mounts: Mounts, tmp_path: Path, started_before: bool
+) -> None:
+    mounts.run(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
     words = ("precompute", data_set / "config.yaml", f"cache.dir={mounts.folder}/cache")
-    if begun:
+    if started_before:
         assert pipe(tmp_path, *words).status == 0
-    mounts.do(f"mount -o remount,ro {mounts.place}")
-    told = pipe(tmp_path, *words).error()
-    assert told.startswith(f"pipe: {mounts.folder}/cache: ")
-    assert "Read-only file system" in told
-    assert "run the same command again" in told
-    mounts.do(f"mount -o remount,rw {mounts.place}")
+    mounts.run(f"mount -o remount,ro {mounts.place}")
+    error = pipe(tmp_path, *words).error()
+    assert error.startswith(f"pipe: {mounts.folder}/cache: ")
+    assert "Read-only file system" in error
+    assert "run the same command again" in error
+    mounts.run(f"mount -o remount,rw {mounts.place}")
     assert pipe(tmp_path, *words).status == 0
 
 
 @pytest.mark.parametrize("how", ["deleted", "unmounted"])
-def test_a_folder_that_vanishes_is_told_in_a_line(data_set: Path, mounts: Mounts, tmp_path: Path, how: str) -> None:
-    mounts.do(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
+def test_lost_folder_is_a_one_line_error(data_set: Path, mounts: Mounts, tmp_path: Path, how: str) -> None:
+    mounts.run(f"mount -t tmpfs -o size=8m tmpfs {mounts.place}")
     folder = mounts.folder / "cache"
     words = ("precompute", data_set / "config.yaml", f"cache.dir={folder}", "cache.part_rows=10")
-    with started(tmp_path, *words, prepare=slow_pictures) as running:
+    with started(tmp_path, *words, prepare=slow_images) as running:
         wait_for_part(folder, running)
         if how == "deleted":
             shutil.rmtree(folder)
         else:
-            mounts.do(f"umount -l {mounts.place}")
-        told = running.ended().error()
-    assert told.startswith(f"pipe: {folder}")
-    assert "No such file or directory" in told
+            mounts.run(f"umount -l {mounts.place}")
+        error = running.wait().error()
+    assert error.startswith(f"pipe: {folder}")
+    assert "No such file or directory" in error

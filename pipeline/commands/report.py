@@ -16,8 +16,9 @@ from pipeline.common.files import followed_by, require_writable, write_text, wri
 from pipeline.common.progress import log_info
 from pipeline.config import SPLITS, Config, flatten, load_config
 from pipeline.runs.gallery import gallery
+from pipeline.runs.jsonl import read_jsonl
 from pipeline.runs.record import read_evaluation, read_record
-from pipeline.runs.run import Run, adapter_damage, read_jsonl
+from pipeline.runs.run import Run, adapter_damage
 
 PAGE = ("page.html", "page.css", "parts.js", "charts.js", "page.js")
 POINTS = 1000
@@ -82,7 +83,7 @@ def _run(run: Run) -> dict[str, Any]:
     if run.adapter.is_dir() and (problem := adapter_damage(run.adapter)):
         log_info(problem)
     split, evaluation = _evaluation(run, config)
-    metrics, record = read_jsonl(math.inf, run.metrics), read_record(run)
+    metrics, record = read_jsonl(run.metrics), read_record(run)
     told = {
         "name": run.path.resolve().name,
         "path": str(run.path),
@@ -93,7 +94,7 @@ def _run(run: Run) -> dict[str, Any]:
         "training": record.get("summary", {}),
         "versions": record.get("versions", {}),
         "metrics": _columns(metrics),
-        "validation": _columns(read_jsonl(math.inf, run.validation)),
+        "validation": _columns(read_jsonl(run.validation)),
         "split": split,
         "evaluation": evaluation,
     }
@@ -126,7 +127,7 @@ def _hint(place: str, words: str, command: str) -> dict[str, str]:
 
 def _add_details(run: Run, told: dict[str, Any], pictures: int, seed: int) -> None:
     """What is told of a run if the page is about it alone."""
-    looks = read_jsonl(math.inf, run.watch)
+    looks = read_jsonl(run.lora_updates)
     told["config"] = run.config.read_text(encoding="utf-8")
     told["watch"] = heat_maps(looks) if looks else None
     if not looks:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.common.files import write_text
 from pipeline.config import Config, load_config
-from pipeline.runs.record import evaluations, read_record
+from pipeline.runs.record import read_evaluations, read_record
 from pipeline.runs.run import Run
 
 _MERGED = """\
@@ -83,7 +83,7 @@ def model_card(run: Run, config: Config, merged: bool) -> str:
 
 
 def _results(run: Run) -> list[str]:
-    found = [_result(one) for one in evaluations(run)]
+    found = [_result(one) for one in read_evaluations(run)]
     validation = read_record(run).get("summary", {}).get("validation", {})
     if "best_accuracy" in validation:
         found.append(

@@ -1,73 +1,82 @@
-"""The checkpoints that a training resumes from: which are complete, and whether their files are what was written."""
+"""Find the checkpoints that a training can resume from, and check their files."""
 
 import json
 import shutil
 from collections.abc import Container
 from pathlib import Path
 
-from cache.files import sha256_of, write_atomically
+from cache.files import sha256_of
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import sync_files
-from pipeline.common.progress import log_info
+from pipeline.common.files import sync_files, write_text
+from pipeline.common.progress import log_warning
 
-COMPLETE_MARKER = "whole"
-"""A file of a checkpoint, written last: the SHA-256 of each of the others, JSON."""
-DAMAGED = "damaged-"
-"""Before the name of a checkpoint that was set aside."""
+COMPLETE_MARKER = "complete.json"
+"""Written last into a checkpoint: the SHA-256 of each of its other files."""
+DAMAGED_PREFIX = "damaged-"
+"""Put before the name of a damaged checkpoint, which is kept but never used."""
 
 
 def mark_complete(folder: Path) -> None:
-    """Note what the files of a checkpoint are, once they are on disk. Raises OSError."""
+    """Write the marker of a checkpoint once its files are on disk.
+
+    Raises:
+        WriteError: the marker cannot be written.
+    """
     sync_files(folder)
     digests = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != COMPLETE_MARKER}
-    write_atomically(folder / COMPLETE_MARKER, json.dumps(digests, indent=2).encode())
+    write_text(folder / COMPLETE_MARKER, json.dumps(digests, indent=2))
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Those that were written to their end, the newest first."""
+    """Return the folders of the complete checkpoints, newest first."""
     found = [marker.parent for marker in checkpoints.glob(f"checkpoint-*/{COMPLETE_MARKER}")]
     return sorted(found, key=_step, reverse=True)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a complete checkpoint, in words; None if all its files are what was written."""
-    marker = folder / COMPLETE_MARKER
+def checkpoint_damage(folder: Path) -> str | None:
+    """Return what is wrong with a complete checkpoint, None if every file matches its checksum."""
     try:
-        content = marker.read_bytes()
-        digests: dict[str, str] = json.loads(content) if content else {}  # older versions marked with an empty file
+        digests: dict[str, str] = json.loads((folder / COMPLETE_MARKER).read_bytes())
         for name, sha256 in digests.items():
             path = folder / Path(name).name
             if not path.is_file():
                 return f"{name} is missing"
             if sha256_of(path) != sha256:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
     except OSError as error:
         return f"a file cannot be read: {error}"
     except (ValueError, AttributeError, TypeError):
-        return f"{marker.name} is not what was written"
+        return f"{COMPLETE_MARKER} is not valid"
     return None
 
 
-def sound_checkpoint(checkpoints: Path, begin_anew: str) -> Path | None:
-    """The newest checkpoint without damage; None if none was written to its end. Newer ones are set aside.
+def newest_valid_checkpoint(checkpoints: Path, restart_command: str) -> Path | None:
+    """Return the newest checkpoint that is complete and undamaged; rename newer, damaged ones.
 
-    Raises `PipelineError` if all are damaged: it says how to `begin_anew`.
+    Args:
+        checkpoints: the folder of a run's checkpoints.
+        restart_command: the command that trains from the first step, for the error message.
+
+    Returns:
+        The folder of the checkpoint, None if no checkpoint is complete.
+
+    Raises:
+        PipelineError: all complete checkpoints are damaged.
     """
-    found = complete_checkpoints(checkpoints)
     damages: dict[Path, str] = {}
-    for folder in found:
-        problem = damage(folder)
-        if problem is None:
-            for damaged, what in damages.items():
-                aside = _set_aside(damaged)
-                log_info(f"{damaged}: damaged, {what}; resuming from {folder.name} instead. It is kept as {aside.name}")
+    for folder in complete_checkpoints(checkpoints):
+        damage = checkpoint_damage(folder)
+        if damage is None:
+            for damaged, reason in damages.items():
+                kept = _rename_damaged(damaged)
+                log_warning(f"{damaged}: damaged, {reason}; kept as {kept.name}. Resuming from {folder.name}")
             return folder
-        damages[folder] = problem
+        damages[folder] = damage
     if damages:
-        told = "; ".join(f"{folder.name}: {problem}" for folder, problem in damages.items())
+        reasons = "; ".join(f"{folder.name}: {damage}" for folder, damage in damages.items())
         raise PipelineError(
-            f"{checkpoints}: no checkpoint is left to resume from ({told}). To train from the first step again: "
-            f"{begin_anew}; or delete {checkpoints} and resume"
+            f"{checkpoints}: all checkpoints are damaged ({reasons}). To train from the first step: "
+            f"{restart_command}; or delete {checkpoints} and resume"
         )
     return None
 
@@ -78,17 +87,17 @@ def remove_old(checkpoints: Path, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_incomplete(checkpoints: Path, before: Container[Path] = ()) -> None:
-    """Remove what a save that failed has left, but nothing that was there `before`."""
+def remove_incomplete(checkpoints: Path, keep: Container[Path] = ()) -> None:
+    """Remove incomplete checkpoints, which a failed save leaves, except those in `keep`."""
     for folder in checkpoints.glob("checkpoint-*"):
-        if folder not in before and not (folder / COMPLETE_MARKER).exists():
+        if folder not in keep and not (folder / COMPLETE_MARKER).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _set_aside(folder: Path) -> Path:
-    aside = folder.with_name(DAMAGED + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    return folder.rename(aside)
+def _rename_damaged(folder: Path) -> Path:
+    target = folder.with_name(DAMAGED_PREFIX + folder.name)
+    shutil.rmtree(target, ignore_errors=True)
+    return folder.rename(target)
 
 
 def _step(folder: Path) -> int:

@@ -1,13 +1,15 @@
-"""A run folder: what lies where in it."""
+"""The layout of a run folder, and the checks and the lock that protect it."""
 
 import glob
 import json
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,13 +17,21 @@ from cache.files import TEMPORARY
 from cache.lock import LOCK_NAME, FolderLock, check_not_locked, describe_holder
 from cache.spec import CacheError
 from pipeline.common.errors import ConfigError, PipelineError
-from pipeline.common.files import append_line, require_utf8, write_text, writing
-from pipeline.common.progress import log_info
+from pipeline.common.files import WriteError, require_utf8, write_text, writing
 from pipeline.config import Config, load_config
-from pipeline.runs.checkpoints import complete_checkpoints
+from pipeline.runs.checkpoints import complete_checkpoints, remove_incomplete
 
 _LENGTHS = ("train.max_steps: ", "train.epochs: ")
-NOT_TRAINED_ANEW = ("lora", "train", "validation")
+TRAINING_SECTIONS = ("lora", "train", "validation")
+"""Config sections that have no effect once a run is trained."""
+
+
+class HasRun(Protocol):
+    """A result that names its run, such as `TrainResult`."""
+
+    @property
+    def run(self) -> str:
+        """The path of the run folder."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,13 @@ class Run:
 
     path: Path
 
+    @classmethod
+    def of(cls, source: "Run | str | os.PathLike[str] | HasRun") -> "Run":
+        """Return the run that `source` stands for: a `Run`, the path of its folder, or a result with `.run`."""
+        if isinstance(source, Run):
+            return source
+        return cls(Path(source if isinstance(source, str | os.PathLike) else source.run))
+
     @property
     def config(self) -> Path:
         """The resolved config, YAML."""
@@ -37,233 +54,259 @@ class Run:
 
     @property
     def record(self) -> Path:
-        """What the run was made of and what came out, JSON."""
+        """The inputs and the summary of the run, JSON."""
         return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a logged step, with `step` and `loss`."""
+        """Training metrics: a JSON object per logged step, with `step` and `loss`."""
         return self.path / "metrics.jsonl"
 
     @property
     def validation(self) -> Path:
-        """One JSON object a look at the validation questions."""
+        """Validation metrics: a JSON object per validation."""
         return self.path / "validation.jsonl"
 
     @property
-    def watch(self) -> Path:
-        """One JSON object a look at the LoRA weights."""
+    def lora_updates(self) -> Path:
+        """LoRA statistics: a JSON object per measurement."""
         return self.path / "lora_updates.jsonl"
 
     @property
     def report(self) -> Path:
-        """The page that `pipe report` makes."""
+        """The page that `pipe report` writes."""
         return self.path / "report.html"
 
     @property
     def adapter(self) -> Path:
-        """The adapter in PEFT's form, the best one where training was validated; there when training has ended."""
+        """The adapter in PEFT's format, the best one if training was validated; it exists once training is finished."""
         return self.path / "adapter"
 
     @property
     def last_adapter(self) -> Path:
-        """That of the last step, where the best one is another."""
+        """The adapter of the last step, if the best one is another."""
         return self.path / "adapter-last"
 
-    def best(self, step: int) -> Path:
-        """The adapter of a step that was the best so far, while training goes on."""
+    def best_adapter(self, step: int) -> Path:
+        """The adapter of a step that was the best so far, kept until training is finished."""
         return self.path / "best" / f"step-{step}"
 
     @property
     def checkpoints(self) -> Path:
-        """What a killed run resumes from."""
+        """The folder of the checkpoints to resume from."""
         return self.path / "checkpoints"
 
     def results(self, split: str, with_adapter: bool) -> Path:
-        """The answers to one split, in the data set's official form."""
-        return self.path / f"results-{_evaluated(split, with_adapter)}.json"
+        """The predictions for a split in the dataset's official results format."""
+        return self.path / f"results-{_evaluation_name(split, with_adapter)}.json"
 
     def predictions(self, split: str, with_adapter: bool) -> Path:
-        """The same with each one's accuracy and probability, JSON lines in the order of the split."""
-        return self.path / f"predictions-{_evaluated(split, with_adapter)}.jsonl"
+        """The predictions with accuracy and probability, JSON lines in the order of the split."""
+        return self.path / f"predictions-{_evaluation_name(split, with_adapter)}.jsonl"
 
     def evaluation(self, split: str, with_adapter: bool) -> Path:
-        """The summary of the answers to one split, JSON."""
-        return self.path / f"evaluation-{_evaluated(split, with_adapter)}.json"
+        """The summary of the evaluation of a split, JSON."""
+        return self.path / f"evaluation-{_evaluation_name(split, with_adapter)}.json"
 
     def mistakes(self, split: str, with_adapter: bool) -> Path:
-        """Wrong answers to one split, JSON lines."""
-        return self.path / f"mistakes-{_evaluated(split, with_adapter)}.jsonl"
+        """The wrong predictions for a split, JSON lines."""
+        return self.path / f"mistakes-{_evaluation_name(split, with_adapter)}.jsonl"
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run."""
+        """The command that resumes the run."""
         return f"pipe train {self.path} --resume"
 
     @property
     def is_unstarted(self) -> bool:
-        """Whether nothing is there, or nothing but what a start that failed leaves."""
+        """Whether the folder does not exist, or holds only what a failed start leaves."""
         if not self.path.is_dir():
             return not self.path.exists()
-        left = (LOCK_NAME, self.checkpoints.name, self.config.with_suffix(".partial").name)
-        own = all(path.name in left or path.name.endswith(TEMPORARY) for path in self.path.iterdir())
-        return own and not any(self.checkpoints.glob("*"))
-
-    def discard_unstarted(self) -> None:
-        """Remove the folder if training has not begun in it."""
-        if self.path.is_dir() and self.is_unstarted:
-            shutil.rmtree(self.path, ignore_errors=True)
-
-    def check_new(self) -> None:
-        require_utf8(self.path)
-        if not self.is_unstarted:
-            go_on = f", or go on with it by `{self.resume_command}`" if self.config.is_file() else ""
-            raise PipelineError(f"{self.path}: this run exists already; give another --name{go_on}")
-
-    def check_resumable(self, config: Config) -> None:
-        if not self.config.is_file():
-            advice = "start it without --resume" if self.is_unstarted else "give another --name"
-            raise PipelineError(f"{self.path}: nothing to resume, no run was started there; {advice}")
-        changed = config.differences(load_config(self.config))
-        longer = [line for line in changed if line.startswith(_LENGTHS)]
-        advice = ""
-        if longer:
-            wanted = " ".join(line.partition(",")[0].replace(": ", "=").replace("None", "null") for line in longer)
-            advice = (
-                "\nThe learning rate follows the length from the first step on, so a training of another length is "
-                f"another run, on the same cache: pipe train {self.config} {wanted} --name ANOTHER"
-            )
-        if self.adapter.is_dir():
-            raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`{advice}")
-        if changed:
-            lines = "\n  ".join(changed)
-            raise PipelineError(f"{self.path}: the run was started with other settings:\n  {lines}{advice}")
-
-    def hold(self) -> FolderLock:
-        """Keeps other processes from training into the folder. Raises `PipelineError` that says which one does."""
-        try:
-            with writing(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                return FolderLock(self.path)
-        except CacheError:
-            raise PipelineError(
-                f"{self.path}: {describe_holder(self.path)} is training this run; wait for it, or give another --name"
-            ) from None
-
-    def start(self, config: Config) -> None:
-        """Make the folder, with its config; of a run that is gone on with, keep what was there."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, config.to_yaml())
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
-        return next(iter(complete_checkpoints(self.checkpoints)), None)
+        leftovers = (LOCK_NAME, self.checkpoints.name)
+        only_leftovers = all(path.name in leftovers or path.name.endswith(TEMPORARY) for path in self.path.iterdir())
+        return only_leftovers and not any(self.checkpoints.glob("*"))
 
     @property
-    def is_held(self) -> bool:
-        """Whether a process is training into the folder."""
+    def is_locked(self) -> bool:
+        """Whether a process is training in the folder."""
         try:
             check_not_locked(self.path)
         except CacheError:
             return True
         return False
 
+    def check_new(self) -> None:
+        """Check that a new run can start in the folder.
+
+        Raises:
+            PipelineError: the folder is in use by another run or holds other files.
+        """
+        require_utf8(self.path)
+        if not self.is_unstarted:
+            resume = f", or resume the run: `{self.resume_command}`" if self.config.is_file() else ""
+            raise PipelineError(f"{self.path}: this run exists already; choose another --name{resume}")
+
+    def check_resumable(self, config: Config) -> None:
+        """Check that the run was started, is not finished, and has the settings in `config`.
+
+        Raises:
+            PipelineError: it cannot be resumed; the message names every setting that differs.
+        """
+        if not self.config.is_file():
+            advice = "start it without --resume" if self.is_unstarted else "choose another --name"
+            raise PipelineError(f"{self.path}: nothing to resume, no run was started there; {advice}")
+        changed = config.differences(load_config(self.config))
+        advice = self._length_advice(changed)
+        if self.adapter.is_dir():
+            raise PipelineError(f"{self.path}: this run is finished already; see `pipe evaluate {self.path}`{advice}")
+        if changed:
+            lines = "\n  ".join(changed)
+            raise PipelineError(f"{self.path}: the run was started with other settings:\n  {lines}{advice}")
+
+    def _length_advice(self, changed: Sequence[str]) -> str:
+        """Explain how to train for another number of steps, if that is among the changed settings."""
+        lengths = [line for line in changed if line.startswith(_LENGTHS)]
+        if not lengths:
+            return ""
+        wanted = " ".join(line.partition(",")[0].replace(": ", "=").replace("None", "null") for line in lengths)
+        return (
+            "\nThe learning rate schedule depends on the number of steps, so a longer or shorter training is a new "
+            f"run on the same cache: pipe train {self.config} {wanted} --name ANOTHER"
+        )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the folder, which is created if needed.
+
+        If the block fails, incomplete checkpoints written in it are removed, and so are folders created for a run that
+        did not start.
+
+        Raises:
+            PipelineError: another process is training the run; the message names it.
+            WriteError: the folder cannot be written.
+        """
+        created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            lock = self._lock()
+        except WriteError:
+            self._discard_if_unstarted(created)
+            raise
+        checkpoints_before = set(self.checkpoints.glob("*"))
+        try:
+            yield
+        except BaseException:
+            remove_incomplete(self.checkpoints, keep=checkpoints_before)
+            self._discard_if_unstarted(created)
+            raise
+        finally:
+            lock.release()
+
+    def _lock(self) -> FolderLock:
+        try:
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                return FolderLock(self.path)
+        except CacheError:
+            raise PipelineError(
+                f"{self.path}: {describe_holder(self.path)} is training this run; wait for it, or choose another --name"
+            ) from None
+
+    def _discard_if_unstarted(self, created: Sequence[Path]) -> None:
+        """Remove the folder if training has not started in it, and those of its parents in `created` that are empty."""
+        if not self.path.is_dir() or not self.is_unstarted:
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        for folder in created:
+            with suppress(OSError):
+                folder.rmdir()
+
+    def write_config(self, config: Config) -> None:
+        """Write the config, which marks the run as started; create the folder if needed."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, config.to_yaml())
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint, None if there is none."""
+        return next(iter(complete_checkpoints(self.checkpoints)), None)
+
     def check_finished(self) -> None:
+        """Check that the run has an adapter that can be read.
+
+        Raises:
+            PipelineError: it has none; the message says how to get one.
+        """
         require_utf8(self.path)
         if not self.config.is_file():
             raise PipelineError(f"{self.path}: not a run folder, it has no {self.config.name}; see `pipe train`")
         if not self.adapter.is_dir():
-            if self.is_held:
+            if self.is_locked:
                 raise PipelineError(f"{self.path}: {describe_holder(self.path)} is still training this run")
-            raise PipelineError(f"{self.path}: this run has no adapter yet; go on with it by `{self.resume_command}`")
+            raise PipelineError(f"{self.path}: this run has no adapter yet; resume it: `{self.resume_command}`")
         if problem := adapter_damage(self.adapter):
-            raise PipelineError(f"{problem}. {self._renewal()}")
+            raise PipelineError(f"{problem}. {self._restore_advice()}")
 
-    def _renewal(self) -> str:
-        """How an adapter that is damaged is made again."""
-        kept = f"delete {self.adapter} and run `{self.resume_command}`, which makes it from the last checkpoint; or "
-        again = f"train it again with `pipe train {self.config} --name ANOTHER`"
-        return f"To make it again: {kept if self.last_checkpoint() else ''}{again}"
+    def _restore_advice(self) -> str:
+        """Explain how to restore a damaged adapter."""
+        retrain = f"train it again with `pipe train {self.config} --name ANOTHER`"
+        if not self.last_checkpoint():
+            return f"To restore it: {retrain}"
+        return (
+            f"To restore it: delete {self.adapter} and run `{self.resume_command}`, which writes it from the last "
+            f"checkpoint; or {retrain}"
+        )
 
     def trained_config(self, overrides: Sequence[str] = ()) -> Config:
-        """The finished run's config, with overrides of what is not trained already."""
+        """Return the config of the finished run with `overrides`.
+
+        Raises:
+            PipelineError: the run is not finished.
+            ConfigError: an override is invalid, or is of a section in `TRAINING_SECTIONS`.
+        """
         self.check_finished()
         for override in overrides:
             section = re.split(r"[.=]", override, maxsplit=1)[0]
-            if section in NOT_TRAINED_ANEW:
-                raise ConfigError(f"{override!r}: the run is trained already, and {section} is not looked at any more")
+            if section in TRAINING_SECTIONS:
+                raise ConfigError(f"{override!r}: the run is trained already, {section} has no effect any more")
         return load_config(self.config, overrides)
 
 
 def adapter_damage(folder: Path) -> str | None:
-    """Why the files of an adapter cannot be read, in words; None if they can."""
+    """Return why the files of an adapter cannot be read, None if they can."""
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     try:
         if not isinstance(json.loads(config.read_bytes()), dict):
             return f"{config}: damaged, not a JSON object"
     except FileNotFoundError:
-        return f"{config}: not there"
+        return f"{config}: missing"
     except (OSError, ValueError) as error:
         return f"{config}: damaged, {error}"
     try:
         with safe_open(weights, "np") as file:
             return None if file.keys() else f"{weights}: damaged, it holds no tensor"
     except FileNotFoundError:
-        return f"{weights}: not there"
+        return f"{weights}: missing"
     except (OSError, SafetensorError) as error:
         return f"{weights}: damaged, {error}"
 
 
-def read_jsonl(step: float, path: Path) -> list[dict[str, Any]]:
-    """The JSON lines up to a step: a killed run wrote beyond its last checkpoint, and its last line perhaps in part."""
-    rows: list[dict[str, Any]] = []
-    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    damaged = 0
-    for line in lines:
-        row = _row(line)
-        if row is None:
-            damaged += 1
-        elif row["step"] <= step:
-            rows.append(row)
-    if damaged:
-        log_info(f"{path}: {damaged} damaged lines are skipped")
-    last = _row(cut)
-    return [*rows, last] if last and last["step"] <= step else rows
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row of a step; None if the line is none."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def append_row(row: dict[str, Any], path: Path) -> None:
-    """Add a JSON line."""
-    append_line(path, json.dumps(row))
-
-
-def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The rows as JSON lines, in place of what is there."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _evaluated(split: str, with_adapter: bool) -> str:
+def _evaluation_name(split: str, with_adapter: bool) -> str:
     return split if with_adapter else f"{split}-no-adapter"
 
 
 def named_run(output_dir: Path, name: str) -> Run:
-    """`output_dir`/NAME. Raises `ConfigError` for a name that leads elsewhere."""
+    """Return the run `output_dir`/`name`.
+
+    Raises:
+        ConfigError: `name` is not a plain folder name.
+    """
     if name in (".", "..") or Path(name).name != name:
-        raise ConfigError(f"--name {name!r} is not one plain name; the folder that runs lie in is train.output_dir")
+        raise ConfigError(f"--name {name!r} is not a plain folder name; train.output_dir sets the parent folder")
     return Run(output_dir / name)
 
 
 def next_run(output_dir: Path, stem: str) -> Run:
-    """`output_dir`/STEM-N, N the first number from 1 that is free, also as the beginning of a grid's names."""
+    """Return the run `output_dir`/`stem`-N with the lowest N from 1 that no run and no grid uses."""
     taken = [path.name for path in output_dir.glob(f"{glob.escape(stem)}-*")]
     number = 1
     while any(f"{name}-".startswith(f"{stem}-{number}-") for name in taken):

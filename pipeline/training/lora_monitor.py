@@ -1,7 +1,4 @@
-"""LoRA weights, watched while they are trained: how far each update has moved, and which moves unlike the others.
-
-d: width of a frozen matrix's output or input, r: the adapter's rank, n: adapted matrices of one shape.
-"""
+"""Record statistics of the LoRA weights during training, and warn about updates that differ from all others."""
 
 import math
 import time
@@ -9,171 +6,54 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.common.progress import log_info
-from pipeline.runs.run import Run, append_row, read_jsonl, write_rows
+from pipeline.common.progress import log_warning
+from pipeline.runs.jsonl import append_jsonl, read_jsonl, write_jsonl
+from pipeline.runs.run import Run
+from pipeline.training.lora_statistics import Factors, find_anomalies, frozen_norm, measure
 from pipeline.training.stopping import StopRequest
 
-AT_ONCE = 16
-"""Matrices measured together: at rank 64 and width 2560 their float64 copies take some 150 MB."""
-OUTLIER_FACTOR = 10.0
-"""An update that is so many times the others' median, or a part of it, is out of the ordinary."""
-DEVIATIONS = 6.0
-"""And so many robust standard deviations away: where the others lie far apart themselves, one more is no news."""
-MIN_DIVERGING_RATIO = 0.1
-"""An update of less than this share of its frozen weight does not count as running away, however small the others."""
-MIN_RELATIVE_CHANGE = 1e-6
-"""Of the norm: where all changes are smaller, at a learning rate near 0, float32 may keep nothing of one of them."""
-MEANINGS = {
-    "is not finite": "the adapter is spoilt; try a lower train.learning_rate",
-    "does not move": "perhaps little or no gradient reaches it; try a higher train.learning_rate, or leave it out of "
-    "lora.target_modules",
-    "runs away": "training may diverge; try a lower train.learning_rate, more train.warmup_steps, or leave it out of "
-    "lora.target_modules",
-}
-"""Of what a matrix does: what it may mean, and what to try."""
-
-Figures = Mapping[str, float | None]
-"""Of one matrix: `norm`, `ratio`, `effective_rank`, `change`; None is not finite."""
-
-
-class Factors(NamedTuple):
-    """Of the updates B A."""
-
-    b: Tensor
-    """(n, d, r), or (d, r) of one matrix."""
-    a: Tensor
-    """(n, r, d), or (r, d) of one matrix."""
-
-
-def measure(now: Factors, before: Factors) -> dict[str, Tensor]:
-    """(n,) float64 each: `norm` of B A, its `effective_rank`, and `change`, the norm of its difference to `before`.
-
-    Norms are Frobenius norms. No B A is formed: all follows from products of r x r, as ||B A||^2 is the trace of
-    (B^T B) (A A^T). The change is dB A + B' dA, where B' is before and dB, dA are the factors' own differences, exact
-    in float64. So its relative error stays near 1e-15 however small it is, where a difference of the traces of B A and
-    B' A' leaves nothing of a change below 1e-8 of the norm. Only where the two terms cancel to a c-th part of what they
-    are, it is c^2 times that. What is not finite is NaN.
-    """
-    b, a = now.b.double(), now.a.double()
-    b_before = before.b.double()
-    db, da = b - b_before, a - before.a.double()
-    left, right = b.mT @ b, a @ a.mT
-    terms = (db.mT @ db) * right + 2 * (db.mT @ b_before) * (a @ da.mT) + (b_before.mT @ b_before) * (da @ da.mT)
-    return {
-        "norm": _root_of_sum(left * right),
-        "effective_rank": effective_rank(left, right),
-        "change": _root_of_sum(terms),
-    }
-
-
-def _root_of_sum(terms: Tensor) -> Tensor:
-    return terms.sum((1, 2)).clamp(min=0).sqrt()
-
-
-def effective_rank(left: Tensor, right: Tensor) -> Tensor:
-    """(n,), of B^T B and A A^T (n, r, r): exp of the entropy of the singular values of B A, divided by their sum.
-
-    Between 1 and r; 0 for an update of zero. Source: O. Roy and M. Vetterli, "The effective rank: a measure of
-    effective dimensionality", EUSIPCO 2007. The squared singular values are the eigenvalues of B^T B A A^T; taken of
-    the symmetric H^T A A^T H, with H H^T = B^T B, they are right to 1e-16 of the largest, and the rank to some 1e-6.
-    """
-    finite = (left * right).sum((1, 2)).isfinite()
-    left, right = (torch.where(finite[:, None, None], gram, 0.0) for gram in (left, right))
-    values, vectors = torch.linalg.eigh(left)
-    half = vectors * values.clamp(min=0).sqrt()[:, None]
-    singular = torch.linalg.eigvalsh(half.mT @ right @ half).clamp(min=0).sqrt()
-    total = singular.sum(1, keepdim=True)
-    rank = torch.special.entr(singular / total).sum(1).exp()
-    return torch.where(finite, torch.where(total[:, 0] > 0, rank, 0.0), torch.nan)
-
-
-def find_anomalies(
-    matrices: Mapping[str, Figures], last: Mapping[str, Figures], since: int, warm: bool
-) -> Iterator[str]:
-    """What is out of the ordinary at a look, in words; each sentence begins with a matrix's name and what it does.
-
-    A matrix is compared with the others of its kind (`q_proj` with `q_proj`), of which there must be three, by the
-    logarithm of its ratio: with the others' median, in their median absolute deviations, which a few odd ones do not
-    shift. What it does:
-
-    - `is not finite`;
-    - `does not move`: its update is to the last bit that of the look before, while others' change; or, after warm-up,
-      its ratio lies far below the others';
-    - `runs away`: its ratio lies far above the others', above `MIN_DIVERGING_RATIO`, and grows.
-
-    Far is by a factor of `OUTLIER_FACTOR`, and by `DEVIATIONS` robust standard deviations.
-
-    Args:
-        matrices: the figures of this look.
-        last: those of the look before.
-        since: the step of the look before.
-        warm: whether the learning rate has passed its warm-up.
-    """
-    moving = any((now["change"] or 0) > MIN_RELATIVE_CHANGE * (now["norm"] or 0) for now in matrices.values())
-    for name, now in matrices.items():
-        kind = name.rpartition(".")[2]
-        others = [row["ratio"] for other, row in matrices.items() if other != name and other.rpartition(".")[2] == kind]
-        middle, far = _spread([ratio for ratio in others if ratio])
-        does = _verdict(now, last[name], middle, far, moving, warm)
-        if does:
-            ratio = math.nan if now["ratio"] is None else now["ratio"]
-            yield (
-                f"{name} {does} since step {since}: its update is {ratio:.2g} of the frozen weight, the median of the "
-                f"other {kind} {middle:.2g}; {MEANINGS[does]}"
-            )
-
-
-def _verdict(now: Figures, before: Figures, middle: float, far: float, moving: bool, warm: bool) -> str | None:
-    ratio = now["ratio"]
-    if ratio is None or now["change"] is None:
-        return "is not finite"
-    if (moving and now["change"] == 0) or (warm and ratio * far < middle):
-        return "does not move"
-    if ratio > max(middle * far, MIN_DIVERGING_RATIO) and ratio > (before["ratio"] or 0):
-        return "runs away"
-    return None
-
-
-def _spread(ratios: list[float]) -> tuple[float, float]:
-    """The median, and the factor from it that is far; of fewer than three others nothing is."""
-    if len(ratios) < 3:
-        return median(ratios) if ratios else 0.0, math.inf
-    logs = [math.log(ratio) for ratio in ratios]
-    middle = median(logs)
-    deviation = 1.4826 * median(abs(log - middle) for log in logs)  # of a normal distribution the standard deviation
-    return math.exp(middle), math.exp(max(math.log(OUTLIER_FACTOR), DEVIATIONS * deviation))
+MATRICES_PER_CHUNK = 16
+"""Matrices measured together: at rank 64 and width 2560 their float64 copies take about 150 MB."""
+CHECKPOINT_FILE = "lora_monitor.safetensors"
+"""In a checkpoint: the factors of the last measurement, if it was at an earlier step."""
 
 
 class LoraMonitorCallback(TrainerCallback):
     """Record LoRA statistics every `steps` optimizer steps, the first and the last. Log each anomaly once.
 
-    Process 0 alone looks: the weights are the same in all. `steps` None never does.
+    Only rank 0 measures, as all ranks have the same weights.
     """
 
     def __init__(self, model: PeftModel, run: Run, steps: int | None, warmup_steps: int, stop: StopRequest) -> None:
+        """Set up the callback.
+
+        Args:
+            model: the model with its adapter.
+            run: the run to log into.
+            steps: the interval in optimizer steps; None disables monitoring.
+            warmup_steps: the steps of the learning rate warmup.
+            stop: no measurement is made when training is interrupted, as it is not the last step.
+        """
         self.run, self.steps, self.warmup_steps, self.stop = run, steps, warmup_steps, stop
         self.layers = adapted_layers(model)
         self.adapter: str = model.active_adapter
-        self.last: dict[str, Any] = {}
+        self.last_row: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.seconds = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Of the last look the ratios; all that was told; the time that it took."""
-        if not self.last:
+        """Return the ratios of the last measurement, all warnings, and the total time in seconds."""
+        if not self.last_row:
             return {}
-        ratios = {name: figures["ratio"] for name, figures in self.last["matrices"].items()}
+        ratios = {name: one["ratio"] for name, one in self.last_row["matrices"].items()}
         finite = {name: ratio for name, ratio in ratios.items() if ratio is not None}
         largest = max(finite, key=lambda name: finite[name], default=None)
         return {
@@ -185,124 +65,122 @@ class LoraMonitorCallback(TrainerCallback):
         }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure the first step; on resume, restore the last measurement before the checkpoint."""
         if not self.steps or not state.is_world_process_zero:
             return
         started = time.perf_counter()
-        self.frozen = {name: frozen_norm(layer) for name, layer in self.layers.items()}
-        rows = read_jsonl(state.global_step, self.run.watch)
-        write_rows(rows, self.run.watch)
-        self.warnings = [sentence for row in rows for sentence in row["warnings"]]
-        self.last = rows[-1] if rows else {}
-        self.seen = self._factors()
-        kept = self._kept(state)
-        if self._is_due(state) and kept.exists():
-            weights = load_file(kept, device=str(args.device))
-            self.seen = {name: Factors(weights[f"{name}.b"], weights[f"{name}.a"]) for name in self.layers}
+        self.frozen_norms = {name: frozen_norm(layer) for name, layer in self.layers.items()}
+        rows = read_jsonl(self.run.lora_updates, state.global_step)
+        write_jsonl(self.run.lora_updates, rows)
+        self.warnings = [warning for row in rows for warning in row["warnings"]]
+        self.last_row = rows[-1] if rows else {}
+        self.last_factors = self._copy_factors()
+        saved = self._checkpoint_file(state)
+        if self._is_due(state) and saved.exists():
+            weights = load_file(saved, device=str(args.device))
+            self.last_factors = {name: Factors(weights[f"{name}.b"], weights[f"{name}.a"]) for name in self.layers}
         elif self._is_due(state):
-            self._look(state.global_step)
+            self._record(state.global_step)
         self.seconds += time.perf_counter() - started
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure every `steps` steps, and after the last step."""
         if self.steps and (state.global_step % self.steps == 0 or state.global_step >= state.max_steps):
-            self._look_if_due(state)
+            self._record_if_due(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Between two looks a checkpoint takes the factors of the first, which the second is compared with."""
+        """Save the factors of the last measurement, which the next one is compared with."""
         if self.steps and self._is_due(state):
-            seen = {f"{name}.{key}": value for name, one in self.seen.items() for key, value in one._asdict().items()}
-            save_file(seen, self._kept(state))
+            factors = {
+                f"{name}.{key}": value
+                for name, one in self.last_factors.items()
+                for key, value in one._asdict().items()
+            }
+            save_file(factors, self._checkpoint_file(state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The last look, unless the training is to go on later."""
-        if not self.stop.made:
-            self._look_if_due(state)
+        """Measure the last step of a training that was stopped early, but not of an interrupted one."""
+        if not self.stop.requested:
+            self._record_if_due(state)
 
-    def _look_if_due(self, state: TrainerState) -> None:
+    def _record_if_due(self, state: TrainerState) -> None:
         if self.steps and self._is_due(state):
             started = time.perf_counter()
-            self._look(state.global_step)
+            self._record(state.global_step)
             self.seconds += time.perf_counter() - started
 
     def _is_due(self, state: TrainerState) -> bool:
-        """Whether this step was not looked at yet, and this process is the one to."""
-        return state.is_world_process_zero and self.last.get("step") != state.global_step
+        """Return whether this is rank 0 and the step is not measured yet."""
+        return state.is_world_process_zero and self.last_row.get("step") != state.global_step
 
-    def _kept(self, state: TrainerState) -> Path:
-        return self.run.checkpoints / f"checkpoint-{state.global_step}" / "watched.safetensors"
+    def _checkpoint_file(self, state: TrainerState) -> Path:
+        return self.run.checkpoints / f"checkpoint-{state.global_step}" / CHECKPOINT_FILE
 
-    def _factors(self) -> dict[str, Factors]:
-        """Copies of the weights."""
-        return {name: Factors(*(weight.clone() for weight in self._weights(name))) for name in self.layers}
+    def _copy_factors(self) -> dict[str, Factors]:
+        return {name: Factors(*(weight.clone() for weight in self._factors(name))) for name in self.layers}
 
-    def _weights(self, name: str) -> Factors:
+    def _factors(self, name: str) -> Factors:
         layer = self.layers[name]
         return Factors(layer.lora_B[self.adapter].weight.detach(), layer.lora_A[self.adapter].weight.detach())
 
-    def _look(self, step: int) -> None:
-        matrices = self._measure()
-        found = (
-            find_anomalies(matrices, self.last["matrices"], self.last["step"], step > self.warmup_steps)
-            if self.last
-            else ()
-        )
-        warnings = [sentence for sentence in found if not self._is_old(sentence)]
-        self.last = {"step": step, "matrices": matrices, "warnings": warnings}
+    def _record(self, step: int) -> None:
+        """Measure all matrices, append the row, and log new warnings."""
+        matrices = self._measure_all()
+        warnings: list[str] = []
+        if self.last_row:
+            found = find_anomalies(
+                matrices, self.last_row["matrices"], self.last_row["step"], after_warmup=step > self.warmup_steps
+            )
+            warnings = [warning for warning in found if not self._is_known(warning)]
+        self.last_row = {"step": step, "matrices": matrices, "warnings": warnings}
         self.warnings += warnings
-        self.seen = self._factors()
-        append_row(self.last, self.run.watch)
-        for sentence in warnings:
-            log_info(f"step {step}: {sentence}")
+        self.last_factors = self._copy_factors()
+        append_jsonl(self.run.lora_updates, self.last_row)
+        for warning in warnings:
+            log_warning(f"step {step}: {warning}")
 
-    def _is_old(self, sentence: str) -> bool:
-        """Whether the same was said of the same matrix, with whatever figures."""
-        return any(old.startswith(sentence.partition(" since ")[0]) for old in self.warnings)
+    def _is_known(self, warning: str) -> bool:
+        """Return whether the same anomaly of the same matrix was logged before."""
+        return any(known.startswith(warning.partition(" since ")[0]) for known in self.warnings)
 
-    def _measure(self) -> dict[str, dict[str, float | None]]:
+    def _measure_all(self) -> dict[str, dict[str, float | None]]:
         matrices: dict[str, dict[str, float | None]] = {}
-        for names in _alike(self.seen):
-            now = _stacked(self._weights(name) for name in names)
-            measured = measure(now, _stacked(self.seen[name] for name in names))
+        for names in _chunks_of_one_shape(self.last_factors):
+            now = _stack(self._factors(name) for name in names)
+            measured = measure(now, _stack(self.last_factors[name] for name in names))
             columns = {key: values.tolist() for key, values in measured.items()}
             for name, norm, rank, change in zip(names, *columns.values(), strict=True):
                 scaling = self.layers[name].scaling[self.adapter]
-                figures = {
+                values = {
                     "norm": scaling * norm,
-                    "ratio": scaling * norm / (self.frozen[name] or math.nan),
+                    "ratio": scaling * norm / (self.frozen_norms[name] or math.nan),
                     "effective_rank": rank,
                     "change": scaling * change,
                 }
-                matrices[name] = {key: _rounded(value) for key, value in figures.items()}
+                matrices[name] = {key: _round(value) for key, value in values.items()}
         return {name: matrices[name] for name in self.layers}
 
 
 def adapted_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """The layers that have an adapter, by their names in the decoder: `layers.0.self_attn.q_proj`."""
+    """Return the layers with an adapter by their names in the decoder, such as `layers.0.self_attn.q_proj`."""
     prefixes = ("base_model.model.", "language_model.model.decoder.")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {name.removeprefix(prefixes[0]).removeprefix(prefixes[1]): module for name, module in layers.items()}
 
 
-def frozen_norm(layer: LoraLayer) -> float:
-    """Frobenius norm of the weight under an adapter; a 4-bit one is unpacked for it and dropped."""
-    weight = layer.get_base_layer().weight
-    if isinstance(weight, Params4bit):
-        weight = dequantize_4bit(weight.data, weight.quant_state)
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
-
-
-def _alike(factors: Mapping[str, Factors]) -> Iterator[list[str]]:
-    """Names of matrices of one shape, not too many at a time."""
-    groups: dict[Any, list[str]] = defaultdict(list)
+def _chunks_of_one_shape(factors: Mapping[str, Factors]) -> Iterator[list[str]]:
+    """Yield names of matrices of one shape, at most `MATRICES_PER_CHUNK` at a time."""
+    by_shape: dict[Any, list[str]] = defaultdict(list)
     for name, (b, a) in factors.items():
-        groups[b.shape, a.shape].append(name)
-    for names in groups.values():
-        yield from (names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE))
+        by_shape[b.shape, a.shape].append(name)
+    for names in by_shape.values():
+        yield from (names[start : start + MATRICES_PER_CHUNK] for start in range(0, len(names), MATRICES_PER_CHUNK))
 
 
-def _stacked(factors: Iterable[Factors]) -> Factors:
+def _stack(factors: Iterable[Factors]) -> Factors:
     return Factors(*map(torch.stack, zip(*factors, strict=True)))
 
 
-def _rounded(value: float) -> float | None:
-    """Seven digits; None where it is not finite, which JSON cannot say."""
+def _round(value: float) -> float | None:
+    """Return `value` with seven significant digits; None if it is not finite, which JSON cannot represent."""
     return float(f"{value:.7g}") if math.isfinite(value) else None

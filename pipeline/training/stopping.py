@@ -1,4 +1,4 @@
-"""How a training that is told to stop saves first, and when it saves by the clock."""
+"""Save a checkpoint before stopping on Ctrl-C or SIGTERM, and at time intervals."""
 
 import signal
 import threading
@@ -16,52 +16,60 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While it is entered, Ctrl-C and SIGTERM ask for an end behind the step at hand; the second one ends at once."""
+    """A context in which the first Ctrl-C or SIGTERM sets `requested`, and the second raises `KeyboardInterrupt`."""
 
     def __init__(self) -> None:
-        self.made = False
-        self._before: dict[signal.Signals, Any] = {}
+        """Start without a request."""
+        self.requested = False
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # Python has signals handled nowhere else
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        """Install the signal handlers, if this is the main thread; Python allows it in no other."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        """Restore the previous signal handlers."""
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.made:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.made = True
-        log_info(f"{signal.Signals(number).name}: stopping behind this step, to save first; once more stops at once")
+        self.requested = True
+        name = signal.Signals(number).name
+        log_info(f"{name}: saving a checkpoint after this step, then stopping. Repeat to stop without saving")
 
 
 class GracefulStopCallback(TrainerCallback):
-    """Saves when stopping is asked for, then stops; saves also when the last checkpoint is `minutes` old."""
+    """Saves and stops when a stop is requested on any rank, and saves every `save_minutes` minutes."""
 
-    def __init__(self, request: StopRequest, minutes: float | None) -> None:
-        self.request, self.seconds = request, 60 * minutes if minutes else float("inf")
+    def __init__(self, stop: StopRequest, save_minutes: float | None) -> None:
+        """Watch `stop`; `save_minutes` None disables saving by time."""
+        self.stop, self.save_seconds = stop, 60 * save_minutes if save_minutes else float("inf")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.saved_at = time.monotonic()
+        """Start the clock."""
+        self.last_save_time = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.saved_at = time.monotonic()
+        """Restart the clock."""
+        self.last_save_time = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        due = time.monotonic() - self.saved_at >= self.seconds
-        stops, saves = _any_process(self.request.made, due, args.device)
-        self.request.made |= stops
-        control.should_save |= stops or saves
-        control.should_training_stop |= stops
+        """Have the trainer save and stop as requested."""
+        save_is_due = time.monotonic() - self.last_save_time >= self.save_seconds
+        should_stop, should_save = _any_rank(self.stop.requested, save_is_due, args.device)
+        self.stop.requested |= should_stop
+        control.should_save |= should_stop or should_save
+        control.should_training_stop |= should_stop
 
 
-def _any_process(stops: bool, saves: bool, device: torch.device) -> tuple[bool, bool]:
-    """Whether one of the processes wants it: all of them must do it at the same step."""
+def _any_rank(should_stop: bool, should_save: bool, device: torch.device) -> tuple[bool, bool]:
+    """Return each flag if it is set on any rank: all ranks must save and stop at the same step."""
     if world_size() == 1:
-        return stops, saves
-    wanted = torch.tensor([stops, saves], dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
-    return bool(wanted[0]), bool(wanted[1])
+        return should_stop, should_save
+    flags = torch.tensor([should_stop, should_save], dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags[0]), bool(flags[1])

@@ -20,7 +20,7 @@ from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_adapter, load_language_half, save_adapter
 from pipeline.blip2.lora import require_all_saved
 from pipeline.cli import main
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError
 from pipeline.config import Config, load_config
 from pipeline.runs.run import Run
@@ -199,11 +199,11 @@ def test_resumed_training_of_biases_in_half_precision_equals_an_uninterrupted_on
         }
     )
     whole, stopped = Run(tmp_path / "whole"), Run(tmp_path / "stopped")
-    train(config, whole)
+    train_run(config, whole)
     shutil.copytree(whole.path, stopped.path)
     for later in (stopped.adapter, stopped.checkpoints / "checkpoint-4"):
         shutil.rmtree(later)
-    train(config, stopped, resume=True)
+    train_run(config, stopped, resume=True)
     first, second = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, stopped))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

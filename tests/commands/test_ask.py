@@ -22,7 +22,7 @@ from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES
 from pipeline.cli import main
 from pipeline.commands.ask import Conversation, ImageEncoder, Predictor, ask
 from pipeline.commands.evaluate import evaluate
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import Config
 from pipeline.runs.run import Run
@@ -33,7 +33,7 @@ QUESTION = "what shape is it?"
 @pytest.fixture(scope="module")
 def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = Run(tmp_path_factory.mktemp("runs") / "first")
-    train(cached, folder)
+    train_run(cached, folder)
     return folder
 
 
@@ -256,7 +256,7 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_pat
     for words, message in (
         ((picture, "what", "shape"), "Put the question in quotes"),
         ((picture, QUESTION, "evaluate.beams=3"), "unknown key evaluate.beams"),
-        ((picture, QUESTION, "lora.r=3"), "lora is not looked at any more"),
+        ((picture, QUESTION, "lora.r=3"), "lora has no effect any more"),
     ):
         done = pipe("ask", run.path, *words)
         assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
@@ -264,7 +264,7 @@ def test_what_cannot_be_asked_is_told_in_a_line(run: Run, picture: Path, tmp_pat
 
 def test_a_run_without_an_adapter_is_told(cached: Config, picture: Path, tmp_path: Path) -> None:
     unfinished = Run(tmp_path / "unfinished")
-    unfinished.start(cached)
+    unfinished.write_config(cached)
     with pytest.raises(PipelineError, match="no adapter yet"):
         ask(unfinished, picture, QUESTION, (), True)
 

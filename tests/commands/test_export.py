@@ -34,7 +34,7 @@ from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.export import export
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.examples import VQAExample
@@ -55,14 +55,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     precompute(config)
     run = Run(folder / "runs" / "first")
-    train(config, run)
+    train_run(config, run)
     return run
 
 
 def untrained(run: Run, bits: int | None, targets: tuple[str, ...], bias: str, folder: Path) -> Run:
     """A run with a random adapter of another kind, biases as well."""
     other = Run(folder)
-    other.start(load_config(run.config, (f"quantization.bits={bits or 'null'}",)))
+    other.write_config(load_config(run.config, (f"quantization.bits={bits or 'null'}",)))
     model = add_lora(load_base(load_config(other.config)), 4, 8, 0.0, targets, bias)
     make_lora_nonzero(model)
     save_adapter(model, other.adapter)
@@ -335,7 +335,7 @@ def test_without_memory_to_compare_the_merged_model_is_there(
 
 def test_an_unfinished_run_is_refused(run: Run, tmp_path: Path) -> None:
     unfinished = Run(tmp_path / "unfinished")
-    unfinished.start(load_config(run.config))
+    unfinished.write_config(load_config(run.config))
     with pytest.raises(PipelineError, match="no adapter yet"):
         export(unfinished, tmp_path / "dest")
     assert not (tmp_path / "dest").exists()

@@ -1,7 +1,8 @@
-"""Several trainings from one command."""
+"""Grids: every combination of listed values, trained by one command."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -10,11 +11,11 @@ import pipeline.commands.grid
 from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.cli import main
 from pipeline.commands.grid import train_grid
-from pipeline.commands.train import StoppedError, load_for_training, train
+from pipeline.commands.train import StoppedError, load_for_training, train_run
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
 from pipeline.overrides import combinations_of
-from pipeline.runs.run import Run, next_run
+from pipeline.runs.run import next_run
 
 NAME = "adapter_model.safetensors"
 
@@ -47,19 +48,19 @@ def pipe_train(config: Path, *words: str) -> tuple[int, dict[str, object], str]:
         (("train.lr_scheduler=linear,cosine",), [{"train.lr_scheduler": one} for one in ("linear", "cosine")], ()),
     ],
 )
-def test_a_list_of_values_is_varied_and_a_text_is_not(
+def test_listed_values_are_varied_but_lists_and_texts_are_not(
     overrides: tuple[str, ...], varied: list[dict[str, str]], fixed: tuple[str, ...]
 ) -> None:
     assert combinations_of(overrides, Config) == (varied, fixed)
 
 
-def test_two_lists_give_every_combination() -> None:
+def test_two_listed_keys_give_every_combination() -> None:
     varied, _ = combinations_of(("lora.r=8,16,32", "train.learning_rate=1e-4,3e-4"), Config)
     assert len(varied) == 6
     assert varied[1] == {"lora.r": "8", "train.learning_rate": "3e-4"}
 
 
-def test_a_grid_trains_what_separate_commands_train_and_loads_the_model_once(
+def test_grid_equals_separate_trainings_and_loads_the_model_once(
     config_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loads = []
@@ -79,7 +80,7 @@ def test_a_grid_trains_what_separate_commands_train_and_loads_the_model_once(
     assert (alone / "adapter" / NAME).read_bytes() == (last / "adapter" / NAME).read_bytes()
 
 
-def test_a_run_that_fails_does_not_stop_the_others(config_path: Path) -> None:
+def test_failed_run_does_not_stop_the_others(config_path: Path) -> None:
     words = ["train.learning_rate=1e-3,1e30,2e-3", "--name", "grid"]
     status, summary, stderr = pipe_train(config_path, *words)
     assert (status, summary["failed_runs"]) == (1, 1)
@@ -88,45 +89,51 @@ def test_a_run_that_fails_does_not_stop_the_others(config_path: Path) -> None:
     assert "grid-learning_rate=1e30 failed" in stderr
 
 
-def test_a_name_that_no_layer_has_is_refused_before_the_first_training(config_path: Path) -> None:
+def test_unknown_target_module_is_an_error_before_training(config_path: Path) -> None:
     status, _, stderr = pipe_train(config_path, "lora.target_modules=[q_proj],[nothing]", "--name", "grid")
     assert status == 2
     assert "lora.target_modules: 'nothing' matches nothing in the language model" in stderr
     assert not (config_path.parent / "runs").exists()
 
 
-def test_a_grid_that_was_stopped_goes_on(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_grid_can_be_resumed(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["lora.r=4,8,16", "--name", "grid"]
 
-    def stop_the_second(config: Config, *rest: object) -> object:
+    def interrupt_second(config: Config, *args: Any) -> object:
         if config.lora.r == 8:
-            raise StoppedError("stopped at step 1 of 3, saved")
-        return train(config, *rest)
+            raise StoppedError("Interrupted at step 1 of 3. Resume: `pipe train runs/grid-r=8 --resume`")
+        return train_run(config, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.commands.grid, "train", stop_the_second)
+        patch.setattr(pipeline.commands.grid, "train_run", interrupt_second)
         status, _, stderr = pipe_train(config_path, *words)
     assert status == 1
-    assert "grid-r=8: stopped at step 1 of 3, saved. The same command with --resume goes on with all runs" in stderr
+    assert "grid-r=8 --resume`; for all runs of the grid: rerun this command with --resume" in stderr
     status, summary, _ = pipe_train(config_path, *words, "--resume")
     assert (status, [row["steps"] for row in summary["runs"]]) == (0, [3, 3, 3])
-    assert pipe_train(config_path, *words)[0] == 1, "the runs exist"
+    assert pipe_train(config_path, *words)[0] == 1, "the runs exist already"
 
 
-def test_a_wrong_value_is_told_before_anything_is_trained(config_path: Path, tmp_path: Path) -> None:
+def test_resume_of_a_grid_needs_its_name(config_path: Path) -> None:
+    status, _, stderr = pipe_train(config_path, "lora.r=4,8", "--resume")
+    assert status == 2
+    assert "--resume of several trainings needs their --name" in stderr
+
+
+def test_invalid_value_is_an_error_before_training(config_path: Path, tmp_path: Path) -> None:
     status, _, stderr = pipe_train(config_path, "lora.r=8,-1", "--name", "grid")
     assert status == 2
     assert "lora.r" in stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_several_processes_are_refused(config_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_ranks_are_an_error(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PipelineError, match="run in one process"):
-        train_grid(config_path, [{"lora.r": "4"}, {"lora.r": "8"}], (), Run(tmp_path / "grid"))
+    with pytest.raises(PipelineError, match="cannot run under torchrun"):
+        train_grid(config_path, ["lora.r=4,8"], "grid")
 
 
-def test_the_next_number_is_free_of_grids_too(tmp_path: Path) -> None:
+def test_next_run_skips_numbers_of_grids(tmp_path: Path) -> None:
     for name in ("mine-1-r=8", "mine-2", "mine-30"):
         (tmp_path / name).mkdir()
     assert next_run(tmp_path, "mine").path.name == "mine-3"

@@ -16,10 +16,11 @@ from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.report import LOOKS, heat_maps, page, report
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.config import Config, load_config
 from pipeline.runs.gallery import VERDICTS, choose, verdict
-from pipeline.runs.run import Run, write_rows
+from pipeline.runs.jsonl import write_jsonl
+from pipeline.runs.run import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAME = "a </script><b> run & \u2028 more"
@@ -51,8 +52,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trained, watched, and evaluated with and without the adapter."""
     found = Run(tmp_path_factory.mktemp("run") / NAME.replace("/", "_"))
-    train(config, found)
-    write_rows([look(step) for step in range(0, 5)], found.watch)
+    train_run(config, found)
+    write_jsonl(found.lora_updates, [look(step) for step in range(0, 5)])
     for with_adapter in True, False:
         evaluate(found, with_adapter=with_adapter)
     return found

@@ -13,7 +13,7 @@ from pipeline.batches.sequences import SequenceBuilder, pack
 from pipeline.batches.split import load_tokenizer, open_split
 from pipeline.batches.training import training_batches
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.targets import Targets
@@ -92,7 +92,7 @@ def test_training_on_several_answers_is_deterministic(ten_answers: Config, tmp_p
     adapters = []
     for name, choice in (("first", answers), ("again", answers), ("common", "most_common")):
         run = Run(tmp_path / name)
-        train(with_answers(ten_answers, choice), run)
+        train_run(with_answers(ten_answers, choice), run)
         adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
     assert adapters[0] != adapters[2]
@@ -123,4 +123,4 @@ def test_answer_longer_than_the_model_is_reported(ten_answers: Config, tmp_path:
     config = load_config(write_config(folder, data={"val": None}))
     precompute(config)
     with pytest.raises(PipelineError, match="tokens long with its image and answer"):
-        train(with_answers(config, "all"), Run(folder / "run"))
+        train_run(with_answers(config, "all"), Run(folder / "run"))

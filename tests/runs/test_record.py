@@ -1,4 +1,4 @@
-"""What a run was made of, and the adapter's card."""
+"""The record of a run and the model card of its adapter."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.evaluate import evaluate
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.config import Config
 from pipeline.runs.run import Run
 
 
-def test_the_record_and_the_card_tell_what_came_out(cached: Config, tmp_path: Path) -> None:
+def test_record_and_card_hold_the_results(cached: Config, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
-    summary = train(cached, run)
+    result = train_run(cached, run)
+    assert result is not None
     record = json.loads(run.record.read_text())
-    assert record["summary"] == summary
+    assert record["summary"] == result.to_dict()
     assert record["cache"]["questions"] == {"train": 54, "val": 18}
     card = (run.adapter / "README.md").read_text()
     assert f"| fingerprint | `{record['cache']['fingerprint']}` |" in card
@@ -24,16 +25,16 @@ def test_the_record_and_the_card_tell_what_came_out(cached: Config, tmp_path: Pa
     assert f"| val, with the adapter | {accuracy:.2f} (" in (run.adapter / "README.md").read_text()
 
 
-def test_a_training_killed_before_its_card_is_resumed_and_has_one(
+def test_training_killed_before_the_card_is_written_can_be_resumed(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.commands.train.write_card", lambda *_: exit())
         with pytest.raises(SystemExit):
-            train(cached, run)
-    assert not run.adapter.exists(), "an adapter without its card is not finished"
-    train(cached, run, resume=True)
+            train_run(cached, run)
+    assert not run.adapter.exists(), "the card is written before the adapter is moved into place"
+    train_run(cached, run, resume=True)
     evaluate(run)
     assert "| val, with the adapter | " in (run.adapter / "README.md").read_text()
     assert json.loads(run.record.read_text())["summary"]["steps"] == 4

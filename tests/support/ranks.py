@@ -1,4 +1,4 @@
-"""Ranks of one training, as torchrun starts them."""
+"""Start the ranks of one command, as torchrun does."""
 
 import socket
 import sys
@@ -7,14 +7,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from processes import Ended, Running, started
+from processes import Finished, Running, started
 
 FREED = "the process group is freed"
 
 
 @contextmanager
-def team(logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None) -> Iterator[list[Running]]:
-    """`pipe WORDS` in processes that belong together."""
+def running_ranks(
+    logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None
+) -> Iterator[list[Running]]:
+    """Run `pipe WORDS` on `size` ranks; yield the running processes."""
     with socket.socket() as free, ExitStack() as processes:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
@@ -30,13 +32,14 @@ def team(logs: Path, size: int, *words: object, prepare: Callable[[], object] | 
         ]  # fmt: skip
 
 
-def together(logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None) -> list[Ended]:
-    with team(logs, size, *words, prepare=prepare) as processes:
-        return [process.ended() for process in processes]
+def run_ranks(logs: Path, size: int, *words: object, prepare: Callable[[], object] | None = None) -> list[Finished]:
+    """Run `pipe WORDS` on `size` ranks to the end."""
+    with running_ranks(logs, size, *words, prepare=prepare) as processes:
+        return [process.wait() for process in processes]
 
 
-def forbid_freeing_the_group() -> None:
-    """It may wait for ever for the group's threads, which may wait for the interpreter's lock."""
+def report_group_destruction() -> None:
+    """Print `FREED` if the process group is destroyed, which can deadlock: see `ending_process`."""
 
     def free(*_: object) -> None:
         print(FREED, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""What a look at the LoRA weights costs at the size of BLIP-2 OPT-2.7b: 32 layers, q and v, 2560 x 2560 in 4 bits.
+"""Measure the cost of monitoring LoRA weights at the size of BLIP-2 OPT-2.7b: 32 layers, q and v, 2560 x 2560, 4-bit.
 
-    python tests/benchmarks/watch.py --ranks 16 64 --step-seconds 25
+    python tests/benchmarks/lora_monitor.py --ranks 16 64 --step-seconds 25
 
-All layers share one frozen weight, which is unpacked for each as if it were its own. The share is that of a look in the
-time of `--watch-steps` steps. Memory is the most that a look takes beyond what lies there before.
+All layers share one frozen weight, which is dequantized for each. The overhead is the time of a measurement divided by
+that of `--lora-monitor-steps` steps. Memory is the peak of a measurement beyond what was allocated before.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def adapted_model(layers: int, width: int, rank: int, device: torch.device) -> P
 
 
 def step(model: PeftModel) -> None:
-    """Every trained weight a little elsewhere."""
+    """Change every trained weight a little."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data += 1e-4 * torch.randn_like(weight)
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--step-seconds", type=float, default=25.0)
-    parser.add_argument("--watch-steps", type=int, default=50)
+    parser.add_argument("--lora-monitor-steps", type=int, default=50)
     options = parser.parse_args()
     device = pick_device()
     print(f"{2 * options.layers} matrices of {options.width}, {device}, {torch.get_num_threads()} threads, "
@@ -70,26 +70,25 @@ def main() -> None:
     for rank in options.ranks:
         model = adapted_model(options.layers, options.width, rank, device)
         with TemporaryDirectory() as name:
-            measured, memory = look(model, Run(Path(name)), options.rounds, device)
+            measured, memory = measure_cost(model, Run(Path(name)), options.rounds, device)
         print_table(f"ms, rank {rank}", measured, {})
-        share = (
-            sorted(measured["a look"])[options.rounds // 2] / 1e3 / options.lora_monitor_steps / options.step_seconds
-        )
-        print(f"share of the training time {share:.3%}; memory {memory / 1e6:.0f} MB")
+        seconds = sorted(measured["a measurement"])[options.rounds // 2] / 1e3
+        overhead = seconds / options.lora_monitor_steps / options.step_seconds
+        print(f"overhead {overhead:.3%}; memory {memory / 1e6:.0f} MB")
 
 
-def look(model: PeftModel, run: Run, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], int]:
-    watch = LoraMonitorCallback(model, run, steps=1, warmup_steps=0, stop=StopRequest())
+def measure_cost(model: PeftModel, run: Run, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], int]:
+    monitor = LoraMonitorCallback(model, run, steps=1, warmup_steps=0, stop=StopRequest())
     arguments = TrainingArguments(output_dir=str(run.checkpoints), report_to=[], use_cpu=device.type == "cpu")
     state, control = TrainerState(max_steps=rounds), TrainerControl()
-    start = milliseconds(lambda: watch.on_train_begin(arguments, state, control), device)
-    looks = []
+    start = milliseconds(lambda: monitor.on_train_begin(arguments, state, control), device)
+    measurements = []
     reset_peak(device)
     before = peak_bytes(device) or 0
     for state.global_step in range(1, rounds + 1):
         step(model)
-        looks.append(milliseconds(lambda: watch.on_step_end(arguments, state, control), device))
-    return {"the start, with frozen norms": [start], "a look": looks}, (peak_bytes(device) or 0) - before
+        measurements.append(milliseconds(lambda: monitor.on_step_end(arguments, state, control), device))
+    return {"start, with frozen norms": [start], "a measurement": measurements}, (peak_bytes(device) or 0) - before
 
 
 if __name__ == "__main__":
