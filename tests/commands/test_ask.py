@@ -18,9 +18,10 @@ from rounding import relative_difference
 from transformers import Blip2ForConditionalGeneration
 
 from cache.reader import FeatureReader
+from pipeline.answers.predictor import ImageEncoder, Predictor
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES
 from pipeline.cli import main
-from pipeline.commands.ask import Conversation, ImageEncoder, Predictor, ask
+from pipeline.commands.ask import Conversation, ask
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
