@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.common.terminal import from_home, locale_problem, print_error, show, show_every_character
 
 if TYPE_CHECKING:
-    from pipeline.commands.ask import Conversation
+    from pipeline.answers.predictor import Prediction
+    from pipeline.commands.evaluate import EvaluateResult
+    from pipeline.commands.export import ExportResult
+    from pipeline.commands.report import ReportResult
+    from pipeline.common.result import Result
 
 
 class UserPath(click.Path):
@@ -49,7 +53,7 @@ def main() -> None:
     """
 
 
-def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
+def stage(command: "Callable[..., Result | dict[str, Any] | None]") -> Callable[..., None]:
     """A command that returns a summary, with --json and --debug, and errors told in a line or two."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
@@ -61,9 +65,10 @@ def stage(command: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
         show_every_character()
         click.get_current_context().obj = sys.stdout  # where a conversation's answers go
         with redirect_stdout(sys.stderr):  # stdout carries the summary alone
-            summary = _guarded(lambda: command(**arguments), debug)
-        if summary is None:
+            result = _guarded(lambda: command(**arguments), debug)
+        if result is None:
             return  # all is told: by the first of several processes, or in a conversation
+        summary = result if isinstance(result, dict) else result.to_dict()
         summary["seconds"] = time.perf_counter() - started  # the loading of the libraries included
         click.echo(json.dumps(summary)) if as_json else show(summary)
         if summary.get("damaged") or summary.get("failed_runs"):
@@ -81,7 +86,7 @@ def _ending_process() -> Iterator[None]:
         yield
 
 
-def _guarded(call: Callable[[], dict[str, Any] | None], debug: bool) -> dict[str, Any] | None:
+def _guarded(call: "Callable[[], Result | dict[str, Any] | None]", debug: bool) -> "Result | dict[str, Any] | None":
     from pipeline.common.distributed import local_rank
     from pipeline.common.errors import ConfigError
 
@@ -273,7 +278,7 @@ PRESET = click.option(
 def evaluate(
     run: Path, overrides: tuple[str, ...], split: str | None, adapter: str, preset: str | None, num_beams: str | None,
     metric: str | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> "EvaluateResult":  # fmt: skip
     """Answer the questions of a split from the cache, and score the answers.
 
     By default the split, beams and metric that RUN's config names. Writes into RUN, for each split, the answers in the
@@ -287,12 +292,11 @@ def evaluate(
     _load_bitsandbytes()
     from pipeline.commands.evaluate import evaluate
     from pipeline.config import PRESETS
-    from pipeline.runs.run import Run
 
     named = {"split": split, "num_beams": num_beams, "metric": metric}
     given = PRESETS.get(preset or "", {}) | {key: value for key, value in named.items() if value is not None}
     options = [f"evaluate.{key}={value}" for key, value in given.items()]
-    return evaluate(Run(run), (*options, *overrides), adapter == "trained")
+    return evaluate(run, (*options, *overrides), adapter == "trained")
 
 
 @main.command()
@@ -303,7 +307,7 @@ def evaluate(
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of their choice.")
 @stage
-def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed: int) -> dict[str, Any]:
+def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed: int) -> "ReportResult":
     """Write a page on a run, or on several side by side: one HTML file that needs no other and no network.
 
     Of one RUN: what came out, curves, LoRA layer by layer, accuracy by type, and questions with their pictures,
@@ -316,9 +320,8 @@ def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed:
               pipe report runs/* --output compared.html
     """
     from pipeline.commands.report import report
-    from pipeline.runs.run import Run
 
-    return report([Run(run) for run in runs], output, max_examples, seed)
+    return report(runs, output, max_examples, seed)
 
 
 @main.command()
@@ -327,7 +330,7 @@ def report(runs: tuple[Path, ...], output: Path | None, max_examples: int, seed:
 @ADAPTER
 @PRESET
 @stage
-def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> dict[str, Any] | None:
+def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> "Prediction | None":
     """Answer a question on any picture file with RUN's adapter: encodes it as stage one would.
 
     Without QUESTION, or without IMAGE, it asks for them, line by line, until an empty line or Ctrl-D; a line that is
@@ -342,25 +345,14 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
     """
     image, question, overrides = _image_and_question(words)
     _load_bitsandbytes()
-    from pipeline.commands import ask as asking
+    from pipeline.commands.ask import ask
     from pipeline.config import PRESETS
-    from pipeline.runs.run import Run
 
     options = [f"evaluate.{key}={value}" for key, value in PRESETS.get(preset or "", {}).items()]
-    how = (*options, *overrides), adapter == "trained"
-    if image and question is not None:
-        return asking.ask(Run(run), from_home(image), question, *how)
-    as_json = click.get_current_context().params["as_json"]
-    answers = _Answers(click.get_current_context().obj, as_json)
-    conversation = asking.Conversation(Run(run), *how, answers.tell)
-    if not sys.stdin.isatty():
-        _hear_lines(conversation, image, answers)
-        return None
-    line = image or _typed(conversation.awaits)
-    while line:
-        conversation.hear(line)
-        line = _typed(conversation.awaits)
-    return None
+    context = click.get_current_context()
+    return ask(
+        run, image, question, (*options, *overrides), adapter == "trained", context.params["as_json"], context.obj
+    )
 
 
 @main.command()
@@ -371,7 +363,7 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None) -> 
 @click.option("--push", metavar="REPO", help="Upload it to this repository of the Hugging Face hub, too; a new one "
               "is private.")  # fmt: skip
 @stage
-def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool, push: str | None) -> dict[str, Any]:
+def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool, push: str | None) -> "ExportResult":
     """Write RUN's adapter into the new folder DEST, by default as it is, for plain transformers + PEFT.
 
     With --merge a full BLIP-2 that plain transformers loads without PEFT or bitsandbytes; the summary says how far its
@@ -383,9 +375,8 @@ def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool
     """
     _load_bitsandbytes()
     from pipeline.commands.export import export
-    from pipeline.runs.run import Run
 
-    return export(Run(run), destination, overrides, merge, push)
+    return export(run, destination, overrides, merge, push)
 
 
 def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None, list[str]]:
@@ -396,55 +387,6 @@ def _image_and_question(words: tuple[str, ...]) -> tuple[str | None, str | None,
         raise click.UsageError(f"more than IMAGE and QUESTION: {others[2]!r}; a question is one word, in quotes")
     image, question = (*others, None, None)[:2]
     return image, question, overrides
-
-
-class _Answers:
-    """Writes answers, a line each."""
-
-    def __init__(self, stdout: TextIO, as_json: bool) -> None:
-        self.stdout, self.as_json = stdout, as_json
-        self.told = 0
-
-    def tell(self, answer: dict[str, Any]) -> None:
-        self.told += 1
-        print(json.dumps(answer) if self.as_json else answer["answer"] or "", file=self.stdout, flush=True)
-
-
-def _hear_lines(conversation: "Conversation", image: str | None, answers: _Answers) -> None:
-    """All lines of a pipe, whatever their bytes; each gives one line, so that all keep their place."""
-    from pipeline.common.errors import PipelineError
-
-    if image:
-        _show_first(conversation, from_home(image))
-    unanswered = 0
-    for number, data in enumerate(sys.stdin.buffer):
-        line = data.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip()
-        before = answers.told
-        unanswered += bool(line) and not conversation.hear(line)
-        if answers.told == before:
-            problem = conversation.problem if line else ""
-            answers.tell({"line": line, "answer": None} | ({"error": problem} if problem else {}))
-    if unanswered:
-        raise PipelineError(f"{unanswered} lines were not answered; what was wrong with each is told above")
-
-
-def _show_first(conversation: "Conversation", image: Path) -> None:
-    """The picture that the command names. Raises `PipelineError`: no question could be answered."""
-    from pipeline.common.errors import PipelineError
-    from pipeline.encoding.images import ImageError
-
-    try:
-        conversation.show(image)
-    except ImageError as error:
-        raise PipelineError(f"{image}: {error}") from None
-
-
-def _typed(prompt: str) -> str:
-    """The next line of stdin, "" at its end; the prompt, where a terminal is read, goes to stderr as stdout does."""
-    try:
-        return input(f"{prompt}: " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
 
 
 @main.command()

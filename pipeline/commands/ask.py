@@ -1,105 +1,195 @@
-"""Any picture, any question: the encoder and the language half one behind the other, without a cache."""
+"""Ask questions about image files: a single one, in a terminal, or from the lines of a pipe."""
 
-import string
+import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image
 from torch import Tensor
 
-from pipeline.answers.predictor import ImageEncoder, Predictor
+from pipeline.answers.predictor import Prediction, Predictor, clean_question
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 from pipeline.common.terminal import from_home
 from pipeline.encoding.images import ImageError
-from pipeline.runs.run import Run
+from pipeline.runs.run import RunLike
 
-SHOWN = 200  # characters of a line that is no picture
-_INVISIBLE = string.whitespace + "\ufeff\u200b\u200c\u200d\u2060\u00a0\0"
+MAX_QUOTED = 200
+"""Characters of a line quoted in an error message."""
+HELP = "Enter a question, or the path of an image to change the image. An empty line or Ctrl-D exits."
 
-HELP = "A question is answered, the path of a picture changes the picture, an empty line or Ctrl-D ends."
 
+def ask(
+    run: RunLike,
+    image: str | os.PathLike[str] | None = None,
+    question: str | None = None,
+    overrides: Sequence[str] = (),
+    with_adapter: bool = True,
+    as_json: bool = False,
+    output: TextIO | None = None,
+) -> Prediction | None:
+    """Answer a question on an image; without one of the two, read images and questions from stdin.
 
-def ask(run: Run, image: Path, question: str, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
-    """The answer to one question on one picture, and its probability.
+    In a terminal the user is prompted for lines until an empty one. Otherwise every line of stdin gives one line of
+    output. A line is a question on the current image, or the path of another image.
 
-    It is the answer that `evaluate` gives if the picture is in the cache. Raises `PipelineError`.
+    Args:
+        run: a `Run`, the path of a run folder, or the result of `train`.
+        image: the path of the first image.
+        question: a question.
+        overrides: `key=value` overrides of the run's config.
+        with_adapter: False for the model before training.
+        as_json: write answers to `output` as JSON objects, one per line.
+        output: receives the answers to lines of stdin, by default stdout.
+
+    Returns:
+        The prediction if `image` and `question` are given, None otherwise.
+
+    Raises:
+        PipelineError: the image or the question is invalid, or some lines of a pipe were not answered.
     """
-    question = clean_question(question)
-    config = run.trained_config(overrides)
-    answerer = Predictor(run, config, with_adapter)
-    answerer.check(question)
-    try:
-        features = ImageEncoder(config)(image)
-    except ImageError as error:
-        raise PipelineError(f"{image}: {error}") from None
-    return answerer(image, features, question)
+    predictor = Predictor(run, overrides, with_adapter)
+    if image is not None and question is not None:
+        return predictor.predict(from_home(os.fspath(image)), question)
+    writer = AnswerWriter(output or sys.stdout, as_json)
+    conversation = Conversation(predictor, writer.write)
+    if sys.stdin.isatty():
+        _prompt_for_lines(conversation, image)
+    else:
+        _answer_lines(conversation, image, writer)
+    return None
+
+
+class AnswerWriter:
+    """Writes answers, one per line."""
+
+    def __init__(self, output: TextIO, as_json: bool) -> None:
+        self.output, self.as_json = output, as_json
+        self.lines_written = 0
+
+    def write(self, prediction: Prediction) -> None:
+        """Write an answer, or all of the prediction as JSON."""
+        self._write_line(prediction.to_dict())
+
+    def write_unanswered(self, line: str, error: str) -> None:
+        """Write an empty line, or a JSON object with the input line and the error, if there is one."""
+        self._write_line({"line": line, "answer": None} | ({"error": error} if error else {}))
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        self.lines_written += 1
+        print(json.dumps(record) if self.as_json else record["answer"] or "", file=self.output, flush=True)
 
 
 class Conversation:
-    """Takes a user's lines, each a picture's path or a question on the last picture."""
+    """Handles lines that are questions or paths of images, and keeps the current image."""
 
-    def __init__(
-        self, run: Run, overrides: tuple[str, ...], with_adapter: bool, tell: Callable[[dict[str, Any]], object]
-    ):
-        """`tell` is given the summary of each answer."""
-        config = run.trained_config(overrides)
-        self.look, self.answer, self.tell = ImageEncoder(config), Predictor(run, config, with_adapter), tell
+    def __init__(self, predictor: Predictor, on_answer: Callable[[Prediction], object]) -> None:
+        """Prepare the image encoder, so that an incomplete checkpoint is an error before the first line.
+
+        Args:
+            predictor: answers the questions.
+            on_answer: called with each answer.
+
+        Raises:
+            PipelineError: the encoder's tensors are not available.
+        """
+        self.predictor, self.on_answer = predictor, on_answer
+        self.encode = predictor.image_encoder
         self.image = Path()
-        self.problem = ""
-        """What was wrong with the last line."""
         self.features: Tensor | None = None
-        if sys.stdin.isatty():
-            log_info(HELP)
+        """Query features (Q, D) of the current image."""
+        self.error = ""
+        """Why the last line failed."""
 
     @property
-    def awaits(self) -> str:
-        return "picture" if self.features is None else "question"
+    def expected_input(self) -> str:
+        """What the next line should be: an image or a question."""
+        return "image" if self.features is None else "question"
 
-    def hear(self, line: str) -> bool:
-        """Tell an answer, or change the picture; log what is wrong with either, and return False."""
-        line, self.problem = clean_question(line), ""
+    def handle_line(self, line: str) -> bool:
+        """Answer a question or change the image. Log the error and return False if that fails."""
+        line, self.error = clean_question(line), ""
         try:
-            if self.features is None or _names_picture(line):
-                self.show(from_home(line))
+            if self.features is None or _is_image_path(line):
+                self.set_image(from_home(line))
             else:
-                self.tell(self.answer(self.image, self.features, line))
+                self.on_answer(self.predictor.predict_encoded(self.features, line, self.image))
         except ImageError as error:
-            advice = "name a picture" if _names_picture(line) else "name a picture before a question"
-            self.problem = f"{_shortened(line)}: {error}; {advice}"
+            advice = "enter the path of an image" if _is_image_path(line) else "enter the path of an image first"
+            self.error = f"{_shorten(line)}: {error}; {advice}"
         except PipelineError as error:
-            self.problem = str(error)
-        if self.problem:
-            log_info(self.problem)
-        return not self.problem
+            self.error = str(error)
+        if self.error:
+            log_info(self.error)
+        return not self.error
 
-    def show(self, image: Path) -> None:
-        """Change the picture; where the prompt holds no question, it is answered. Raises `ImageError`."""
-        self.features = None  # if this one fails, no question is answered from the one before
-        self.image, self.features = image, self.look(image)
-        if not self.answer.asks:
-            self.tell(self.answer(image, self.features, ""))
+    def set_image(self, image: Path) -> None:
+        """Change the image. If the prompt needs no question, answer at once and expect another image.
+
+        Raises:
+            ImageError: the image cannot be read or encoded.
+        """
+        self.features = None  # a question after a failed image must not be answered from the previous one
+        self.image, self.features = image, self.encode(image)
+        if not self.predictor.needs_question:
+            self.on_answer(self.predictor.predict_encoded(self.features, "", image))
             self.features = None
 
 
-def clean_question(text: str) -> str:
-    """Without what nobody sees at its ends: spaces, byte order marks, zero-width characters.
+def _prompt_for_lines(conversation: Conversation, image: str | os.PathLike[str] | None) -> None:
+    """Handle `image` and then lines typed in a terminal, until an empty line or the end of input."""
+    log_info(HELP)
+    line = os.fspath(image) if image else _read_line(conversation.expected_input)
+    while line:
+        conversation.handle_line(line)
+        line = _read_line(conversation.expected_input)
 
-    Bytes that were no UTF-8 become the replacement character.
+
+def _read_line(prompt: str) -> str:
+    try:
+        return input(f"{prompt}: ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _answer_lines(conversation: Conversation, image: str | os.PathLike[str] | None, writer: AnswerWriter) -> None:
+    """Write one line for every line of stdin, whatever its bytes, so that line numbers match.
+
+    Raises:
+        PipelineError: `image` is invalid, or lines were not answered.
     """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip(_INVISIBLE)
+    if image:
+        _set_first_image(conversation, from_home(os.fspath(image)))
+    failed = 0
+    for number, data in enumerate(sys.stdin.buffer):
+        line = data.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip()
+        written_before = writer.lines_written
+        failed += bool(line) and not conversation.handle_line(line)
+        if writer.lines_written == written_before:
+            writer.write_unanswered(line, conversation.error if line else "")
+    if failed:
+        raise PipelineError(f"{failed} lines were not answered; the errors are listed above")
 
 
-def _shortened(line: str) -> str:
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+def _set_first_image(conversation: Conversation, image: Path) -> None:
+    """Set the image given on the command line. An invalid one is fatal, because no question could be answered."""
+    try:
+        conversation.set_image(image)
+    except ImageError as error:
+        raise PipelineError(f"{image}: {error}") from None
 
 
-def _names_picture(line: str) -> bool:
-    """Whether it is the path of a file, or looks like one of a picture that is not there."""
-    with suppress(OSError, ValueError):  # a question may be longer than a name can be
+def _shorten(line: str) -> str:
+    return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]}..."
+
+
+def _is_image_path(line: str) -> bool:
+    """Return whether the line is the path of a file, or ends like the name of an image file."""
+    with suppress(OSError, ValueError):  # a question may be longer than a path can be
         if from_home(line).is_file():
             return True
     return Path(line).suffix.lower() in Image.registered_extensions()

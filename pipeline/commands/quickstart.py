@@ -30,12 +30,12 @@ def quickstart(overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     log_info("4/4 Answering them with it")
     after = evaluate(run)
     return {
-        "accuracy_before": before["accuracy"],
-        "accuracy": after["accuracy"],
-        "questions": after["questions"],
+        "accuracy_before": before.accuracy,
+        "accuracy": after.accuracy,
+        "questions": after.questions,
         "precompute": _pick(encoded, "images", "encoded", "cache_bytes", "images_per_second", "seconds"),
         "train": _pick(trained, "questions", "steps", "seconds_training", "questions_per_second", "seconds"),
-        "evaluate": _pick(after, "questions_per_second", "seconds"),
+        "evaluate": _pick(after.to_dict(), "questions_per_second", "seconds"),
         "seconds": time.perf_counter() - started,
         "cache": encoded["cache"],
         "run": str(run.path),

@@ -47,3 +47,8 @@ def log_info(line: str) -> None:
     if rank() > 0:
         return
     tqdm.write(line, file=sys.stderr)
+
+
+def log_warning(line: str) -> None:
+    """Log a warning on rank 0."""
+    log_info(line)

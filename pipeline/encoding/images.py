@@ -174,9 +174,25 @@ class Preprocessor:
         Raises:
             PictureError: the reasons of `check_header`, or the decoder's.
         """
-        height, width = self.size
         with _open(data) as image:
-            pixels = np.asarray(upright_rgb(image).resize((width, height), self._resample))
+            return self._pixel_values(image)
+
+    def from_image(self, image: Image.Image) -> np.ndarray:
+        """Return pixel values (3, H, W), float32, of an image in memory: those of the file it was opened from.
+
+        Raises:
+            ImageError: the image cannot be decoded.
+        """
+        try:
+            return self._pixel_values(image)
+        except MemoryError:
+            raise PictureUnreachableError(_NO_MEMORY) from None
+        except Exception as error:  # a broken file raises anything: OSError, SyntaxError, struct.error, ...
+            raise ImageError(f"cannot be decoded: {_one_line(error)}") from None
+
+    def _pixel_values(self, image: Image.Image) -> np.ndarray:
+        height, width = self.size
+        pixels = np.asarray(upright_rgb(image).resize((width, height), self._resample))
         values = np.empty((3, height, width), np.float32)
         for channel in range(3):
             # "clip" never happens with uint8; the default mode would buffer the output.

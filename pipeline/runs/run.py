@@ -2,12 +2,13 @@
 
 import glob
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,11 +25,26 @@ _LENGTHS = ("train.max_steps: ", "train.epochs: ")
 NOT_TRAINED_ANEW = ("lora", "train", "validation")
 
 
+class HasRun(Protocol):
+    """A result that names its run, such as `TrainResult`."""
+
+    @property
+    def run(self) -> str:
+        """The path of the run folder."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run on disk."""
 
     path: Path
+
+    @classmethod
+    def of(cls, source: "RunLike") -> "Run":
+        """Return the run that `source` stands for: a `Run`, the path of its folder, or a result with `.run`."""
+        if isinstance(source, Run):
+            return source
+        return cls(Path(source if isinstance(source, str | os.PathLike) else source.run))
 
     @property
     def config(self) -> Path:
@@ -194,6 +210,10 @@ class Run:
             if section in NOT_TRAINED_ANEW:
                 raise ConfigError(f"{override!r}: the run is trained already, and {section} is not looked at any more")
         return load_config(self.config, overrides)
+
+
+RunLike = Run | str | os.PathLike[str] | HasRun
+"""What `Run.of` accepts."""
 
 
 def adapter_damage(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from cache.text import TextTable
 from pipeline.answers.generation import answer_questions
-from pipeline.answers.scores import check_metric, counts, score
+from pipeline.answers.scores import check_metric, is_scored, score
 from pipeline.batches.sequences import SequenceBuilder, pack
 from pipeline.blip2.memory import in_parts
 from pipeline.common.distributed import rank, world_size
@@ -43,7 +43,7 @@ class Validator:
         chosen = choose_questions(builder.text, settings.questions, settings.seed)
         examples = self._examples(chosen)
         check_metric(examples, answering.metric)
-        if not any(counts(example, answering.metric) for example in examples):
+        if not any(is_scored(example, answering.metric) for example in examples):
             raise PipelineError(
                 f"validation.split: of the questions of {settings.split} that were chosen, none has an answer that "
                 f"evaluate.metric={answering.metric} counts"

@@ -46,7 +46,7 @@ def test_training_needs_no_picture_and_no_annotation_file(data_set: Path) -> Non
         (data_set / f"{split}.jsonl").unlink()
     run = Run(data_set / "run")
     train(config, run)
-    assert evaluate(run)["questions"] == 18
+    assert evaluate(run).questions == 18
 
 
 def test_the_loss_falls(cached: Config, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_bfloat16_model_trains_and_answers(cached: Config, tmp_path: Path) -> 
     assert train(config.model_copy(update={"quantization": quantization}), run)["train_loss"] < 10
     weights = load_file(run.adapter / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    assert evaluate(run, ("evaluate.max_new_tokens=2",))["questions"] == 18
+    assert evaluate(run, ("evaluate.max_new_tokens=2",)).questions == 18
 
 
 def test_what_is_trained_is_float32_on_a_float16_model(cached: Config, checkpoint: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_run_is_evaluated_from_any_folder(cached: Config, tmp_path: Path, monk
     run = Run(tmp_path / "run")
     train(cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": Path("cache")})}), run)
     monkeypatch.chdir(tmp_path)
-    assert evaluate(Run(Path("run")))["questions"] == 18
+    assert evaluate(Run(Path("run"))).questions == 18
 
 
 def test_a_run_folder_that_exists_is_left_alone(cached: Config, tmp_path: Path) -> None:
@@ -260,26 +260,26 @@ def test_evaluation_writes_the_official_results_form(cached: Config, tmp_path: P
     run = Run(tmp_path / "run")
     train(cached, run)
     with_adapter, without = evaluate(run), evaluate(run, with_adapter=False)
-    assert with_adapter["results"] != without["results"]
-    rows = json.loads(Path(with_adapter["results"]).read_text())
+    assert with_adapter.results != without.results
+    rows = json.loads(Path(with_adapter.results).read_text())
     assert [set(row) for row in rows] == [{"question_id", "answer"}] * 18
     assert [row["question_id"] for row in rows] == list(range(1, 19))
     right = [json.loads(line)["answer"] for line in (cached.cache.dir.parent / "val.jsonl").read_text().splitlines()]
     hits = sum(row["answer"] == answer for row, answer in zip(rows, right, strict=True))
-    assert with_adapter["accuracy"] == pytest.approx(100 * hits / 18)
-    assert (with_adapter["questions"], with_adapter["scored"], with_adapter["metric"]) == (18, 18, "exact")
+    assert with_adapter.accuracy == pytest.approx(100 * hits / 18)
+    assert (with_adapter.questions, with_adapter.scored, with_adapter.metric) == (18, 18, "exact")
 
 
 def test_beams_and_batch_size_are_overridden_at_evaluation(cached: Config, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     train(cached, run)
     one = evaluate(run, ("evaluate.batch_size=1",))
-    answers = Path(one["results"]).read_text()
+    answers = Path(one.results).read_text()
     many = evaluate(run, ("evaluate.batch_size=18",))
-    assert Path(many["results"]).read_text() == answers
+    assert Path(many.results).read_text() == answers
     beams = []
     with pytest.MonkeyPatch.context() as patch:
         generate = Blip2LanguageHalf.generate
         patch.setattr(Blip2LanguageHalf, "generate", lambda *a, **k: beams.append(k["num_beams"]) or generate(*a, **k))
-        assert evaluate(run, ("evaluate.num_beams=3",))["questions"] == 18
+        assert evaluate(run, ("evaluate.num_beams=3",)).questions == 18
     assert beams == [3]

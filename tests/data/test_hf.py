@@ -581,8 +581,8 @@ def test_the_stages_over_tables_make_what_they_make_over_files(tmp_path: Path) -
     trained = [train(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
     assert trained[0]["train_loss"] == trained[1]["train_loss"]
     scores = [evaluate(Run(tmp_path / f"run-{n}")) for n in range(2)]
-    assert scores[1]["questions"] == 18
-    assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by pictures, not by rows
+    assert scores[1].questions == 18
+    assert scores[0].accuracy_interval == scores[1].accuracy_interval  # by pictures, not by rows
 
 
 def test_training_notices_an_edit_and_does_without_the_table(tables: Config) -> None:

@@ -241,7 +241,7 @@ def test_all_stages_say_how_many_answers_have_several_lines(tmp_path: Path, caps
     assert summary
     assert summary["multiline_answers"] == 1
     assert "only the first line" in capsys.readouterr().err
-    assert evaluate(run)["multiline_references"] == 1
+    assert evaluate(run).multiline_references == 1
     assert "val: 1 references have several lines" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ def test_the_record_and_the_card_tell_what_came_out(cached: Config, tmp_path: Pa
     card = (run.adapter / "README.md").read_text()
     assert f"| fingerprint | `{record['cache']['fingerprint']}` |" in card
     assert "none yet" in card
-    accuracy = evaluate(run)["accuracy"]
+    accuracy = evaluate(run).accuracy
     assert f"| val, with the adapter | {accuracy:.2f} (" in (run.adapter / "README.md").read_text()
 
 

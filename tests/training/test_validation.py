@@ -62,7 +62,7 @@ def test_a_look_sees_what_evaluation_sees_and_changes_no_training(
     assert rows(looked)[-1]["questions"] == 18
     last = looked.last_adapter if looked.last_adapter.exists() else looked.adapter
     assert (last / NAME).read_bytes() == (plain.adapter / NAME).read_bytes()
-    assert rows(looked)[-1]["accuracy"] == pytest.approx(evaluate(plain)["accuracy"], abs=1e-4)
+    assert rows(looked)[-1]["accuracy"] == pytest.approx(evaluate(plain).accuracy, abs=1e-4)
     builder = open_split(cached, "val")
     model = load_adapter(load_base(cached), plain.adapter)
     with torch.no_grad():
