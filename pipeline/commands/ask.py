@@ -68,6 +68,7 @@ class AnswerWriter:
     """Writes answers, one per line."""
 
     def __init__(self, output: TextIO, as_json: bool) -> None:
+        """Write to `output`: JSON objects with `as_json`, otherwise plain answers."""
         self.output, self.as_json = output, as_json
         self.lines_written = 0
 

@@ -113,7 +113,8 @@ def _result_row(summary: dict[str, Any]) -> str:
         return f"| {name} | unknown: the split has no references | |"
     interval = summary.get("accuracy_interval")
     bounds = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
-    details = f"metric {summary['metric']}, {summary['num_beams']} beams, {summary['scored']} questions"
+    beams = f"{summary['num_beams']} beams" if summary["num_beams"] > 1 else "greedy"
+    details = f"metric {summary['metric']}, {beams}, {summary['scored']} questions"
     return f"| {name} | {summary['accuracy']:.2f}{bounds} | {details} |"
 
 
@@ -130,7 +131,7 @@ def _provenance(record: dict[str, Any]) -> list[str]:
     fields = [("fingerprint", cache["fingerprint"]), *cache["spec"].items(), ("images", cache["images"]), *sources]
     return [
         "",
-        "## Features",
+        "## Cached features",
         "",
         "| field of the cache, as in `pipe cache info` | |",
         "|---|---|",

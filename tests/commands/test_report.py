@@ -19,6 +19,7 @@ from pipeline.commands.report import MAX_MEASUREMENTS, heat_maps, render_page, r
 from pipeline.commands.train import train
 from pipeline.config import Config, load_config
 from pipeline.runs.gallery import VERDICTS, choose_examples, verdict_of
+from pipeline.runs.record import read_record
 from pipeline.runs.run import Run, write_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -287,10 +288,12 @@ def test_browser_shows_a_run_and_filters_its_examples(run: Run, tmp_path: Path) 
       const chart = document.querySelector("figure.chart svg");
       chart.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
       found.hovered = document.querySelector("figure.chart output").value;
+      found.best = document.querySelector(".legend.good").textContent;
       found.name = document.querySelector("h1").textContent;
       found.gain = document.querySelector(".summary .under").textContent;
       found.warning = document.querySelector(".warning").textContent;
     """
+    best_step = read_record(run)["summary"]["validation"]["best_step"]
     found = render(run.report, tmp_path, actions)
     check_rendering(found)
     for state in found.values():
@@ -305,6 +308,7 @@ def test_browser_shows_a_run_and_filters_its_examples(run: Run, tmp_path: Path) 
         assert state["hovered"].startswith("step 3: ")
         assert state["name"].startswith(run.path.name)
         assert "points with LoRA" in state["gain"]
+        assert state["best"].endswith(f"best accuracy at step {best_step}")
         assert state["warning"] == f"Step 2: {WARNING}"
 
 
@@ -331,7 +335,9 @@ def test_browser_sorts_runs(run: Run, tmp_path: Path) -> None:
 
 
 def test_browser_shows_a_run_without_results(run: Run, tmp_path: Path) -> None:
-    other = copy_run(run, tmp_path, "adapter", "*.jsonl", "*.json")
+    folder = tmp_path / ("long_name_" * 8)  # wider than the narrow page
+    folder.mkdir()
+    other = copy_run(run, folder, "adapter", "*.jsonl", "*.json")
     report([other])
     found = render(other.report, tmp_path, 'found.text = document.querySelector("main").textContent;')
     for state in found.values():

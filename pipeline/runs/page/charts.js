@@ -140,8 +140,18 @@ function chart(title, series, { best, logarithmic } = {}) {
 
 const points = (columns, key) =>
   (columns.step || []).map((step, i) => [step, (columns[key] || [])[i]]).filter(([, value]) => known(value));
-const bestStep = ({ validation }) =>
-  validation.accuracy ? validation.step[indexOfBest(validation.accuracy, isGreater)] : null;
+
+// The step of the best adapter: highest accuracy, then lowest loss.
+function bestStep({ validation: { step, accuracy, loss } }) {
+  if (!accuracy) return null;
+  const highest = accuracy[indexOfBest(accuracy, isGreater)];
+  return step[
+    indexOfBest(
+      loss.map((value, i) => (accuracy[i] === highest ? value : null)),
+      isLess,
+    )
+  ];
+}
 const CURVES = [
   ["Training loss", "metrics", "loss", true],
   ["Validation accuracy, %", "validation", "accuracy"],
