@@ -97,7 +97,7 @@ def model_card(run: Run, config: Config, merged: bool) -> str:
 
 def _results(run: Run) -> list[str]:
     rows = [_result_row(summary) for summary in evaluations(run)]
-    validation = read_record(run).get("summary", {}).get("validation", {})
+    validation = read_record(run).get("summary", {}).get("validation") or {}
     if "best_accuracy" in validation:
         rows.append(
             f"| validation during training | {validation['best_accuracy']:.2f} | step {validation['best_step']}, the "
