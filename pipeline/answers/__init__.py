@@ -1,1 +1,1 @@
-"""Generated answers, their scores, and VQA accuracy."""
+"""Answer generation, prediction on new images, and VQA accuracy."""

@@ -1,4 +1,4 @@
-"""Answers of the language half to cached questions, batch by batch."""
+"""Generate answers to cached questions with the language half, in batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -15,12 +15,12 @@ from pipeline.config import EvaluateConfig
 from pipeline.data.text import PromptTokenizer
 
 
-class Answer(NamedTuple):
-    """What the model says to one question."""
+class GeneratedAnswer(NamedTuple):
+    """The generated answer to one question."""
 
     text: str
     log_probability: float
-    """Of its tokens up to the end token, natural."""
+    """Natural logarithm of the probability of its tokens, including the end token."""
 
 
 def answer_questions(
@@ -29,31 +29,46 @@ def answer_questions(
     questions: np.ndarray,
     tokenizer: PromptTokenizer,
     settings: EvaluateConfig,
-    on_done: Callable[[int], object] = lambda count: None,
-) -> dict[int, Answer]:
-    """The answer to each question, by its number in the split; `on_done` is told how many more are answered.
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> dict[int, GeneratedAnswer]:
+    """Generate the answer to each question.
 
-    Raises `PipelineError` if memory is too short for a single question.
+    A batch that does not fit into memory is split in halves.
+
+    Args:
+        model: the language half, with or without an adapter.
+        builder: sequences of the split that holds the questions.
+        questions: (N,) indices of questions in the split.
+        tokenizer: decodes the generated tokens.
+        settings: batch size, beams and length limits.
+        on_batch: called after each batch with its number of questions.
+
+    Returns:
+        The answers by question index.
+
+    Raises:
+        PipelineError: out of memory with a single question.
     """
-    answers: dict[int, Answer] = {}
+    answers: dict[int, GeneratedAnswer] = {}
     advice = f"{settings.num_beams} beams are kept for it: try fewer evaluate.num_beams"
     for batch in _batches(builder, questions, settings.batch_size):
         for part in split_on_out_of_memory(
-            lambda some: _generate(model, builder, some, tokenizer, settings), batch, advice
+            lambda indices: _generate(model, builder, indices, tokenizer, settings), batch, advice
         ):
             answers |= part
-        on_done(len(batch))
+        on_batch(len(batch))
     return answers
 
 
 def _batches(builder: SequenceBuilder, questions: np.ndarray, batch_size: int) -> Iterator[list[int]]:
-    """Questions on an image stand together, and images whose questions are about as long."""
+    """Yield batches that keep the questions on an image together, and images with prompts of similar length."""
     images, image = np.unique(builder.text.image_row[questions], return_inverse=True)
-    longest = np.zeros(len(images), np.int64)
-    np.maximum.at(longest, image, np.diff(builder.text.prompt_ids.offsets)[questions])
+    longest_prompt = np.zeros(len(images), np.int64)
+    np.maximum.at(longest_prompt, image, np.diff(builder.text.prompt_ids.offsets)[questions])
+    order = np.lexsort((image, longest_prompt[image]))
     batch: list[int] = []
-    for _, group in groupby(np.lexsort((image, longest[image])), key=lambda place: image[place]):
-        on_image = [int(questions[place]) for place in group]
+    for _, group in groupby(order, key=lambda position: image[position]):
+        on_image = [int(questions[position]) for position in group]
         if batch and len(batch) + len(on_image) > batch_size:
             yield batch
             batch = []
@@ -71,20 +86,20 @@ def _generate(
     batch: Sequence[int],
     tokenizer: PromptTokenizer,
     settings: EvaluateConfig,
-) -> dict[int, Answer]:
+) -> dict[int, GeneratedAnswer]:
     device = next(model.parameters()).device
     inputs = pack_prompts(builder.for_generation(batch))
-    beams = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
+    beam_settings = {"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}
     with torch.inference_mode():
-        found = model.generate(
+        output = model.generate(
             **send_to_device(inputs, device),
             num_beams=settings.num_beams,
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens,
-            **beams,
+            **beam_settings,
         )
-    texts = tokenizer.decode(found.tokens.tolist())
+    texts = tokenizer.decode(output.tokens.tolist())
     return {
-        number: Answer(text, log_probability)
-        for number, text, log_probability in zip(batch, texts, found.log_probability.tolist(), strict=True)
+        question: GeneratedAnswer(text, log_probability)
+        for question, text, log_probability in zip(batch, texts, output.log_probability.tolist(), strict=True)
     }

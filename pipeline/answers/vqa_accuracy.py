@@ -1,7 +1,7 @@
-"""How right an answer is, from 0 to 100, given the answers that people gave.
+"""Compute the VQA accuracy of a prediction, 0 to 100, given its reference answers.
 
-`official`, `lavis`, `lmms-eval` and `a-okvqa` count as published scripts do, quirks and all, so that the numbers can
-stand beside published ones. `exact` is for data sets with one right answer a question (easy-VQA, GQA).
+`official`, `lavis`, `lmms-eval` and `a-okvqa` reproduce published scripts, quirks included, so that results are
+comparable with published numbers. `exact` is for data sets with one reference per question (easy-VQA, GQA).
 """
 
 import re
@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from pipeline.common.errors import PipelineError
 
-FULL_AGREEMENT = 3  # so many other people's same answer makes an answer wholly right
+FULL_AGREEMENT = 3  # matching references for full accuracy
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {
@@ -27,8 +27,8 @@ NUMBERS = {
     "nine": "9",
     "ten": "10",
 }
-# As published, oddities (somebody'd, 'ow's'at) and gaps (couldntve) included; without the entries that can
-# never apply, because a word arrives here in lower case ("Im") or would stay as it is ("let's").
+# As published, including oddities (somebody'd, 'ow's'at) and gaps (couldntve), except entries without effect: words
+# are lower case at this point ("Im" never matches), and some entries map a word to itself ("let's").
 _CONTRACTION_PAIRS = """
     aint=ain't arent=aren't cant=can't couldve=could've couldnt=couldn't couldn'tve=couldn't've couldnt've=couldn't've
     didnt=didn't doesnt=doesn't dont=don't hadnt=hadn't hadnt've=hadn't've hadn'tve=hadn't've hasnt=hasn't
@@ -53,77 +53,82 @@ CONTRACTIONS = dict(pair.split("=") for pair in _CONTRACTION_PAIRS.split())
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _COMMAS_IN_NUMBER = re.compile(r"\d,+\d")  # lmms-eval's
-# The originals also look behind for a digit, but misspell it as "(?!<=", which always holds.
+# The scripts intend a lookbehind for a digit, but misspell it as "(?!<=", which always holds.
 _PERIOD = re.compile(r"\.(?!\d)")
-# The originals pass re.UNICODE where `sub` takes its count: later periods stay.
+# The scripts pass re.UNICODE as the count of `sub`: later periods stay.
 _PERIODS_REMOVED = int(re.UNICODE)
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str], metric: str = "official") -> float:
-    """Accuracy of one predicted answer against the people's answers, 0 to 100 and not rounded.
+def vqa_accuracy(prediction: str, references: Sequence[str], metric: str = "official") -> float:
+    """Return the accuracy of a prediction, 0 to 100 and not rounded.
 
-    The first three methods leave each answer out in turn: the prediction scores min(1, matches among the
-    others / 3), and the result is the mean. n answers stand for n records with distinct `answer_id`: leaving
-    one out never takes an equal one with it. Fewer than four answers cannot reach 100, and a single answer
-    always scores 0, as nothing is left when it is left out: use `exact` there.
+    The first three metrics average over the references: each is excluded in turn, and the prediction scores
+    min(1, matches among the others / 3). n references stand for n records with distinct `answer_id`, so excluding
+    one never excludes an equal one with it. With fewer than four references a prediction cannot reach 100, and with a
+    single reference it always scores 0, because no other remains: use `exact` there.
 
-    Methods:
+    Metrics:
         official: the VQA challenge's (GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, as
-            of March 2021). Line ends, tabs and outer spaces go from both sides; only if the answers then
-            differ among themselves are both sides normalised (punctuation, case, number words, articles,
+            of March 2021). Both sides lose line ends, tabs and surrounding spaces. Only if the references then
+            differ among themselves are both sides normalized (punctuation, case, number words, articles,
             contractions).
         lavis: that of BLIP-2's own code (salesforce/LAVIS, lavis/common/vqa_tools/vqa_eval.py, as of November
-            2024). The prediction is always stripped and normalised; the answers lose their punctuation
-            alone, and only if they differ. One that nothing normalised can equal ("two", "the cat", "Yes",
-            "dont", a unanimous "x-ray") is not even matched by itself.
+            2024). The prediction is always stripped and normalized; the references lose only their punctuation,
+            and only if they differ. A reference that no normalized text equals ("two", "the cat", "Yes", "dont", a
+            unanimous "x-ray") does not even match itself.
         lmms-eval: that of its VQAv2 task (EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/vqav2/utils.py and
             _task_utils/vqa_eval_metric.py, as of January 2026). Both sides are always stripped and
-            normalised, and a number may have several commas in a row ("1,,000").
+            normalized, and a number may have several commas in a row ("1,,000").
         a-okvqa: that of A-OKVQA's direct answers (allenai/aokvqa, evaluation/eval_predictions.py, as of May
-            2024): min(1, matches / 3) over all answers, the texts compared as they stand. It skips questions
-            marked `difficult_direct_answer` and gives 0 where a prediction is missing: both are the caller's.
-        exact: 100 if the prediction equals one of the answers, spaces around them and case apart; else 0, and
-            for an empty prediction.
+            2024): min(1, matches / 3) over all references, the texts compared unchanged. The script skips questions
+            marked `difficult_direct_answer` and scores a missing prediction 0: both are the caller's task.
+        exact: 100 if the prediction equals one of the references, ignoring surrounding spaces and case; else 0, and
+            0 for an empty prediction.
 
-    The first two round in their summaries, which is left to the caller. `official` agrees with vqaEval.py
-    read as Python 3. Under Python 2 the original takes only 0 to 9 for digits beside a comma or period, and
-    lower-cases a few letters (final sigma, dotted I) otherwise.
+    The scripts of the first two round their summaries; rounding is left to the caller. `official` agrees with
+    vqaEval.py run as Python 3. Under Python 2 the script recognizes only the digits 0 to 9 beside a comma or period,
+    and lower-cases a few letters (final sigma, dotted I) differently.
+
+    Args:
+        prediction: the predicted answer.
+        references: the annotated answers, one per annotator.
+        metric: the name of a metric.
 
     Raises:
-        PipelineError: an unknown metric, or no answers (the originals fail, a-okvqa's gives 0).
+        PipelineError: the metric is unknown, or there are no references (the scripts fail, a-okvqa's gives 0).
     """
     if metric not in METRICS:
         raise PipelineError(f"no accuracy metric {metric!r}; allowed: {', '.join(METRICS)}")
-    if not answers:
-        raise PipelineError("no answers to score against: a split without answers has no accuracy")
-    return METRICS[metric](prediction, answers)
+    if not references:
+        raise PipelineError("no references: a split without answers has no accuracy")
+    return METRICS[metric](prediction, references)
 
 
-def _official(prediction: str, answers: Sequence[str]) -> float:
-    prediction, answers = _flatten(prediction), [_flatten(answer) for answer in answers]
-    if len(set(answers)) > 1:
-        prediction, answers = _normalise(prediction), [_normalise(answer) for answer in answers]
-    return _mean_over_left_out(prediction, answers)
+def _official(prediction: str, references: Sequence[str]) -> float:
+    prediction, references = _flatten(prediction), [_flatten(reference) for reference in references]
+    if len(set(references)) > 1:
+        prediction, references = _normalize(prediction), [_normalize(reference) for reference in references]
+    return _mean_excluding_each(prediction, references)
 
 
-def _lavis(prediction: str, answers: Sequence[str]) -> float:
-    if len(set(answers)) > 1:
-        answers = [_without_punctuation(answer) for answer in answers]
-    return _mean_over_left_out(_normalise(_flatten(prediction)), answers)
+def _lavis(prediction: str, references: Sequence[str]) -> float:
+    if len(set(references)) > 1:
+        references = [_without_punctuation(reference) for reference in references]
+    return _mean_excluding_each(_normalize(_flatten(prediction)), references)
 
 
-def _lmms_eval(prediction: str, answers: Sequence[str]) -> float:
-    prediction, *answers = (_normalise(_flatten(text), _COMMAS_IN_NUMBER) for text in (prediction, *answers))
-    return _mean_over_left_out(prediction, answers)
+def _lmms_eval(prediction: str, references: Sequence[str]) -> float:
+    prediction, *references = (_normalize(_flatten(text), _COMMAS_IN_NUMBER) for text in (prediction, *references))
+    return _mean_excluding_each(prediction, references)
 
 
-def _a_okvqa(prediction: str, answers: Sequence[str]) -> float:
-    return 100 * min(FULL_AGREEMENT, answers.count(prediction)) / FULL_AGREEMENT
+def _a_okvqa(prediction: str, references: Sequence[str]) -> float:
+    return 100 * min(FULL_AGREEMENT, references.count(prediction)) / FULL_AGREEMENT
 
 
-def _exact(prediction: str, answers: Sequence[str]) -> float:
-    said = prediction.strip().lower()
-    return 100.0 if said and said in {answer.strip().lower() for answer in answers} else 0.0
+def _exact(prediction: str, references: Sequence[str]) -> float:
+    folded = prediction.strip().lower()
+    return 100.0 if folded and folded in {reference.strip().lower() for reference in references} else 0.0
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -133,13 +138,13 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "a-okvqa": _a_okvqa,
     "exact": _exact,
 }
-FOR_SEVERAL = ("official", "lavis", "lmms-eval", "a-okvqa")
-"""Cannot give a single answer 100: nothing, or a third."""
+MULTI_REFERENCE_METRICS = ("official", "lavis", "lmms-eval", "a-okvqa")
+"""Metrics that cannot reach 100 with a single reference: they give 0, or a third."""
 
 
-def _mean_over_left_out(prediction: str, answers: Sequence[str]) -> float:
-    count, matches = len(answers), answers.count(prediction)
-    # Matches among the others: one fewer when the answer left out is itself a match.
+def _mean_excluding_each(prediction: str, references: Sequence[str]) -> float:
+    count, matches = len(references), references.count(prediction)
+    # Matches among the others: one fewer if the excluded reference is itself a match.
     thirds = matches * min(FULL_AGREEMENT, matches - 1) + (count - matches) * min(FULL_AGREEMENT, matches)
     return 100 * thirds / (FULL_AGREEMENT * count)
 
@@ -148,19 +153,20 @@ def _flatten(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@lru_cache(maxsize=1 << 16)  # a split repeats a few thousand answers millions of times
-def _normalise(text: str, comma: re.Pattern[str] = _COMMA_IN_NUMBER) -> str:
+@lru_cache(maxsize=1 << 16)  # a split repeats a few thousand distinct answers millions of times
+def _normalize(text: str, comma: re.Pattern[str] = _COMMA_IN_NUMBER) -> str:
     words = (NUMBERS.get(word, word) for word in _without_punctuation(text, comma).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 @lru_cache(maxsize=1 << 16)
 def _without_punctuation(text: str, comma: re.Pattern[str] = _COMMA_IN_NUMBER) -> str:
-    """A mark with a space on either side anywhere in `text` goes; else it becomes a space.
+    """Remove or replace the punctuation marks in `text`.
 
-    A comma between digits anywhere makes every mark go.
+    A mark that has a space on either side anywhere in `text` is removed everywhere; any other becomes a space. A comma
+    between digits anywhere removes every mark.
     """
     number = comma.search(text)
-    gone = [mark for mark in PUNCTUATION if number or f"{mark} " in text or f" {mark}" in text]
-    marks = str.maketrans(PUNCTUATION, " " * len(PUNCTUATION)) | dict.fromkeys(map(ord, gone))
+    removed = [mark for mark in PUNCTUATION if number or f"{mark} " in text or f" {mark}" in text]
+    marks = str.maketrans(PUNCTUATION, " " * len(PUNCTUATION)) | dict.fromkeys(map(ord, removed))
     return _PERIOD.sub("", text.translate(marks), count=_PERIODS_REMOVED)

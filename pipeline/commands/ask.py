@@ -1,218 +1,196 @@
-"""Any picture, any question: the encoder and the language half one behind the other, without a cache."""
+"""Ask questions about image files: a single one, in a terminal, or from the lines of a pipe."""
 
-import string
+import json
+import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
-from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from cache.manifest import Manifest
-from cache.spec import CacheError
-from cache.text import TextTable
-from pipeline.answers.generation import answer_questions
-from pipeline.batches.sequences import SequenceBuilder
-from pipeline.batches.split import load_tokenizer
-from pipeline.blip2.base_model import load_base
-from pipeline.blip2.checkpoint import ENCODER_PREFIXES, fetch_checkpoint
-from pipeline.blip2.device import pick_device, pick_dtype
-from pipeline.blip2.encoder import Blip2Encoder, load_encoder
-from pipeline.blip2.language_model import load_adapter
+from pipeline.answers.predictor import Prediction, Predictor, clean_question
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import log_info
 from pipeline.common.terminal import expand_home
-from pipeline.config import Config
-from pipeline.data.examples import VQAExample
-from pipeline.data.text import tokenize
-from pipeline.encoding.encoder_spec import load_preprocessor
-from pipeline.encoding.images import ImageError, check_header, read_image_bytes
-from pipeline.runs.run import Run
+from pipeline.encoding.images import ImageError
+from pipeline.runs.run import RunLike
 
-SHOWN = 200  # characters of a line that is no picture
-_INVISIBLE = string.whitespace + "\ufeff\u200b\u200c\u200d\u2060\u00a0\0"
-
-HELP = "A question is answered, the path of a picture changes the picture, an empty line or Ctrl-D ends."
+MAX_QUOTED = 200
+"""Characters of a line quoted in an error message."""
+HELP = "Enter a question, or the path of an image to change the image. An empty line or Ctrl-D exits."
 
 
-class EncodedImage(SequenceBuilder):
-    """A picture's features with one question, as `answer_questions` takes those of a cache."""
+def ask(
+    run: RunLike,
+    image: str | os.PathLike[str] | None = None,
+    question: str | None = None,
+    overrides: Sequence[str] = (),
+    with_adapter: bool = True,
+    as_json: bool = False,
+    output: TextIO | None = None,
+) -> Prediction | None:
+    """Answer a question on an image; without one of the two, read images and questions from stdin.
 
-    def __init__(self, features: Tensor, text: TextTable):
-        """`features`: (Q, D), on the CPU."""
-        self.text, self.query_tokens = text, len(features)
-        self._features = features
+    In a terminal the user is prompted for lines until an empty one. Otherwise every line of stdin gives one line of
+    output. A line is a question on the current image, or the path of another image.
 
-    def _gather(self, rows: np.ndarray) -> Tensor:
-        return self._features.expand(len(rows), -1, -1)
+    Args:
+        run: a `Run`, the path of a run folder, or the result of `train`.
+        image: the path of the first image.
+        question: a question.
+        overrides: `key=value` overrides of the run's config.
+        with_adapter: False for the model before training.
+        as_json: write answers to `output` as JSON objects, one per line.
+        output: receives the answers to lines of stdin, by default stdout.
 
+    Returns:
+        The prediction if `image` and `question` are given, None otherwise.
 
-class ImageEncoder:
-    """Picture files -> query features, as stage one makes and stores them for the run's cache."""
-
-    def __init__(self, config: Config):
-        """Raises `PipelineError` if the encoder's tensors cannot be had."""
-        model = config.model
-        self.folder = fetch_checkpoint(model.checkpoint, model.revision, ENCODER_PREFIXES)
-        self.preprocess = load_preprocessor(self.folder)
-        self.encoder_dtype, self.storage_dtype = _encoder_dtype(config), config.cache.dtype
-        self.device = pick_device()
-
-    @cached_property
-    def encoder(self) -> Blip2Encoder:
-        """Loaded when it is first needed: what is wrong with a picture is told before."""
-        return load_encoder(self.folder, self.device, self.encoder_dtype)
-
-    def __call__(self, path: Path) -> Tensor:
-        """(Q, D), on the CPU and in the cache's dtype. Raises `ImageError`."""
-        data = read_image_bytes(path)
-        pixels = torch.from_numpy(self.preprocess(data))
-        if check_header(data):
-            log_info(f"warning: {path} has more than 8 bits a channel or float pixels: scaled to its own range")
-        with torch.inference_mode():
-            features = self.encoder(pixels[None].to(self.device))[0]
-        stored: Tensor = features.to(getattr(torch, self.storage_dtype)).cpu()
-        if not stored.isfinite().all():
-            raise ImageError(f"its features are not finite in {self.storage_dtype}")
-        return stored
-
-
-class Predictor:
-    """Questions on encoded pictures -> answers, by the run's adapter or without."""
-
-    def __init__(self, run: Run, config: Config, with_adapter: bool):
-        self.run, self.config, self.with_adapter = run, config, with_adapter
-        self.tokenizer = load_tokenizer(config)
-        self.asks = "{question}" in config.data.prompt
-        """Whether the prompt holds a question: that of captions does not."""
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        base = load_base(self.config)
-        return load_adapter(base, self.run.adapter) if self.with_adapter else base
-
-    def check(self, question: str) -> None:
-        """Raises `PipelineError` for a question that is empty, or too long for the language model."""
-        if self.asks and not question.strip():
-            raise PipelineError("the question is empty")
-        settings = self.config.evaluate
-        length = self.tokenizer.query_tokens + len(self.tokenizer.prompts([question])[0]) + settings.max_new_tokens
-        if length > self.tokenizer.max_length:
-            raise PipelineError(
-                f"the question is too long: {length} tokens with its image and evaluate.max_new_tokens="
-                f"{settings.max_new_tokens}; the language model takes {self.tokenizer.max_length}"
-            )
-
-    def __call__(self, image: Path, features: Tensor, question: str) -> dict[str, Any]:
-        """The summary of one answer; `features`: (Q, D). Raises `PipelineError`."""
-        started = time.perf_counter()
-        self.check(question)
-        text = tokenize([VQAExample(0, Path(image.name), question, ())], [0], self.tokenizer)
-        asked = EncodedImage(features, text)
-        answer = answer_questions(self.model, asked, np.zeros(1, np.int64), self.tokenizer, self.config.evaluate)[0]
-        return {
-            "run": str(self.run.path),
-            "image": str(image),
-            "question": question,
-            "answer": answer.text,
-            "probability": exp(answer.log_probability),
-            "seconds": time.perf_counter() - started,
-        }
-
-
-def ask(run: Run, image: Path, question: str, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
-    """The answer to one question on one picture, and its probability.
-
-    It is the answer that `evaluate` gives if the picture is in the cache. Raises `PipelineError`.
+    Raises:
+        PipelineError: the image or the question is invalid, or some lines of a pipe were not answered.
     """
-    question = clean_question(question)
-    config = run.trained_config(overrides)
-    answerer = Predictor(run, config, with_adapter)
-    answerer.check(question)
-    try:
-        features = ImageEncoder(config)(image)
-    except ImageError as error:
-        raise PipelineError(f"{image}: {error}") from None
-    return answerer(image, features, question)
+    predictor = Predictor(run, overrides, with_adapter)
+    if image is not None and question is not None:
+        return predictor.predict(expand_home(os.fspath(image)), question)
+    writer = AnswerWriter(output or sys.stdout, as_json)
+    conversation = Conversation(predictor, writer.write)
+    if sys.stdin.isatty():
+        _prompt_for_lines(conversation, image)
+    else:
+        _answer_lines(conversation, image, writer)
+    return None
+
+
+class AnswerWriter:
+    """Writes answers, one per line."""
+
+    def __init__(self, output: TextIO, as_json: bool) -> None:
+        """Write to `output`: JSON objects with `as_json`, otherwise plain answers."""
+        self.output, self.as_json = output, as_json
+        self.lines_written = 0
+
+    def write(self, prediction: Prediction) -> None:
+        """Write an answer, or all of the prediction as JSON."""
+        self._write_line(prediction.to_dict())
+
+    def write_unanswered(self, line: str, error: str) -> None:
+        """Write an empty line, or a JSON object with the input line and the error, if there is one."""
+        self._write_line({"line": line, "answer": None} | ({"error": error} if error else {}))
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        self.lines_written += 1
+        print(json.dumps(record) if self.as_json else record["answer"] or "", file=self.output, flush=True)
 
 
 class Conversation:
-    """Takes a user's lines, each a picture's path or a question on the last picture."""
+    """Handles lines that are questions or paths of images, and keeps the current image."""
 
-    def __init__(
-        self, run: Run, overrides: tuple[str, ...], with_adapter: bool, tell: Callable[[dict[str, Any]], object]
-    ):
-        """`tell` is given the summary of each answer."""
-        config = run.trained_config(overrides)
-        self.look, self.answer, self.tell = ImageEncoder(config), Predictor(run, config, with_adapter), tell
+    def __init__(self, predictor: Predictor, on_answer: Callable[[Prediction], object]) -> None:
+        """Prepare the image encoder, so that an incomplete checkpoint is an error before the first line.
+
+        Args:
+            predictor: answers the questions.
+            on_answer: called with each answer.
+
+        Raises:
+            PipelineError: the encoder's tensors are not available.
+        """
+        self.predictor, self.on_answer = predictor, on_answer
+        self.encode = predictor.image_encoder
         self.image = Path()
-        self.problem = ""
-        """What was wrong with the last line."""
         self.features: Tensor | None = None
-        if sys.stdin.isatty():
-            log_info(HELP)
+        """Query features (Q, D) of the current image."""
+        self.error = ""
+        """Why the last line failed."""
 
     @property
-    def awaits(self) -> str:
-        return "picture" if self.features is None else "question"
+    def expected_input(self) -> str:
+        """What the next line should be: an image or a question."""
+        return "image" if self.features is None else "question"
 
-    def hear(self, line: str) -> bool:
-        """Tell an answer, or change the picture; log what is wrong with either, and return False."""
-        line, self.problem = clean_question(line), ""
+    def handle_line(self, line: str) -> bool:
+        """Answer a question or change the image. Log the error and return False if that fails."""
+        line, self.error = clean_question(line), ""
         try:
-            if self.features is None or _names_picture(line):
-                self.show(expand_home(line))
+            if self.features is None or _is_image_path(line):
+                self.set_image(expand_home(line))
             else:
-                self.tell(self.answer(self.image, self.features, line))
+                self.on_answer(self.predictor.predict_encoded(self.features, line, self.image))
         except ImageError as error:
-            advice = "name a picture" if _names_picture(line) else "name a picture before a question"
-            self.problem = f"{_shortened(line)}: {error}; {advice}"
+            advice = "enter the path of an image" if _is_image_path(line) else "enter the path of an image first"
+            self.error = f"{_shorten(line)}: {error}; {advice}"
         except PipelineError as error:
-            self.problem = str(error)
-        if self.problem:
-            log_info(self.problem)
-        return not self.problem
+            self.error = str(error)
+        if self.error:
+            log_info(self.error)
+        return not self.error
 
-    def show(self, image: Path) -> None:
-        """Change the picture; where the prompt holds no question, it is answered. Raises `ImageError`."""
-        self.features = None  # if this one fails, no question is answered from the one before
-        self.image, self.features = image, self.look(image)
-        if not self.answer.asks:
-            self.tell(self.answer(image, self.features, ""))
+    def set_image(self, image: Path) -> None:
+        """Change the image. If the prompt needs no question, answer at once and expect another image.
+
+        Raises:
+            ImageError: the image cannot be read or encoded.
+        """
+        self.features = None  # a question after a failed image must not be answered from the previous one
+        self.image, self.features = image, self.encode(image)
+        if not self.predictor.needs_question:
+            self.on_answer(self.predictor.predict_encoded(self.features, "", image))
             self.features = None
 
 
-def clean_question(text: str) -> str:
-    """Without what nobody sees at its ends: spaces, byte order marks, zero-width characters.
+def _prompt_for_lines(conversation: Conversation, image: str | os.PathLike[str] | None) -> None:
+    """Handle `image` and then lines typed in a terminal, until an empty line or the end of input."""
+    log_info(HELP)
+    line = os.fspath(image) if image else _read_line(conversation.expected_input)
+    while line:
+        conversation.handle_line(line)
+        line = _read_line(conversation.expected_input)
 
-    Bytes that were no UTF-8 become the replacement character.
+
+def _read_line(prompt: str) -> str:
+    try:
+        return input(f"{prompt}: ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _answer_lines(conversation: Conversation, image: str | os.PathLike[str] | None, writer: AnswerWriter) -> None:
+    """Write one line for every line of stdin, whatever its bytes, so that line numbers match.
+
+    Raises:
+        PipelineError: `image` is invalid, or lines were not answered.
     """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip(_INVISIBLE)
+    if image:
+        _set_first_image(conversation, expand_home(os.fspath(image)))
+    failed = 0
+    for number, data in enumerate(sys.stdin.buffer):
+        line = data.decode("utf-8-sig" if number == 0 else "utf-8", "replace").strip()
+        written_before = writer.lines_written
+        failed += bool(line) and not conversation.handle_line(line)
+        if writer.lines_written == written_before:
+            writer.write_unanswered(line, conversation.error if line else "")
+    if failed:
+        raise PipelineError(f"{failed} lines were not answered; the errors are listed above")
 
 
-def _shortened(line: str) -> str:
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+def _set_first_image(conversation: Conversation, image: Path) -> None:
+    """Set the image given on the command line. An invalid one is fatal, because no question could be answered."""
+    try:
+        conversation.set_image(image)
+    except ImageError as error:
+        raise PipelineError(f"{image}: {error}") from None
 
 
-def _names_picture(line: str) -> bool:
-    """Whether it is the path of a file, or looks like one of a picture that is not there."""
-    with suppress(OSError, ValueError):  # a question may be longer than a name can be
+def _shorten(line: str) -> str:
+    return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]}..."
+
+
+def _is_image_path(line: str) -> bool:
+    """Return whether the line is the path of a file, or ends like the name of an image file."""
+    with suppress(OSError, ValueError):  # a question may be longer than a path can be
         if expand_home(line).is_file():
             return True
     return Path(line).suffix.lower() in Image.registered_extensions()
-
-
-def _encoder_dtype(config: Config) -> torch.dtype:
-    """That of the run's cache, if it is there and the config does not name another."""
-    if config.precompute.dtype == "auto":
-        with suppress(CacheError):
-            return pick_dtype(Manifest.load(config.cache.dir).spec.encoder_dtype, pick_device())
-    return pick_dtype(config.precompute.dtype, pick_device())

@@ -1,13 +1,14 @@
-"""A run's adapter, or a full model with it folded in, as a folder of its own, and on the hub."""
+"""Export a run's adapter, or the full model with the adapter merged, to a folder and to the Hugging Face hub."""
 
 import gc
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,62 +27,99 @@ from pipeline.blip2.device import pick_device, pick_dtype
 from pipeline.blip2.language_model import TREE_INPUTS, copy_permissions, load_adapter
 from pipeline.blip2.memory import free_memory_bytes, give_back_memory, is_out_of_memory
 from pipeline.blip2.merge import merged_bytes, write_merged
+from pipeline.common import hub
 from pipeline.common.compat import keep_weights_trainable
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import followed_by, require_utf8, require_writable, sync_files, write_text, writing
-from pipeline.common.hub import check_repo_name, push
-from pipeline.common.progress import log_info
+from pipeline.common.progress import log_warning
+from pipeline.common.result import Result
 from pipeline.config import Config, ModelConfig
 from pipeline.encoding.disk_space import format_bytes, free_disk_bytes
 from pipeline.runs.card import model_card
-from pipeline.runs.run import Run
+from pipeline.runs.run import Run, RunLike
 
-COMPARED = 100  # questions, at most
+MAX_COMPARED = 100
+"""Questions on which a merged model is compared with the run."""
 SMALL_FILES_BYTES = 16 << 20
-"""More than config, tokenizer and image processor have."""
+"""Upper bound for config, tokenizer and image processor."""
+
+
+@dataclass(frozen=True)
+class ExportResult(Result):
+    """The summary of an export."""
+
+    run: str
+    destination: str
+    merged: bool
+    bytes: int
+    """Size of all files."""
+    differences: dict[str, float] | None
+    """Between the merged model and the run, see `compare_merged`; None if they were not compared."""
+    url: str | None
+    """The repository on the hub; None without a push."""
+    seconds: float
 
 
 def export(
-    run: Run,
-    destination: Path,
-    overrides: tuple[str, ...] = (),
+    run: RunLike,
+    destination: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
     merge: bool = False,
-    repo: str | None = None,
-) -> dict[str, Any]:
-    """Write the run's adapter, or with `merge` the full model, to the new folder `destination`; and push it to `repo`.
+    push: str | None = None,
+) -> ExportResult:
+    """Export a run's adapter, or with `merge` the full model, to a new folder.
 
-    `destination` appears when it is whole. Raises `PipelineError`; if it is of the push, the folder is there.
+    The folder appears only when it is complete.
+
+    Args:
+        run: a `Run`, the path of a run folder, or the result of `train`.
+        destination: the folder to create.
+        overrides: `key=value` overrides of the run's config.
+        merge: export the full model in float16, with the adapter merged into its weights.
+        push: also upload the folder to this repository of the Hugging Face hub.
+
+    Raises:
+        ConfigError: an override or the repository name is invalid.
+        PipelineError: the run is not finished, `destination` exists, the disk is full, or the upload failed. If the
+            upload failed, the folder is complete.
     """
     started = time.perf_counter()
-    config = run.trained_config(overrides)
-    if repo:
-        check_repo_name(repo)
-    summary = {"run": str(run.path), "destination": str(destination), "merged": merge}
-    with _appearing(destination) as folder:
+    run, destination = Run.of(run), Path(destination)
+    config = run.trained_config(tuple(overrides))
+    if push:
+        hub.check_repo_name(push)
+    with _new_folder(destination) as folder:
         if merge:
-            _merge(run, config, folder)
+            _write_merged(run, config, folder)
         else:
             _copy_files(run.adapter, folder)
         write_text(folder / "README.md", model_card(run, config, merge))
         copy_permissions(folder / "README.md", folder)
-    summary["bytes"] = sum(path.stat().st_size for path in destination.rglob("*"))
-    if merge:
-        summary["differences"] = differences(run, config, destination)
-    if repo:
-        summary["url"] = push(destination, repo)
-    return {**summary, "seconds": time.perf_counter() - started}
+    size_in_bytes = sum(path.stat().st_size for path in destination.rglob("*"))
+    differences = compare_merged(run, config, destination) if merge else None
+    url = hub.push(destination, push) if push else None
+    return ExportResult(
+        run=str(run.path),
+        destination=str(destination),
+        merged=merge,
+        bytes=size_in_bytes,
+        differences=differences,
+        url=url,
+        seconds=time.perf_counter() - started,
+    )
 
 
 @contextmanager
-def _appearing(destination: Path) -> Iterator[Path]:
-    """A folder that gets the name `destination` at the end, and goes if anything fails."""
+def _new_folder(destination: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `destination` at the end, and deleted if anything fails."""
     if os.path.lexists(destination):
-        raise PipelineError(f"{destination}: exists already; name another folder, or move it away")
+        raise PipelineError(f"{destination}: exists already; choose another folder, or move it away")
     require_utf8(destination)
     partial = destination.with_name(destination.name + ".partial")
     if os.path.lexists(partial):
         raise PipelineError(
-            f"{partial}: left by an export that was killed, or one that is at work; delete it, and export again"
+            f"{partial}: left by an export that was killed, or in use by one that is running; delete it, and export "
+            "again"
         )
     with followed_by("run the same command again; or export to another folder"):
         require_writable(partial)
@@ -99,7 +137,7 @@ def _appearing(destination: Path) -> Iterator[Path]:
 
 
 def _copy_files(source: Path, folder: Path) -> None:
-    """Without their permissions: the copies of read-only files are written to."""
+    """Copy the files without their permissions: copies of read-only files must be writable."""
     for path in source.rglob("*"):
         if path.is_file():
             copy = folder / path.relative_to(source)
@@ -107,62 +145,68 @@ def _copy_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def _merge(run: Run, config: Config, folder: Path) -> None:
+def _write_merged(run: Run, config: Config, folder: Path) -> None:
     model = config.model
     checkpoint = fetch_checkpoint(model.checkpoint, model.revision, (*ENCODER_PREFIXES, *LANGUAGE_MODEL_PREFIXES))
     needed, free = merged_bytes(checkpoint) + SMALL_FILES_BYTES, free_disk_bytes(folder)
     if needed > free:
         raise PipelineError(
-            f"{folder.parent}: the merged model takes {format_bytes(needed)}, and {format_bytes(free)} are free. "
-            "Make room, or export "
-            "to another disk"
+            f"{folder.parent}: the merged model needs {format_bytes(needed)}, and {format_bytes(free)} are free. "
+            "Free disk space, or export to another disk"
         )
     write_merged(checkpoint, load_adapter(load_base(config), run.adapter), folder)
 
 
-class _Said(NamedTuple):
+class _Outputs(NamedTuple):
+    """A model's outputs on the compared questions."""
+
     answers: list[str]
     logits: Tensor
-    """(L, vocabulary), where the tokens of the run's own answers are expected."""
+    """(L, vocabulary), at the tokens of the run's answers."""
 
 
-def differences(run: Run, config: Config, merged: Path) -> dict[str, float] | None:
-    """How far the merged model is from the run, on cached questions of `evaluate.split`; None if there is no cache, or
-    too little memory.
+def compare_merged(run: Run, config: Config, merged: Path) -> dict[str, float] | None:
+    """Compare the merged model with the run on up to `MAX_COMPARED` cached questions of `evaluate.split`.
 
-    Both compute in the run's dtype: what is left is what merging changes, float16 weights and their rounding. The
-    logits are compared at the tokens of the run's answers; equal answers are told in percent.
+    Both compute in the run's dtype, so the differences are those of merging: float16 weights and their rounding.
+
+    Returns:
+        `questions`; `equal_answers`, in percent; `max_logit_difference` and `mean_logit_difference`, absolute, at the
+        tokens of the run's answers. None, with a warning, if there is no cache or too little memory.
     """
     try:
-        _check_memory(config, merged)
-        builder = open_split(config, config.evaluate.split, trained=False, answered=True)
+        return _compare(run, config, merged)
     except (CacheError, PipelineError) as error:
-        log_info(f"the merged model is not compared with the run: {error}")
-        return None
-    questions = np.unique(np.linspace(0, len(builder.text) - 1, min(COMPARED, len(builder.text)), dtype=np.int64))
-    plain = config.model_copy(
+        reason = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = "out of memory; try a smaller evaluate.batch_size"
+    log_warning(f"the merged model is not compared with the run: {reason}")
+    return None
+
+
+def _compare(run: Run, config: Config, merged: Path) -> dict[str, float]:
+    _check_memory(config, merged)
+    builder = open_split(config, config.evaluate.split, trained=False, answered=True)
+    questions = np.unique(np.linspace(0, len(builder.text) - 1, min(MAX_COMPARED, len(builder.text)), dtype=np.int64))
+    merged_config = config.model_copy(
         update={
             "model": ModelConfig(checkpoint=str(merged)),
             "quantization": config.quantization.model_copy(update={"bits": None}),
         }
     )
-    try:
-        ours = _say_all(config, run.adapter, builder, questions)
-        gc.collect()
-        give_back_memory()
-        theirs = _say_all(plain, None, builder, questions, ours.answers)
-    except (RuntimeError, MemoryError, PipelineError) as error:
-        if not isinstance(error, PipelineError) and not is_out_of_memory(error):
-            raise
-        what = error if isinstance(error, PipelineError) else "out of memory; try a smaller evaluate.batch_size"
-        log_info(f"the merged model is not compared with the run: {what}")
-        return None
-    apart = (ours.logits - theirs.logits).abs()
+    expected = _compute_outputs(config, run.adapter, builder, questions)
+    gc.collect()  # one model at a time
+    give_back_memory()
+    found = _compute_outputs(merged_config, None, builder, questions, expected.answers)
+    distances = (expected.logits - found.logits).abs()
+    equal = [a == b for a, b in zip(expected.answers, found.answers, strict=True)]
     return {
         "questions": len(questions),
-        "equal_answers": 100 * float(np.mean([a == b for a, b in zip(ours.answers, theirs.answers, strict=True)])),
-        "largest_of_logits": float(apart.max()),
-        "mean_of_logits": float(apart.mean()),
+        "equal_answers": 100 * float(np.mean(equal)),
+        "max_logit_difference": float(distances.max()),
+        "mean_logit_difference": float(distances.mean()),
     }
 
 
@@ -171,30 +215,31 @@ def _check_memory(config: Config, merged: Path) -> None:
     itemsize = pick_dtype(config.quantization.compute_dtype, device).itemsize
     needed, free = merged_bytes(merged) * itemsize // 2, free_memory_bytes(device)
     if needed > free:
-        raise PipelineError(f"that takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free")
+        raise PipelineError(f"it needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free")
 
 
-def _say_all(
+def _compute_outputs(
     config: Config,
     adapter: Path | None,
     builder: SequenceBuilder,
     questions: np.ndarray,
-    wanted: list[str] | None = None,
-) -> _Said:
-    """A model's answers, and its logits along the answers `wanted`, by default its own."""
+    targets: list[str] | None = None,
+) -> _Outputs:
+    """Return a model's answers, and its logits at the tokens of `targets`, by default its own answers."""
     tokenizer = load_tokenizer(config)
     model: PreTrainedModel = load_base(config)
     if adapter:
         model = load_adapter(model, adapter)
         keep_weights_trainable(model)
-    found = answer_questions(model, builder, questions, tokenizer, config.evaluate)
-    answers = [found[number].text for number in questions.tolist()]
-    targets = dict(zip(questions.tolist(), tokenizer.targets(wanted or answers), strict=True))
+    generated = answer_questions(model, builder, questions, tokenizer, config.evaluate)
+    answers = [generated[index].text for index in questions.tolist()]
+    tokens = dict(zip(questions.tolist(), tokenizer.targets(targets or answers), strict=True))
+    device = next(model.parameters()).device
     logits = []
     for start in range(0, len(questions), config.evaluate.batch_size):
-        some = questions[start : start + config.evaluate.batch_size]
-        inputs = pack(builder.for_training(some, targets=lambda number: [(np.array(targets[number]), 1.0)]))
-        asked = {name: inputs[name] for name in (*TREE_INPUTS, "label_indices")}
+        batch = questions[start : start + config.evaluate.batch_size]
+        inputs = pack(builder.for_training(batch, targets=lambda index: [(np.array(tokens[index]), 1.0)]))
+        inputs = {name: inputs[name] for name in (*TREE_INPUTS, "label_indices")}
         with torch.inference_mode():
-            logits.append(model.logits(**send_to_device(asked, next(model.parameters()).device)).cpu())
-    return _Said(answers, torch.cat(logits))
+            logits.append(model.logits(**send_to_device(inputs, device)).cpu())
+    return _Outputs(answers, torch.cat(logits))

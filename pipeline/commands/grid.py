@@ -32,6 +32,11 @@ class GridResult(Result):
     """For each run its folder, its values, and `SUMMARY_KEYS`, or `failed` with the reason."""
     failed_runs: int
 
+    @property
+    def exit_status(self) -> int:
+        """Return 1 if a run failed."""
+        return 1 if self.failed_runs else 0
+
 
 def train_grid(source: Path, overrides: Sequence[str], name: str | None = None, resume: bool = False) -> GridResult:
     """Train a run for each combination of the values that `overrides` list.

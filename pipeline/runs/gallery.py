@@ -1,4 +1,4 @@
-"""Which questions a report shows with their pictures: mistakes, what LoRA mended, what it broke, and some others."""
+"""Choose the example questions that a report shows with their images, and collect what it shows of them."""
 
 import base64
 import json
@@ -10,72 +10,81 @@ from typing import Any
 
 from cache.reader import FeatureReader
 from cache.spec import CacheError
-from pipeline.common.progress import log_info
+from pipeline.common.progress import log_warning
 from pipeline.data.examples import VQAExample
 from pipeline.runs.run import Run
 
-RIGHT = 50.0
-"""The accuracy from which on an answer counts as right here."""
-VERDICTS = ("mistake", "broken", "fixed", "right", "unknown")
-"""In the order in which they are shown; broken and fixed need the answers before LoRA."""
-PEOPLE = 5  # different answers of theirs, at most
-_TYPES = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"GI": "gif", b"RI": "webp"}
+MIN_CORRECT_ACCURACY = 50.0
+"""A prediction of at least this accuracy counts as correct in the report."""
+VERDICTS = ("incorrect", "regressed", "fixed", "correct", "unscored")
+"""In display order. Regressed and fixed compare with the predictions before LoRA."""
+MAX_REFERENCES = 5
+"""Distinct references shown per question."""
+_IMAGE_TYPES = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"GI": "gif", b"RI": "webp"}
 
-Answers = list[dict[str, Any]]
-"""Of `pipe evaluate`, a question of the split each: `question_id`, `answer`, `accuracy`, `probability`."""
+Predictions = list[dict[str, Any]]
+"""Rows of `predictions-SPLIT.jsonl`, one per question: `question_id`, `answer`, `accuracy`, `probability`."""
 
 
-def read_answers(path: Path) -> Answers | None:
-    """None if they were not written."""
+def read_predictions(path: Path) -> Predictions | None:
+    """Return the predictions that `pipe evaluate` wrote to `path`; None if there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else None
 
 
-def verdict(before: float | None, after: float | None) -> str:
-    """What became of a question, by the accuracies of its answers."""
+def verdict_of(before: float | None, after: float | None) -> str:
+    """Return the verdict on a question, given the accuracies of its predictions before and after LoRA."""
     if after is None:
-        return "unknown"
-    if before is None or (before >= RIGHT) == (after >= RIGHT):
-        return "right" if after >= RIGHT else "mistake"
-    return "fixed" if after >= RIGHT else "broken"
+        return "unscored"
+    is_correct = after >= MIN_CORRECT_ACCURACY
+    if before is None or (before >= MIN_CORRECT_ACCURACY) == is_correct:
+        return "correct" if is_correct else "incorrect"
+    return "fixed" if is_correct else "regressed"
 
 
-def choose(verdicts: Sequence[str], count: int, seed: int) -> list[int]:
-    """Places of `count` questions, as many of each verdict as there are, in the order of `VERDICTS`."""
-    groups = {kind: [place for place, one in enumerate(verdicts) if one == kind] for kind in VERDICTS}
-    left, shares = count, {}
-    for number, kind in enumerate(sorted(VERDICTS, key=lambda kind: len(groups[kind]))):
-        shares[kind] = min(len(groups[kind]), left // (len(VERDICTS) - number))
-        left -= shares[kind]
-    rng = random.Random(seed)
-    return [place for kind in VERDICTS for place in rng.sample(groups[kind], shares[kind])]
+def choose_examples(verdicts: Sequence[str], max_examples: int, seed: int) -> list[int]:
+    """Return the indices of up to `max_examples` random questions, in the order of `VERDICTS`.
 
-
-def gallery(run: Run, features: FeatureReader, split: str, count: int, seed: int) -> dict[str, Any] | None:
-    """The examples with their pictures, as the page takes them; None if the answers are not those of the cache's text.
-
-    Raises CacheError if the text cannot be read.
+    Each verdict gets the same number of examples; what a verdict cannot fill is divided among the others.
     """
-    after, before = (read_answers(run.predictions(split, with_adapter)) for with_adapter in (True, False))
+    groups = {name: [index for index, one in enumerate(verdicts) if one == name] for name in VERDICTS}
+    remaining, counts = max_examples, {}
+    for number, name in enumerate(sorted(VERDICTS, key=lambda name: len(groups[name]))):
+        counts[name] = min(len(groups[name]), remaining // (len(VERDICTS) - number))
+        remaining -= counts[name]
+    rng = random.Random(seed)
+    return [index for name in VERDICTS for index in rng.sample(groups[name], counts[name])]
+
+
+def collect_gallery(
+    run: Run, features: FeatureReader, split: str, max_examples: int, seed: int
+) -> dict[str, Any] | None:
+    """Return the examples and thumbnails for the report page; None if the predictions do not fit the cache.
+
+    Raises:
+        CacheError: the questions cannot be read from the cache.
+    """
+    after, before = (read_predictions(run.predictions(split, with_adapter)) for with_adapter in (True, False))
     text = features.text(split)
     if after is None or len(after) != len(text):
         return None
     if before is None or len(before) != len(text):
         before = None
     verdicts = [
-        verdict(before[place]["accuracy"] if before else None, one["accuracy"]) for place, one in enumerate(after)
+        verdict_of(before[index]["accuracy"] if before else None, prediction["accuracy"])
+        for index, prediction in enumerate(after)
     ]
-    chosen = choose(verdicts, count, seed)
-    examples = [VQAExample.from_record(text.record(place)) for place in chosen]
-    if any(example.question_id != after[place]["question_id"] for example, place in zip(examples, chosen, strict=True)):
+    chosen = choose_examples(verdicts, max_examples, seed)
+    examples = [VQAExample.from_record(text.record(index)) for index in chosen]
+    if any(example.question_id != after[index]["question_id"] for example, index in zip(examples, chosen, strict=True)):
         return None
     rows = text.image_row[chosen].tolist()
     return {
         "compared": before is not None,
         "counts": Counter(verdicts),
-        "pictures": _pictures(features, rows),
+        "thumbnails": _thumbnails(features, rows),
         "examples": [
-            _example(example, row, verdicts[place], after[place], before[place] if before else None)
-            for example, row, place in zip(examples, rows, chosen, strict=True)
+            _example(example, row, verdicts[index], after[index], before[index] if before else None)
+            for example, row, index in zip(examples, rows, chosen, strict=True)
         ],
     }
 
@@ -87,21 +96,21 @@ def _example(
         "row": row,
         "verdict": verdict,
         "question": example.question,
-        "people": Counter(example.answers).most_common(PEOPLE),
-        "type": example.answer_type,
+        "references": Counter(example.answers).most_common(MAX_REFERENCES),
+        "answer_type": example.answer_type,
         "after": after,
         "before": before,
     }
 
 
-def _pictures(features: FeatureReader, rows: Sequence[int]) -> dict[int, str]:
-    """Row -> thumbnail as a data URI; a damaged file of them is said, and shows nothing."""
+def _thumbnails(features: FeatureReader, rows: Sequence[int]) -> dict[int, str]:
+    """Return thumbnails as data URIs by image row; none, with a warning, if the file of thumbnails is damaged."""
     try:
-        found = features.thumbnails(rows)
+        thumbnails = features.thumbnails(rows)
     except CacheError as error:
-        log_info(str(error))
+        log_warning(str(error))
         return {}
     return {
-        row: f"data:image/{_TYPES.get(data[:2], 'jpeg')};base64,{base64.b64encode(data).decode()}"
-        for row, data in found.items()
+        row: f"data:image/{_IMAGE_TYPES.get(data[:2], 'jpeg')};base64,{base64.b64encode(data).decode()}"
+        for row, data in thumbnails.items()
     }

@@ -40,8 +40,11 @@ class Run:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a string is a path, too
+
     @classmethod
-    def of(cls, source: "Run | str | os.PathLike[str] | HasRun") -> "Run":
+    def of(cls, source: "RunLike") -> "Run":
         """Return the run that `source` stands for: a `Run`, the path of its folder, or a result with `.run`."""
         if isinstance(source, Run):
             return source
@@ -269,6 +272,10 @@ class Run:
             if section in TRAINING_SECTIONS:
                 raise ConfigError(f"{override!r}: the run is trained already, {section} has no effect any more")
         return load_config(self.config, overrides)
+
+
+RunLike = Run | str | os.PathLike[str] | HasRun
+"""What `Run.of` accepts."""
 
 
 def adapter_damage(folder: Path) -> str | None:

@@ -68,7 +68,7 @@ def estimate_training(config: Config) -> TrainEstimate:
     micro_batcher = MicroBatcher(None if config.train.micro_batch == "auto" else config.train.micro_batch)
     if micro_batcher.max_size is None:
         shortest = min((sequence for step in steps for sequence in step), key=lambda sequence: sequence.num_tokens)
-        micro_batcher.max_size = max_tokens_that_fit(_activation_bytes(model, [shortest]) / shortest.nodes, device)
+        micro_batcher.max_size = max_tokens_that_fit(_activation_bytes(model, [shortest]) / shortest.num_tokens, device)
     groups = [group for step in steps for group in micro_batcher.split(step)]
     memory_bytes = _memory_bytes(model, max(groups, key=_num_tokens), config.quantization, device)
     return TrainEstimate(

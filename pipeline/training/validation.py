@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from cache.text import TextTable
 from pipeline.answers.generation import answer_questions
-from pipeline.answers.scores import check_metric, counts, score
+from pipeline.answers.scores import check_metric, is_scored, score
 from pipeline.batches.sequences import SequenceBuilder, pack
 from pipeline.blip2.memory import split_on_out_of_memory
 from pipeline.common.distributed import rank, world_size
@@ -55,7 +55,7 @@ class Validator:
         chosen = choose_questions(builder.text, settings.questions, settings.seed)
         examples = self._examples(chosen)
         check_metric(examples, generation.metric)
-        if not any(counts(example, generation.metric) for example in examples):
+        if not any(is_scored(example, generation.metric) for example in examples):
             raise PipelineError(
                 f"validation.split: none of the chosen questions of {settings.split} has an answer that "
                 f"evaluate.metric={generation.metric} counts"

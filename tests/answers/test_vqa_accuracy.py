@@ -1,4 +1,4 @@
-"""VQA accuracy: the published numbers, and where the methods part."""
+"""VQA accuracy: agreement with published scripts, and where the metrics differ."""
 
 from typing import get_args
 
@@ -8,8 +8,8 @@ from pipeline.answers.vqa_accuracy import METRICS, vqa_accuracy
 from pipeline.common.errors import PipelineError
 from pipeline.config import EvaluateConfig
 
-# (prediction, {answer: how many people gave it}, accuracy): the values are those that GT-Vision-Lab/VQA's
-# vqaEval.py gave, rounded to its two digits.
+# (prediction, {reference: count}, accuracy): the values of GT-Vision-Lab/VQA's vqaEval.py, rounded to two digits as
+# it does.
 OFFICIAL = [
     ("yes", {"yes": 10}, 100.0),
     ("Yes.", {"yes": 10}, 0.0),
@@ -98,7 +98,7 @@ OFFICIAL = [
 
 
 SCRIPTS = ("official", "lavis", "lmms-eval", "a-okvqa")
-# (prediction, {answer: how many people gave it}, the accuracy that each of the SCRIPTS gave, to two digits)
+# (prediction, {reference: count}, the accuracy of each of the SCRIPTS, to two digits)
 COMPARED = [
     ("yes", {"yes": 10}, 100, 100, 100, 100),
     ("Yes.", {"yes": 10}, 0, 100, 100, 0),
@@ -172,40 +172,38 @@ def repeated(counts: dict[str, int]) -> list[str]:
 
 
 @pytest.mark.parametrize(("prediction", "counts", "expected"), OFFICIAL)
-def test_official_gives_the_value_of_the_published_script(
-    prediction: str, counts: dict[str, int], expected: float
-) -> None:
-    answers = repeated(counts)
-    assert round(vqa_accuracy(prediction, answers), 2) == expected
-    assert round(vqa_accuracy(prediction, answers[::-1], "official"), 2) == expected
+def test_official_equals_the_published_script(prediction: str, counts: dict[str, int], expected: float) -> None:
+    references = repeated(counts)
+    assert round(vqa_accuracy(prediction, references), 2) == expected
+    assert round(vqa_accuracy(prediction, references[::-1], "official"), 2) == expected
 
 
 @pytest.mark.parametrize("row", COMPARED)
-def test_each_method_gives_the_value_of_its_published_script(
+def test_each_metric_equals_its_published_script(
     row: tuple[str, dict[str, int], float, float, float, float],
 ) -> None:
     prediction, counts, *expected = row
-    for answers in (repeated(counts), repeated(counts)[::-1]):
-        assert [round(vqa_accuracy(prediction, answers, metric), 2) for metric in SCRIPTS] == expected
+    for references in (repeated(counts), repeated(counts)[::-1]):
+        assert [round(vqa_accuracy(prediction, references, metric), 2) for metric in SCRIPTS] == expected
 
 
-def test_lavis_and_lmms_eval_forgive_a_period_and_a_capital_when_all_people_agree() -> None:
-    given = {metric: vqa_accuracy("Yes.", ["yes"] * 10, metric) for metric in METRICS}
-    assert given == {"official": 0, "lavis": 100, "lmms-eval": 100, "a-okvqa": 0, "exact": 0}
+def test_lavis_and_lmms_eval_ignore_period_and_case_if_all_references_agree() -> None:
+    accuracies = {metric: vqa_accuracy("Yes.", ["yes"] * 10, metric) for metric in METRICS}
+    assert accuracies == {"official": 0, "lavis": 100, "lmms-eval": 100, "a-okvqa": 0, "exact": 0}
 
 
-def test_lavis_may_refuse_what_all_people_said() -> None:
-    said = ("two", "none", "the cat", "Yes", "dont", "x-ray", "1,000", "u.s.a.")
-    assert [vqa_accuracy(answer, [answer] * 10, "lavis") for answer in said] == [0] * len(said)
-    assert [vqa_accuracy(answer, [answer] * 10) for answer in said] == [100] * len(said)
+def test_lavis_scores_some_unanimous_references_0() -> None:
+    answers = ("two", "none", "the cat", "Yes", "dont", "x-ray", "1,000", "u.s.a.")
+    assert [vqa_accuracy(answer, [answer] * 10, "lavis") for answer in answers] == [0] * len(answers)
+    assert [vqa_accuracy(answer, [answer] * 10) for answer in answers] == [100] * len(answers)
 
 
-def test_the_config_allows_every_method() -> None:
+def test_config_allows_every_metric() -> None:
     assert get_args(EvaluateConfig.model_fields["metric"].annotation) == tuple(METRICS)
 
 
 @pytest.mark.parametrize(("matches", "expected"), [(0, 0), (1, 30), (2, 60), (3, 90), (4, 100), (10, 100)])
-def test_official_steps_of_ten_answers_are_whole_numbers(matches: int, expected: int) -> None:
+def test_official_accuracies_with_ten_references_are_whole_numbers(matches: int, expected: int) -> None:
     assert vqa_accuracy("red", ["red"] * matches + ["blue"] * (10 - matches)) == expected
 
 
@@ -214,7 +212,7 @@ def test_official_is_not_rounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answers", "expected"),
+    ("prediction", "references", "expected"),
     [
         ("yes", ["yes"], 100),
         (" Yes\n", ["yes "], 100),
@@ -226,21 +224,23 @@ def test_official_is_not_rounded() -> None:
         ("", ["yes"], 0),
     ],
 )
-def test_exact_forgives_only_outer_spaces_and_case(prediction: str, answers: list[str], expected: float) -> None:
-    assert vqa_accuracy(prediction, answers, "exact") == expected
+def test_exact_ignores_only_surrounding_spaces_and_case(
+    prediction: str, references: list[str], expected: float
+) -> None:
+    assert vqa_accuracy(prediction, references, "exact") == expected
 
 
-def test_a_single_answer_is_for_exact_as_official_leaves_nothing_to_match() -> None:
+def test_single_reference_scores_0_with_official_and_100_with_exact() -> None:
     assert vqa_accuracy("yes", ["yes"], "official") == 0
     assert vqa_accuracy("yes", ["yes"], "exact") == 100
 
 
-def test_an_unknown_method_names_the_allowed_ones() -> None:
+def test_unknown_metric_error_lists_the_allowed_ones() -> None:
     with pytest.raises(PipelineError, match=r"'oficial'.*official, lavis, lmms-eval, a-okvqa, exact"):
         vqa_accuracy("yes", ["yes"], "oficial")
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_no_answers_is_an_error_and_not_a_zero(metric: str) -> None:
-    with pytest.raises(PipelineError, match="no answers"):
+def test_no_references_is_an_error(metric: str) -> None:
+    with pytest.raises(PipelineError, match="no references"):
         vqa_accuracy("yes", [], metric)

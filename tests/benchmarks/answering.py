@@ -30,7 +30,7 @@ from cache.reader import FeatureReader
 from cache.spec import CacheSpec
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
-from pipeline.answers.generation import Answer, answer_questions
+from pipeline.answers.generation import GeneratedAnswer, answer_questions
 from pipeline.batches.sequences import SequenceBuilder
 from pipeline.blip2.device import dtype_name, pick_device, pick_dtype
 from pipeline.blip2.embedded import embedded_checkpoint
@@ -136,7 +136,9 @@ def make_cache(folder: Path, questions: list[Question], config: Blip2Config) -> 
     return SequenceBuilder(FeatureReader(folder), text)
 
 
-def from_cache(model: Any, builder: SequenceBuilder, options: argparse.Namespace) -> Callable[[], dict[int, Answer]]:
+def from_cache(
+    model: Any, builder: SequenceBuilder, options: argparse.Namespace
+) -> Callable[[], dict[int, GeneratedAnswer]]:
     settings = EvaluateConfig(
         batch_size=options.batch,
         num_beams=options.beams,

@@ -16,6 +16,7 @@ from data_set import write_config
 from safetensors.torch import load_file, save_file
 
 from pipeline.answers.generation import answer_questions
+from pipeline.answers.predictor import EncodedImage
 from pipeline.batches.sequences import pack
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES, fetch_checkpoint, fetch_small_files
 from pipeline.blip2.checkpoint_files import INDEX, WEIGHTS
@@ -23,7 +24,6 @@ from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.encoder import load_encoder
 from pipeline.blip2.language_model import add_lora, load_language_half
 from pipeline.cli import main
-from pipeline.commands.ask import EncodedImage
 from pipeline.common.errors import PipelineError
 from pipeline.config import EvaluateConfig
 from pipeline.data.examples import VQAExample

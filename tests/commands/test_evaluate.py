@@ -1,4 +1,4 @@
-"""What evaluation writes, how it answers, and what it refuses."""
+"""Evaluation: its files, its answers, and the errors."""
 
 import json
 from pathlib import Path
@@ -8,37 +8,36 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from data_set import write_config
+from pipeline.batches.assemble import load_base, load_tokenizer, open_split
 from torch import OutOfMemoryError
 
 import pipeline.answers.generation
 from pipeline.answers.generation import answer_questions
 from pipeline.batches.sequences import pack_prompts
-from pipeline.batches.split import load_tokenizer, open_split
-from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train_run
+from pipeline.commands.train import train
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import PRESETS, Config, load_config
-from pipeline.runs.run import Run
+from pipeline.runs.run import Run, RunLike
 
 
 @pytest.fixture(scope="module")
 def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = Run(tmp_path_factory.mktemp("evaluated") / "run")
-    train_run(cached, folder)
+    train(cached, folder)
     return folder
 
 
-def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: Run) -> None:
+def test_summary_is_written_to_the_run_with_and_without_adapter(run: Run) -> None:
     for with_adapter in True, False:
         summary = evaluate(run, with_adapter=with_adapter)
-        assert json.loads(run.evaluation("val", with_adapter).read_text()) == summary
-        assert summary["adapter"] is with_adapter
-        low, high = summary["accuracy_interval"]
-        assert low <= summary["accuracy"] <= high
+        assert json.loads(run.evaluation("val", with_adapter).read_text()) == summary.to_dict()
+        assert summary.adapter is with_adapter
+        low, high = summary.accuracy_interval or (0, 0)
+        assert low <= (summary.accuracy or -1) <= high
     assert {path.name for path in run.path.iterdir()} >= {
         "results-val.json", "predictions-val.jsonl", "evaluation-val.json", "mistakes-val.jsonl",
         "results-val-no-adapter.json", "predictions-val-no-adapter.jsonl", "evaluation-val-no-adapter.json",
@@ -46,31 +45,31 @@ def test_the_summary_lies_in_the_run_and_each_adapter_has_its_own(run: Run) -> N
     }  # fmt: skip
 
 
-def test_each_answer_stands_with_its_accuracy_in_the_order_of_the_split(run: Run) -> None:
+def test_predictions_have_accuracies_in_the_order_of_the_split(run: Run) -> None:
     summary = evaluate(run)
-    answers = [json.loads(line) for line in run.predictions("val", True).read_text().splitlines()]
-    results = json.loads(Path(summary["results"]).read_text())
-    assert [{key: one[key] for key in ("question_id", "answer")} for one in answers] == results
-    assert sum(one["accuracy"] for one in answers) / len(answers) == pytest.approx(summary["accuracy"])
-    assert all(0 <= one["probability"] <= 1 for one in answers)
+    predictions = [json.loads(line) for line in run.predictions("val", True).read_text().splitlines()]
+    results = json.loads(Path(summary.results).read_text())
+    assert [{key: row[key] for key in ("question_id", "answer")} for row in predictions] == results
+    assert sum(row["accuracy"] for row in predictions) / len(predictions) == pytest.approx(summary.accuracy)
+    assert all(0 <= row["probability"] <= 1 for row in predictions)
 
 
-def test_mistakes_are_wrong_and_the_surest_stands_first(run: Run) -> None:
+def test_mistakes_are_sorted_by_probability(run: Run) -> None:
     summary = evaluate(run)
-    mistakes = [json.loads(line) for line in Path(summary["mistakes"]).read_text().splitlines()]
-    answers = {row["question_id"]: row["answer"] for row in json.loads(Path(summary["results"]).read_text())}
-    assert len(mistakes) == round(summary["questions"] * (1 - summary["accuracy"] / 100))
-    sure = [one["probability"] for one in mistakes]
-    assert sure == sorted(sure, reverse=True)
-    assert all(0 < one <= 1 for one in sure)
-    for one in mistakes:
-        assert answers[one["question_id"]] == one["answer"]
-        assert one["answer"] not in one["references"]
-        assert Path(one["image"]).exists()
+    mistakes = [json.loads(line) for line in Path(summary.mistakes).read_text().splitlines()]
+    answers = {row["question_id"]: row["answer"] for row in json.loads(Path(summary.results).read_text())}
+    assert len(mistakes) == round(summary.questions * (1 - (summary.accuracy or 0) / 100))
+    probabilities = [row["probability"] for row in mistakes]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert all(0 < probability <= 1 for probability in probabilities)
+    for row in mistakes:
+        assert answers[row["question_id"]] == row["answer"]
+        assert row["answer"] not in row["references"]
+        assert Path(row["image"]).exists()
 
 
-def test_the_probability_is_that_of_the_answers_tokens(cached: Config) -> None:
-    """Against the loss of the same answer, which training computes."""
+def test_probability_is_that_of_the_answer_tokens(cached: Config) -> None:
+    """Compare with the training loss of the same answer."""
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": None})})
     builder, model, tokenizer = open_split(config, "val"), load_base(config), load_tokenizer(config)
     for beams in 1, 3:
@@ -83,20 +82,20 @@ def test_the_probability_is_that_of_the_answers_tokens(cached: Config) -> None:
             assert answer.log_probability == pytest.approx(-loss.item(), abs=1e-3)
 
 
-def test_an_image_is_read_once_for_all_its_questions(cached: Config) -> None:
+def test_questions_on_an_image_share_its_tokens(cached: Config) -> None:
     builder = open_split(cached, "train")
     sequences = builder.for_generation([0, 1, 2, 3, 4, 5])
-    assert [one.num_questions for one in sequences] == [3, 3]
+    assert [sequence.questions for sequence in sequences] == [3, 3]
     inputs = pack_prompts(sequences)
-    apart = sum(len(builder.text.prompt_ids[number]) - 1 + builder.query_tokens for number in range(6))
-    assert len(inputs["position_ids"]) < 0.6 * apart
+    unshared = sum(len(builder.text.prompt_ids[number]) - 1 + builder.query_tokens for number in range(6))
+    assert len(inputs["position_ids"]) < 0.6 * unshared
     assert inputs["last_tokens"].tolist() == [int(builder.text.prompt_ids[number][-1]) for number in range(6)]
     for number, path in enumerate(inputs["paths"].tolist()):
         seen = [node for node in path if node >= 0]
         assert len(seen) == builder.query_tokens + len(builder.text.prompt_ids[number]) - 1
 
 
-def test_answers_do_not_depend_on_batches_or_their_order(cached: Config) -> None:
+def test_answers_do_not_depend_on_batch_size_or_order(cached: Config) -> None:
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"bits": None})})
     builder, model, tokenizer = open_split(config, "train"), load_base(config), load_tokenizer(config)
 
@@ -109,7 +108,7 @@ def test_answers_do_not_depend_on_batches_or_their_order(cached: Config) -> None
     assert sorted(expected) == list(range(54))
     assert len(set(expected.values())) > 2
     assert answers(7, range(54)) == expected
-    assert answers(2, range(53, -1, -1)) == expected, "an image of more questions than a batch takes is split"
+    assert answers(2, range(53, -1, -1)) == expected, "an image with more questions than the batch size is split"
     assert answers(8, [50, 3, 17]) == {number: expected[number] for number in (50, 3, 17)}
 
 
@@ -120,67 +119,64 @@ def test_out_of_memory_halves_the_batch(
     expected = answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
     generate, limit = Blip2LanguageHalf.generate, [5]
 
-    def short(self: Blip2LanguageHalf, paths: Any, **inputs: Any) -> Any:
+    def limited(self: Blip2LanguageHalf, paths: Any, **inputs: Any) -> Any:
         if len(paths) > limit[0]:
             raise OutOfMemoryError("CUDA out of memory")
         return generate(self, paths, **inputs)
 
-    monkeypatch.setattr(Blip2LanguageHalf, "generate", short)
+    monkeypatch.setattr(Blip2LanguageHalf, "generate", limited)
     found = answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
     assert {number: answer.text for number, answer in found.items()} == {
         number: answer.text for number, answer in expected.items()
     }
-    assert "out of memory with 18 questions at a time; retrying in two halves" in capsys.readouterr().err
+    assert "out of memory with 18 questions at a time: they are computed in two halves" in capsys.readouterr().err
     limit[0] = 0
     with pytest.raises(PipelineError, match=r"out of memory with one question .* fewer evaluate\.num_beams"):
         answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
 
 
 @pytest.mark.parametrize("override", ["lora.r=3", "train.seed=1", "validation.steps=5", "train={}"])
-def test_what_only_training_looks_at_is_refused(run: Run, override: str) -> None:
+def test_training_settings_are_rejected(run: Run, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override}.*trained already"):
         evaluate(run, (override,))
 
 
-def test_an_unknown_format_is_told_before_anything_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_data_format_fails_before_any_question_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.commands.evaluate.answer_questions", lambda *_: pytest.fail("answered"))
-    with pytest.raises(ConfigError, match=r"unknown data\.format 'vqa2'; did you mean vqav2"):
+    with pytest.raises(ConfigError, match=r"no data\.format 'vqa2'; nearest: vqav2"):
         evaluate(run, ("data.format=vqa2",))
 
 
-def test_options_are_the_configs_keys_and_overrides_win(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_set_config_keys_and_overrides_take_precedence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def remember(run: Run, overrides: tuple[str, ...], with_adapter: bool) -> dict[str, Any]:
-        from pipeline.config import load_config
+    def record(folder: RunLike, overrides: tuple[str, ...], with_adapter: bool) -> None:
+        seen.append(load_config(Run.of(folder).config, overrides).evaluate)
 
-        seen.append(load_config(run.config, overrides).evaluate)
-        return {}
+    monkeypatch.setattr("pipeline.commands.evaluate.evaluate", record)
 
-    monkeypatch.setattr("pipeline.commands.evaluate.evaluate", remember)
-
-    def evaluated(*words: str) -> Any:
+    def settings_of(*words: str) -> Any:
         done = CliRunner().invoke(main, ["evaluate", str(run.path), *words])
         assert done.exit_code == 0, done.stderr
         return seen[-1]
 
-    official = evaluated("--preset", "official")
+    official = settings_of("--preset", "official")
     assert (official.num_beams, official.max_new_tokens, official.min_new_tokens, official.length_penalty) == (
         5, 10, 1, -1.0)  # fmt: skip
-    assert evaluated("--preset", "official", "--num-beams", "3").num_beams == 3
-    assert evaluated("--num-beams", "3", "evaluate.num_beams=2").num_beams == 2
-    assert (evaluated("--split", "train").split, evaluated("--metric", "lavis").metric) == ("train", "lavis")
+    assert settings_of("--preset", "official", "--num-beams", "3").num_beams == 3
+    assert settings_of("--num-beams", "3", "evaluate.num_beams=2").num_beams == 2
+    assert (settings_of("--split", "train").split, settings_of("--metric", "lavis").metric) == ("train", "lavis")
     assert {"greedy", "official"} == set(PRESETS)
 
 
-def test_a_wrong_option_names_what_is_allowed(run: Run) -> None:
+def test_invalid_metric_error_lists_the_allowed_ones(run: Run) -> None:
     done = CliRunner().invoke(main, ["evaluate", str(run.path), "--metric", "bleu"])
     assert done.exit_code == 2
     assert "evaluate.metric" in done.stderr
     assert "'lmms-eval'" in done.stderr
 
 
-def test_captions_are_trained_all_and_handed_in_as_captions(data_set: Path) -> None:
+def test_captions_are_all_trained_and_written_in_the_caption_format(data_set: Path) -> None:
     images = [{"id": number, "file_name": f"{number}.png"} for number in range(24)]
     captions = [{"id": number, "image_id": number // 2, "caption": f"a shape {number % 2}"} for number in range(48)]
     for split in "train", "val":
@@ -188,29 +184,29 @@ def test_captions_are_trained_all_and_handed_in_as_captions(data_set: Path) -> N
     files = {s: {"annotations": f"{data_set}/{s}.json", "images": f"{data_set}/images"} for s in ("train", "val")}
     config = load_config(write_config(data_set, data={"format": "coco_captions", **files}))
     precompute(config)
-    assert config.training_answers == "all"
+    assert config.answers_trained == "all"
     run = Run(data_set / "run")
-    train_run(config, run)
+    train(config, run)
     summary = evaluate(run, ("evaluate.max_new_tokens=6",))
-    rows = json.loads(Path(summary["results"]).read_text())
+    rows = json.loads(Path(summary.results).read_text())
     assert [row.keys() for row in rows] == [{"image_id", "caption"}] * 24
 
 
-def test_a_split_without_answers_is_answered_and_not_scored(data_set: Path) -> None:
+def test_split_without_references_is_answered_and_not_scored(data_set: Path) -> None:
     row = {"image": "3.png", "question": "what shape is it?", "question_id": "q-3"}
     (data_set / "test.jsonl").write_text(json.dumps(row))
     files = {"test": {"annotations": f"{data_set}/test.jsonl", "images": f"{data_set}/images"}}
     config = load_config(write_config(data_set, data=files))
     precompute(config)
     run = Run(data_set / "run")
-    train_run(config, run)
+    train(config, run)
     summary = evaluate(run, ("evaluate.split=test", "evaluate.metric=official"))
-    assert (summary["questions"], summary["scored"], summary["accuracy"]) == (1, 0, None)
-    assert [row["question_id"] for row in json.loads(Path(summary["results"]).read_text())] == ["q-3"]
-    assert Path(summary["mistakes"]).read_text() == ""
+    assert (summary.questions, summary.scored, summary.accuracy) == (1, 0, None)
+    assert [row["question_id"] for row in json.loads(Path(summary.results).read_text())] == ["q-3"]
+    assert Path(summary.mistakes).read_text() == ""
 
 
-def test_several_processes_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_rejected(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PipelineError, match="start it without torchrun"):
         evaluate(run)

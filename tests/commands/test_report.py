@@ -1,4 +1,4 @@
-"""The page about a run: what is in it, what it says is missing, and that a browser shows it."""
+"""The report page: its content, its hints, and how a browser renders it."""
 
 import html
 import json
@@ -15,33 +15,33 @@ from data_set import write_config, write_data_set
 from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.commands.report import LOOKS, heat_maps, page, report
-from pipeline.commands.train import train_run
+from pipeline.commands.report import MAX_MEASUREMENTS, heat_maps, render_page, report
+from pipeline.commands.train import train
 from pipeline.config import Config, load_config
-from pipeline.runs.gallery import VERDICTS, choose, verdict
-from pipeline.runs.jsonl import write_jsonl
-from pipeline.runs.run import Run
+from pipeline.runs.gallery import VERDICTS, choose_examples, verdict_of
+from pipeline.runs.record import read_record
+from pipeline.runs.run import Run, write_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAME = "a </script><b> run & \u2028 more"
-TOLD = "layers.1.self_attn.q_proj runs away <b>"
+WARNING = "layers.1.self_attn.q_proj diverges <b>"
 
 
-def look(step: int) -> dict[str, Any]:
-    figures = {"norm": 0.5 * step, "ratio": 0.01 * step, "effective_rank": None, "change": 0.1}
+def measurement(step: int) -> dict[str, Any]:
+    values = {"norm": 0.5 * step, "ratio": 0.01 * step, "effective_rank": None, "change": 0.1}
     names = [f"layers.{layer}.self_attn.{kind}" for layer in range(4) for kind in ("q_proj", "v_proj")]
-    return {"step": step, "matrices": dict.fromkeys(names, figures), "warnings": [TOLD] if step == 2 else []}
+    return {"step": step, "matrices": dict.fromkeys(names, values), "warnings": [WARNING] if step == 2 else []}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Answers of two types, and runs that are validated."""
+    """Return a config with validation, and a cache with two answer types."""
     folder = tmp_path_factory.mktemp("reported")
     write_data_set(folder)
     for split in "train", "val":
         rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
         for row in rows:
-            row["answer_type"] = "place" if "where" in row["question"] else "look"
+            row["answer_type"] = "place" if "where" in row["question"] else "appearance"
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = load_config(write_config(folder, validation={"steps": 2}))
     precompute(config)
@@ -50,91 +50,97 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Trained, watched, and evaluated with and without the adapter."""
+    """Return a run with LoRA measurements, evaluated with and without the adapter."""
     found = Run(tmp_path_factory.mktemp("run") / NAME.replace("/", "_"))
-    train_run(config, found)
-    write_jsonl(found.lora_updates, [look(step) for step in range(0, 5)])
+    train(config, found)
+    write_rows([measurement(step) for step in range(0, 5)], found.watch)
     for with_adapter in True, False:
         evaluate(found, with_adapter=with_adapter)
     return found
 
 
-def copied(run: Run, folder: Path, *without: str) -> Run:
+def copy_run(run: Run, folder: Path, *without: str) -> Run:
     return Run(shutil.copytree(run.path, folder / "copy", ignore=shutil.ignore_patterns(*without)))
 
 
-def content(path: Path) -> dict[str, Any]:
-    """The data in a page."""
+def content_of(path: Path) -> dict[str, Any]:
+    """Return the data in a page."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
     assert found
     return json.loads(found[1])
 
 
 def only_run(path: Path) -> dict[str, Any]:
-    (told,) = content(path)["runs"]
-    return told
+    (content,) = content_of(path)["runs"]
+    return content
 
 
-def test_the_verdict_compares_before_and_after() -> None:
+def test_verdict_compares_the_accuracies_before_and_after() -> None:
     accuracies = [(0.0, 0.0), (100.0, 30.0), (0.0, 60.0), (100.0, 100.0), (0.0, None), (None, 90.0), (None, 0.0)]
-    assert [verdict(*pair) for pair in accuracies] == [*VERDICTS, "right", "mistake"]
+    assert [verdict_of(*pair) for pair in accuracies] == [*VERDICTS, "correct", "incorrect"]
 
 
-def test_examples_are_as_many_of_each_verdict_as_there_are_and_the_same_for_a_seed() -> None:
-    verdicts = ["right"] * 1000 + ["mistake"] * 50 + ["fixed"] * 30 + ["broken"] * 5
-    chosen = [verdicts[place] for place in choose(verdicts, 60, seed=0)]
-    assert [chosen.count(kind) for kind in VERDICTS] == [18, 5, 18, 19, 0]
+def test_examples_are_balanced_over_verdicts_and_reproducible() -> None:
+    verdicts = ["correct"] * 1000 + ["incorrect"] * 50 + ["fixed"] * 30 + ["regressed"] * 5
+    indices = choose_examples(verdicts, 60, seed=0)
+    chosen = [verdicts[index] for index in indices]
+    assert [chosen.count(verdict) for verdict in VERDICTS] == [18, 5, 18, 19, 0]
     assert chosen == sorted(chosen, key=VERDICTS.index)
-    assert choose(verdicts, 60, seed=0) == choose(verdicts, 60, seed=0) != choose(verdicts, 60, seed=1)
-    assert len(set(choose(verdicts, 5000, seed=0))) == len(verdicts)
-    assert choose([], 60, seed=0) == []
+    assert (
+        choose_examples(verdicts, 60, seed=0)
+        == choose_examples(verdicts, 60, seed=0)
+        != choose_examples(verdicts, 60, seed=1)
+    )
+    assert len(set(choose_examples(verdicts, 5000, seed=0))) == len(verdicts)
+    assert choose_examples([], 60, seed=0) == []
 
 
-def test_a_heat_map_has_layers_as_rows_and_looks_as_columns() -> None:
-    looks = [look(step) for step in range(150)]
-    del looks[-1]["matrices"]["layers.3.self_attn.v_proj"]
-    found = heat_maps(looks)
-    assert len(found["steps"]) <= LOOKS
+def test_heat_map_has_layers_as_rows_and_measurements_as_columns() -> None:
+    measurements = [measurement(step) for step in range(150)]
+    del measurements[-1]["matrices"]["layers.3.self_attn.v_proj"]
+    found = heat_maps(measurements)
+    assert len(found["steps"]) <= MAX_MEASUREMENTS
     assert found["steps"][-1] == 149
     queries, values = found["maps"]
     assert (queries["module"], values["module"], queries["layers"]) == ("q_proj", "v_proj", ["0", "1", "2", "3"])
     assert queries["values"]["norm"][0] == [0.5 * step for step in found["steps"]]
     assert values["values"]["norm"][3][-1] is None
-    assert found["warnings"] == [{"step": 2, "words": TOLD}]
+    assert found["warnings"] == [{"step": 2, "text": WARNING}]
 
 
-def test_no_text_ends_the_scripts_element() -> None:
-    text = page("a <title>", {"runs": [{"name": "</script><script>alert(1)</script><!--"}]})
+def test_text_cannot_close_the_script_element() -> None:
+    text = render_page("a <title>", {"runs": [{"name": "</script><script>alert(1)</script><!--"}]})
     assert "<title>a &lt;title></title>" in text
     assert text.count("</script>") == 2
     assert "alert(1)</script>" not in text
 
 
-def test_the_page_tells_of_the_run(run: Run) -> None:
+def test_page_contains_the_data_of_the_run(run: Run) -> None:
     summary = report([run])
-    assert (summary["report"], summary["runs"], summary["examples"]) == (str(run.report), 1, 18)
-    assert summary["pictures"] == 6
-    assert summary["missing"] == []
-    assert summary["bytes"] == run.report.stat().st_size
-    told = only_run(run.report)
-    assert told["evaluation"]["after"] == json.loads(run.evaluation("val", True).read_text())
-    assert told["metrics"]["step"] == [1, 2, 3, 4]
-    assert len(told["validation"]["accuracy"]) == 2
-    assert told["training"]["steps"] == 4
-    assert {"torch", "transformers", "peft", "bitsandbytes"} <= set(told["versions"])
-    found = told["gallery"]
-    assert sum(found["counts"].values()) == 18
-    for one in found["examples"]:
-        right = one["people"] == [[one["after"]["answer"], 1]]
-        assert one["after"]["accuracy"] == (100 if right else 0)
-        assert one["verdict"] == verdict(one["before"]["accuracy"], one["after"]["accuracy"])
-        assert found["pictures"][str(one["row"])].startswith("data:image/png;base64,")
+    assert (summary.report, summary.runs, summary.examples) == (str(run.report), 1, 18)
+    assert summary.thumbnails == 6
+    assert summary.missing == []
+    assert summary.bytes == run.report.stat().st_size
+    content = only_run(run.report)
+    assert content["evaluation"]["after"] == json.loads(run.evaluation("val", True).read_text())
+    assert content["metrics"]["step"] == [1, 2, 3, 4]
+    assert len(content["validation"]["accuracy"]) == 2
+    assert content["training"]["steps"] == 4
+    assert {"torch", "transformers", "peft", "bitsandbytes"} <= set(content["versions"])
+    gallery = content["gallery"]
+    assert sum(gallery["counts"].values()) == 18
+    for example in gallery["examples"]:
+        after = example["after"]
+        correct = example["references"] == [[after["answer"], 1]]
+        assert after["accuracy"] == (100 if correct else 0)
+        assert example["verdict"] == verdict_of(example["before"]["accuracy"], after["accuracy"])
+        assert gallery["thumbnails"][str(example["row"])].startswith("data:image/png;base64,")
 
 
-def test_fewer_pictures_are_chosen_and_none_are_no_lack(run: Run, tmp_path: Path) -> None:
-    assert report([run], tmp_path / "new" / "some.html", pictures=5)["examples"] == 5
-    summary = report([run], tmp_path / "none.html", pictures=0)
-    assert (summary["examples"], summary["missing"]) == (0, [])
+def test_max_examples_limits_the_examples_and_zero_gives_no_hint(run: Run, tmp_path: Path) -> None:
+    assert report([run], tmp_path / "new" / "some.html", max_examples=5).examples == 5
+    summary = report([run], tmp_path / "none.html", max_examples=0)
+    assert (summary.examples, summary.missing) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -148,53 +154,58 @@ def test_fewer_pictures_are_chosen_and_none_are_no_lack(run: Run, tmp_path: Path
         ("adapter", "pipe train RUN --resume"),
     ],
 )
-def test_what_is_missing_is_said_with_the_command_that_makes_it(
+def test_missing_content_is_reported_with_the_command_that_creates_it(
     run: Run, tmp_path: Path, without: str, command: str
 ) -> None:
-    other = copied(run, tmp_path, without)
-    assert any(line.endswith(": " + command.replace("RUN", str(other.path))) for line in report([other])["missing"])
+    other = copy_run(run, tmp_path, without)
+    assert any(line.endswith(": " + command.replace("RUN", str(other.path))) for line in report([other]).missing)
 
 
-def test_nothing_but_a_config_is_a_page_too(run: Run, tmp_path: Path) -> None:
+def test_run_with_only_a_config_gives_a_page(run: Run, tmp_path: Path) -> None:
     (tmp_path / "begun").mkdir()
     shutil.copy(run.config, tmp_path / "begun")
     report([Run(tmp_path / "begun")])
-    told = only_run(tmp_path / "begun" / "report.html")
-    assert (told["state"], told["last_step"], told["gallery"], told["watch"]) == ("unfinished", 0, None, None)
+    content = only_run(tmp_path / "begun" / "report.html")
+    assert (content["state"], content["last_step"], content["gallery"], content["lora_updates"]) == (
+        "unfinished",
+        0,
+        None,
+        None,
+    )
 
 
-def test_without_thumbnails_or_the_cache_or_with_other_questions_the_rest_is_there(
+def test_page_is_written_without_cache_thumbnails_or_matching_questions(
     run: Run, config: Config, tmp_path: Path
 ) -> None:
-    other = copied(run, tmp_path)
+    other = copy_run(run, tmp_path)
     moved = config.model_copy(update={"cache": config.cache.model_copy(update={"dir": tmp_path / "cache"})})
     other.config.write_text(moved.to_yaml())
-    (missing,) = report([other])["missing"]
-    assert f"no cache at {tmp_path}/cache. Run `pipe precompute` first" in missing
+    (missing,) = report([other]).missing
+    assert f"no cache at {tmp_path}/cache: run `pipe precompute` first" in missing
     precompute(moved.model_copy(update={"precompute": moved.precompute.model_copy(update={"thumbnail_size": 0})}))
-    (missing,) = report([other])["missing"]
+    (missing,) = report([other]).missing
     assert re.search(f"no thumbnails.*: pipe precompute {other.config}", missing)
-    assert only_run(other.report)["gallery"]["pictures"] == {}
+    assert only_run(other.report)["gallery"]["thumbnails"] == {}
     lines = other.predictions("val", True).read_text().splitlines(keepends=True)
     other.predictions("val", True).write_text("".join(lines[1:]))
-    (missing,) = report([other])["missing"]
-    assert re.search(f"questions are not those.*: pipe evaluate {other.path}", missing)
+    (missing,) = report([other]).missing
+    assert re.search(f"for other questions.*: pipe evaluate {other.path}", missing)
 
 
-def test_several_runs_stand_side_by_side(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = copied(run, tmp_path, "adapter", "lora_updates.jsonl")
+def test_several_runs_are_compared(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = copy_run(run, tmp_path, "adapter", "lora_updates.jsonl")
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["report", str(run.path), str(other.path), "--json"])
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert (summary["report"], summary["runs"]) == ("report.html", 2)
-    told = content(tmp_path / "report.html")["runs"]
-    assert [one["state"] for one in told] == ["finished", "unfinished"]
-    assert told[0]["settings"]["lora.r"] == 16
-    assert "gallery" not in told[0]
+    runs = content_of(tmp_path / "report.html")["runs"]
+    assert [content["state"] for content in runs] == ["finished", "unfinished"]
+    assert runs[0]["settings"]["lora.r"] == 16
+    assert "gallery" not in runs[0]
 
 
-# In a browser. What is done in the page is written into the page around it, and read from there.
+# Browser tests. The page posts its results to the page around it, whose DOM is then dumped.
 
 PROBE = """<script>
 const errors = [];
@@ -218,23 +229,25 @@ addEventListener("load", async () => {
   }), "*");
 });
 </script>"""
-AROUND = """<!doctype html><script>
+OUTER_PAGE = """<!doctype html><script>
 addEventListener("message", ({ data }) => {
   document.body.append(Object.assign(document.createElement("pre"), { textContent: data }));
 });
 </script><body>"""
 
 
-def shown(path: Path, folder: Path, actions: str) -> dict[int, dict[str, Any]]:
-    """What the page is like after `actions`, at a width of 1280 and of 390 pixels."""
+def render(path: Path, folder: Path, actions: str) -> dict[int, dict[str, Any]]:
+    """Return the state of the page after `actions`, by width in pixels: 1280 and 390."""
     if CHROMIUM is None:
-        pytest.skip("no chromium here")
+        pytest.skip("chromium is not installed")
     (folder / "probed.html").write_text(
         path.read_text().replace("<head>", "<head>" + PROBE.replace("ACTIONS", actions), 1)
     )
-    inside = "position:absolute;top:0;left:0;height:900px"  # one upon the other: out of sight nothing is drawn
+    inside = (
+        "position:absolute;top:0;left:0;height:900px"  # overlapping, because frames outside the window are not drawn
+    )
     frames = [f'<iframe src="probed.html" style="{inside};width:{width}px"></iframe>' for width in (1280, 390)]
-    (folder / "around.html").write_text(AROUND + "".join(frames))
+    (folder / "around.html").write_text(OUTER_PAGE + "".join(frames))
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     flags += "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=10000 "
     flags += "--window-size=1400,1000 --dump-dom"
@@ -242,20 +255,20 @@ def shown(path: Path, folder: Path, actions: str) -> dict[int, dict[str, Any]]:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "CONSOLE" not in done.stderr
     found = [json.loads(html.unescape(text)) for text in re.findall(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)]
-    return {one["width"]: one for one in found}
+    return {state["width"]: state for state in found}
 
 
-def check_sound(found: dict[int, dict[str, Any]]) -> None:
+def check_rendering(found: dict[int, dict[str, Any]]) -> None:
     assert sorted(found) == [390, 1280]
-    for width, one in found.items():
-        assert one["errors"] == []
-        assert set(one["requests"]) <= {"data:"}
-        assert one["scrollWidth"] <= width
-        assert all(one["images"])
-        assert one["charts"] > 0
+    for width, state in found.items():
+        assert state["errors"] == []
+        assert set(state["requests"]) <= {"data:"}
+        assert state["scrollWidth"] <= width
+        assert all(state["images"])
+        assert state["charts"] > 0
 
 
-def test_a_browser_shows_a_run_and_filters_its_examples(run: Run, tmp_path: Path) -> None:
+def test_browser_shows_a_run_and_filters_its_examples(run: Run, tmp_path: Path) -> None:
     report([run])
     actions = """
       const visible = () => [...document.querySelectorAll(".example")].filter((card) => !card.hidden);
@@ -275,52 +288,59 @@ def test_a_browser_shows_a_run_and_filters_its_examples(run: Run, tmp_path: Path
       const chart = document.querySelector("figure.chart svg");
       chart.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
       found.hovered = document.querySelector("figure.chart output").value;
+      found.best = document.querySelector(".legend.good").textContent;
       found.name = document.querySelector("h1").textContent;
-      found.told = document.querySelector(".odd").textContent;
+      found.gain = document.querySelector(".summary .under").textContent;
+      found.warning = document.querySelector(".warning").textContent;
     """
-    found = shown(run.report, tmp_path, actions)
-    check_sound(found)
-    for one in found.values():
-        assert len(one["all"]) == len(one["images"]) == 18
-        assert one["mistakes"] == [kind for kind in one["all"] if kind in ("mistake", "broken")]
-        assert one["fixed"] == [kind for kind in one["all"] if kind == "fixed"]
-        assert len(one["mistakes"]) < 18 or not one["fixed"]
-        assert len(one["places"]) == 6
-        assert one["searched"] == ["what shape is it?"] * 6
-        assert "6 of the 18 examples" in one["shown"]
-        assert one["cells"] == 2 * 4 * 5
-        assert one["hovered"].startswith("step 3: ")
-        assert one["name"].startswith(run.path.name)
-        assert one["told"] == f"Step 2: {TOLD}"
+    best_step = read_record(run)["summary"]["validation"]["best_step"]
+    found = render(run.report, tmp_path, actions)
+    check_rendering(found)
+    for state in found.values():
+        assert len(state["all"]) == len(state["images"]) == 18
+        assert state["mistakes"] == [verdict for verdict in state["all"] if verdict in ("incorrect", "regressed")]
+        assert state["fixed"] == [verdict for verdict in state["all"] if verdict == "fixed"]
+        assert len(state["mistakes"]) < 18 or not state["fixed"]
+        assert len(state["places"]) == 6
+        assert state["searched"] == ["what shape is it?"] * 6
+        assert "6 of the 18 examples" in state["shown"]
+        assert state["cells"] == 2 * 4 * 5
+        assert state["hovered"].startswith("step 3: ")
+        assert state["name"].startswith(run.path.name)
+        assert "points with LoRA" in state["gain"]
+        assert state["best"].endswith(f"best accuracy at step {best_step}")
+        assert state["warning"] == f"Step 2: {WARNING}"
 
 
-def test_a_browser_sorts_runs(run: Run, tmp_path: Path) -> None:
-    other = copied(run, tmp_path, "adapter", "evaluation-*")
+def test_browser_sorts_runs(run: Run, tmp_path: Path) -> None:
+    other = copy_run(run, tmp_path, "adapter", "evaluation-*")
     other.config.write_text(other.config.read_text().replace("r: 16", "r: 8", 1))
     report([other, run], tmp_path / "both.html")
     actions = """
       const first = () => document.querySelector("tbody tr").textContent;
       found.heads = [...document.querySelectorAll("th")].map((head) => head.textContent);
       found.best = first();
-      document.querySelectorAll("th button")[found.heads.indexOf("lora.r")].click(); found.most = first();
-      document.querySelectorAll("th button")[found.heads.indexOf("lora.r")].click(); found.least = first();
+      document.querySelectorAll("th button")[found.heads.indexOf("lora.r")].click(); found.descending = first();
+      document.querySelectorAll("th button")[found.heads.indexOf("lora.r")].click(); found.ascending = first();
       found.lines = document.querySelectorAll("figure.chart .curve").length;
     """
-    found = shown(tmp_path / "both.html", tmp_path, actions)
-    check_sound(found)
-    for one in found.values():
-        assert {"run", "lora.r", "accuracy", "questions/s"} <= set(one["heads"])
-        assert one["best"].startswith(run.path.name)
-        assert one["most"].startswith(run.path.name)
-        assert one["least"].startswith("copyunfinished, step 4")
-        assert one["lines"] == 2 * 5
+    found = render(tmp_path / "both.html", tmp_path, actions)
+    check_rendering(found)
+    for state in found.values():
+        assert {"run", "lora.r", "accuracy", "questions/s"} <= set(state["heads"])
+        assert state["best"].startswith(run.path.name)
+        assert state["descending"].startswith(run.path.name)
+        assert state["ascending"].startswith("copyunfinished, step 4")
+        assert state["lines"] == 2 * 5
 
 
-def test_a_browser_shows_a_run_that_has_nothing_yet(run: Run, tmp_path: Path) -> None:
-    other = copied(run, tmp_path, "adapter", "*.jsonl", "*.json")
+def test_browser_shows_a_run_without_results(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / ("long_name_" * 8)  # wider than the narrow page
+    folder.mkdir()
+    other = copy_run(run, folder, "adapter", "*.jsonl", "*.json")
     report([other])
-    found = shown(other.report, tmp_path, 'found.text = document.querySelector("main").textContent;')
-    for one in found.values():
-        assert one["errors"] == []
-        assert "pipe train" in one["text"]
-        assert one["scrollWidth"] <= one["width"]
+    found = render(other.report, tmp_path, 'found.text = document.querySelector("main").textContent;')
+    for state in found.values():
+        assert state["errors"] == []
+        assert "pipe train" in state["text"]
+        assert state["scrollWidth"] <= state["width"]

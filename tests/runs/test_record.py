@@ -21,7 +21,7 @@ def test_record_and_card_hold_the_results(cached: Config, tmp_path: Path) -> Non
     card = (run.adapter / "README.md").read_text()
     assert f"| fingerprint | `{record['cache']['fingerprint']}` |" in card
     assert "none yet" in card
-    accuracy = evaluate(run)["accuracy"]
+    accuracy = evaluate(run).accuracy
     assert f"| val, with the adapter | {accuracy:.2f} (" in (run.adapter / "README.md").read_text()
 
 

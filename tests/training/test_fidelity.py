@@ -193,7 +193,7 @@ def test_plain_transformers_and_peft_predict_the_same_on_500_test_questions(
     easy_vqa_run: Run, checkpoint: Path, preset: str, settings: dict[str, float]
 ) -> None:
     summary = evaluate(easy_vqa_run, tuple(f"evaluate.{key}={value}" for key, value in PRESETS[preset].items()))
-    ours = [row["answer"] for row in json.loads(Path(summary["results"]).read_text())]
+    ours = [row["answer"] for row in json.loads(Path(summary.results).read_text())]
 
     model = PeftModel.from_pretrained(load_full(checkpoint, bits=4), easy_vqa_run.adapter).eval()
     config = load_config(easy_vqa_run.config)

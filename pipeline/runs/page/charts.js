@@ -25,11 +25,11 @@ function scale(values, from, to, log) {
   return Object.assign(position, { low, high });
 }
 
-// `series`: [{name, colour, points: [[step, value], ...]}]; `best` is a step to be marked.
+// `series`: [{name, color, points: [[step, value], ...]}]; `best` is a step to mark.
 function chart(title, series, { best, logarithmic } = {}) {
-  series = series.filter((one) => one.points.length);
+  series = series.filter((line) => line.points.length);
   if (!series.length) return null;
-  const values = series.flatMap((one) => one.points.map(([, value]) => value));
+  const values = series.flatMap((line) => line.points.map(([, value]) => value));
   const log =
     logarithmic && values.every((value) => value > 0) && scale(values, 0, 1).high / scale(values, 0, 1).low > 20;
   const readout = el("output"),
@@ -40,19 +40,19 @@ function chart(title, series, { best, logarithmic } = {}) {
     el(
       "div",
       { class: "legend" },
-      series.map((one, i) =>
-        el("span", {}, el("i", { style: `background:var(${one.colour})` }), one.name, labels[i]),
+      series.map((line, i) =>
+        el("span", {}, el("i", { style: `background:var(${line.color})` }), line.name, labels[i]),
       ),
     );
   const nearest = (points, step) => points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a));
-  function tell(step) {
-    const at = series.map((one) => nearest(one.points, step));
+  function updateReadout(step) {
+    const at = series.map((line) => nearest(line.points, step));
     readout.value = series.length > 1 ? `step ${count(step)}` : `step ${count(at[0][0])}: ${short(at[0][1])}`;
     labels.forEach((label, i) => (label.textContent = short(at[i][1])));
     return at;
   }
-  const steps = [...new Set(series.flatMap((one) => one.points.map(([step]) => step)))].sort((a, b) => a - b);
-  tell(steps.at(-1));
+  const steps = [...new Set(series.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
+  updateReadout(steps.at(-1));
 
   function draw(width) {
     const height = 190,
@@ -64,19 +64,19 @@ function chart(title, series, { best, logarithmic } = {}) {
     const path = (points) =>
       "M" + points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join("L");
     const guide = svg("line", { class: "guide", y1: 8, y2: bottom, visibility: "hidden" });
-    const dots = series.map((one) => svg("circle", { r: 3.5, fill: `var(${one.colour})`, visibility: "hidden" }));
+    const dots = series.map((line) => svg("circle", { r: 3.5, fill: `var(${line.color})`, visibility: "hidden" }));
     function show(step) {
-      const at = tell(step),
+      const at = updateReadout(step),
         visible = { visibility: "visible" };
       fill(guide, { x1: x(step), x2: x(step), ...visible }, []);
       dots.forEach((dot, i) => fill(dot, { cx: x(at[i][0]), cy: y(at[i][1]), ...visible }, []));
     }
     const hide = () => {
       [guide, ...dots].forEach((node) => node.setAttribute("visibility", "hidden"));
-      tell(steps.at(-1));
+      updateReadout(steps.at(-1));
     };
-    let place = steps.length - 1;
-    const picture = svg(
+    let current = steps.length - 1;
+    const plot = svg(
       "svg",
       {
         width,
@@ -85,20 +85,20 @@ function chart(title, series, { best, logarithmic } = {}) {
         tabindex: 0,
         "aria-label": `${title}, from step ${steps[0]} to ${steps.at(-1)}`,
         pointermove: (event) => {
-          const wanted = event.clientX - picture.getBoundingClientRect().left;
-          place = pick(
-            steps.map((step) => Math.abs(x(step) - wanted)),
-            least,
+          const pointer = event.clientX - plot.getBoundingClientRect().left;
+          current = indexOfBest(
+            steps.map((step) => Math.abs(x(step) - pointer)),
+            isLess,
           );
-          show(steps[place]);
+          show(steps[current]);
         },
         pointerleave: hide,
         blur: hide,
         keydown: (event) => {
           const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
           if (move) {
-            place = Math.min(steps.length - 1, Math.max(0, place + move));
-            show(steps[place]);
+            current = Math.min(steps.length - 1, Math.max(0, current + move));
+            show(steps[current]);
             event.preventDefault();
           }
         },
@@ -114,18 +114,18 @@ function chart(title, series, { best, logarithmic } = {}) {
       series.length === 1 &&
         svg("path", {
           class: "area",
-          fill: `var(${series[0].colour})`,
+          fill: `var(${series[0].color})`,
           d: `${path(series[0].points)}V${bottom}H${x(series[0].points[0][0])}Z`,
         }),
-      series.map((one) =>
-        one.points.length > 1
-          ? svg("path", { class: "curve", stroke: `var(${one.colour})`, d: path(one.points) })
-          : svg("circle", { r: 3, cx: x(one.points[0][0]), cy: y(one.points[0][1]), fill: `var(${one.colour})` }),
+      series.map((line) =>
+        line.points.length > 1
+          ? svg("path", { class: "curve", stroke: `var(${line.color})`, d: path(line.points) })
+          : svg("circle", { r: 3, cx: x(line.points[0][0]), cy: y(line.points[0][1]), fill: `var(${line.color})` }),
       ),
       guide,
       dots,
     );
-    holder.replaceChildren(picture);
+    holder.replaceChildren(plot);
   }
   onWidth(holder, draw);
   return el(
@@ -134,13 +134,24 @@ function chart(title, series, { best, logarithmic } = {}) {
     el("figcaption", {}, el("h3", {}, title + (log ? " (log)" : "")), readout),
     holder,
     legend,
-    known(best) && el("div", { class: "legend right" }, `┆ best accuracy at step ${count(best)}`),
+    known(best) && el("div", { class: "legend good" }, `┆ best accuracy at step ${count(best)}`),
   );
 }
 
 const points = (columns, key) =>
   (columns.step || []).map((step, i) => [step, (columns[key] || [])[i]]).filter(([, value]) => known(value));
-const bestLook = ({ validation }) => (validation.accuracy ? validation.step[pick(validation.accuracy, most)] : null);
+
+// The step of the best adapter: highest accuracy, then lowest loss.
+function bestStep({ validation: { step, accuracy, loss } }) {
+  if (!accuracy) return null;
+  const highest = accuracy[indexOfBest(accuracy, isGreater)];
+  return step[
+    indexOfBest(
+      loss.map((value, i) => (accuracy[i] === highest ? value : null)),
+      isLess,
+    )
+  ];
+}
 const CURVES = [
   ["Training loss", "metrics", "loss", true],
   ["Validation accuracy, %", "validation", "accuracy"],
@@ -155,31 +166,31 @@ function curves(runs) {
       title,
       runs.map((run, i) => ({
         name: run.name,
-        colour: `--c${i % 8}`,
+        color: `--c${i % 8}`,
         points: points(run[file], key),
       })),
-      { logarithmic, best: runs.length === 1 && file === "validation" ? bestLook(runs[0]) : null },
+      { logarithmic, best: runs.length === 1 && file === "validation" ? bestStep(runs[0]) : null },
     ),
   ).filter(Boolean);
 }
 
-// Heat maps of the LoRA matrices: a row a layer, a column a look
+// Heat maps of the LoRA matrices: one row per layer, one column per measurement
 
 const MEASURES = {
-  ratio: "update relative to weight",
+  ratio: "norm of the update relative to the weight",
   norm: "norm of the update",
   effective_rank: "effective rank",
-  change: "change since the last look",
+  change: "change since the last measurement",
 };
 
-function heatMaps(watch) {
+function heatMaps(updates) {
   const measures = [
-    ...new Set([...Object.keys(MEASURES), ...watch.maps.flatMap((map) => Object.keys(map.values))]),
-  ].filter((key) => watch.maps.some((map) => map.values[key]));
+    ...new Set([...Object.keys(MEASURES), ...updates.maps.flatMap((map) => Object.keys(map.values))]),
+  ].filter((key) => updates.maps.some((map) => map.values[key]));
   const holder = el("div", { class: "grid" });
   const show = (measure) => {
-    const maps = watch.maps.filter((map) => map.values[measure]);
-    holder.replaceChildren(...maps.map((map) => heatMap(watch.steps, map, measure)));
+    const maps = updates.maps.filter((map) => map.values[measure]);
+    holder.replaceChildren(...maps.map((map) => heatMap(updates.steps, map, measure)));
   };
   show(measures[0]);
   return [
@@ -192,7 +203,9 @@ function heatMaps(watch) {
         show,
       ),
     ),
-    watch.warnings.map((told) => el("p", { class: "note odd" }, `Step ${count(told.step)}: ${told.words}`)),
+    updates.warnings.map((warning) =>
+      el("p", { class: "note warning" }, `Step ${count(warning.step)}: ${warning.text}`),
+    ),
     holder,
   ];
 }
@@ -206,50 +219,50 @@ function heatMap(steps, map, measure) {
     holder = el("div", { class: "plot" });
   function draw(width) {
     const left = 34,
-      wide = (width - left) / steps.length;
-    const tall = Math.max(7, Math.min(22, 260 / rows.length)),
-      bottom = tall * rows.length;
-    const colour = (value) =>
+      cellWidth = (width - left) / steps.length;
+    const cellHeight = Math.max(7, Math.min(22, 260 / rows.length)),
+      bottom = cellHeight * rows.length;
+    const color = (value) =>
       `color-mix(in oklab, var(--accent) ${Math.min(100, (100 * (value - low)) / (high - low))}%, var(--fill))`;
     const cell = (value, row, column) =>
       svg("rect", {
-        x: left + column * wide,
-        y: row * tall,
-        width: wide + 0.3,
-        height: tall - 1,
-        style: `fill:${known(value) ? colour(value) : "none"}`,
+        x: left + column * cellWidth,
+        y: row * cellHeight,
+        width: cellWidth + 0.3,
+        height: cellHeight - 1,
+        style: `fill:${known(value) ? color(value) : "none"}`,
       });
-    const every = Math.ceil(14 / tall),
+    const labelInterval = Math.ceil(14 / cellHeight),
       labels = ticks(0, steps.length - 1).filter(Number.isInteger);
-    function tell(event) {
-      const box = picture.getBoundingClientRect();
-      const column = Math.floor((event.clientX - box.left - left) / wide);
-      const row = Math.floor((event.clientY - box.top) / tall);
+    function updateReadout(event) {
+      const box = plot.getBoundingClientRect();
+      const column = Math.floor((event.clientX - box.left - left) / cellWidth);
+      const row = Math.floor((event.clientY - box.top) / cellHeight);
       const inside = known(steps[column]) && rows[row];
       readout.value = inside
         ? `layer ${map.layers[row]}, step ${count(steps[column])}: ${short(rows[row][column])}`
         : "";
     }
-    const picture = svg(
+    const plot = svg(
       "svg",
       {
         width,
         height: bottom + 20,
         role: "img",
         "aria-label": `${map.module}: ${MEASURES[measure] || measure}`,
-        pointermove: tell,
+        pointermove: updateReadout,
         pointerleave: () => (readout.value = ""),
       },
       rows.map((row, i) => row.map((value, column) => cell(value, i, column))),
       map.layers.map(
         (layer, i) =>
-          i % every === 0 && svg("text", { x: left - 8, y: (i + 0.5) * tall + 3, "text-anchor": "end" }, layer),
+          i % labelInterval === 0 && svg("text", { x: left - 8, y: (i + 0.5) * cellHeight + 3, "text-anchor": "end" }, layer),
       ),
-      labels.map((place) =>
-        svg("text", { x: left + (place + 0.5) * wide, y: bottom + 15, "text-anchor": "middle" }, count(steps[place])),
+      labels.map((column) =>
+        svg("text", { x: left + (column + 0.5) * cellWidth, y: bottom + 15, "text-anchor": "middle" }, count(steps[column])),
       ),
     );
-    holder.replaceChildren(picture);
+    holder.replaceChildren(plot);
   }
   onWidth(holder, draw);
   return el(
@@ -263,28 +276,28 @@ function heatMap(steps, map, measure) {
 
 // Accuracy by type
 
-const SHOWN = 12;
+const MAX_BARS = 12;
 
 function bars(title, after, before) {
   const names = Object.keys(after || {}).sort((a, b) => after[b] - after[a]);
   if (!names.length) return null;
-  const was = (name) => (before && known(before[name]) ? before[name] : null);
-  const rows = (some) =>
+  const earlier = (name) => (before && known(before[name]) ? before[name] : null);
+  const rows = (shown) =>
     el(
       "div",
       { class: "bars" },
-      some.map((name) => [
+      shown.map((name) => [
         el("span", { class: "name" }, name),
         el(
           "div",
           {},
           el("div", { class: "bar", style: `width:${after[name]}%` }),
-          known(was(name)) && el("div", { class: "bar was", style: `width:${was(name)}%` }),
+          known(earlier(name)) && el("div", { class: "bar before", style: `width:${earlier(name)}%` }),
         ),
         el(
           "span",
           { class: "value" },
-          known(was(name)) && el("span", { class: "quiet" }, was(name).toFixed(1) + " → "),
+          known(earlier(name)) && el("span", { class: "quiet" }, earlier(name).toFixed(1) + " → "),
           percent(after[name]),
         ),
       ]),
@@ -299,11 +312,11 @@ function bars(title, after, before) {
         { class: "key" },
         [
           ["accent", "after LoRA"],
-          ["before", "before"],
-        ].map(([colour, name]) => el("span", {}, el("i", { style: `background:var(--${colour})` }), name)),
+          ["before", "before LoRA"],
+        ].map(([color, name]) => el("span", {}, el("i", { style: `background:var(--${color})` }), name)),
       ),
-    rows(names.slice(0, SHOWN)),
-    names.length > SHOWN &&
-      el("details", {}, el("summary", {}, `${names.length - SHOWN} more`), rows(names.slice(SHOWN))),
+    rows(names.slice(0, MAX_BARS)),
+    names.length > MAX_BARS &&
+      el("details", {}, el("summary", {}, `${names.length - MAX_BARS} more`), rows(names.slice(MAX_BARS))),
   );
 }

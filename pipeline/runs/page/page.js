@@ -1,90 +1,92 @@
 // The gallery
 
 const VERDICTS = {
-  mistake: "mistake",
-  broken: "broken by LoRA",
+  incorrect: "incorrect",
+  regressed: "regressed with LoRA",
   fixed: "fixed by LoRA",
-  right: "right",
-  unknown: "not scored",
+  correct: "correct",
+  unscored: "not scored",
 };
+const MIN_CORRECT_ACCURACY = 50;
 const SEARCH = "Search questions and answers";
-const WRONG = new Set(["mistake", "broken"]);
+const MISTAKES = new Set(["incorrect", "regressed"]);
 
-function answer(one) {
-  if (!one) return "–";
-  const right = one.accuracy >= 50;
+function answer(prediction) {
+  if (!prediction) return "–";
+  const { accuracy, answer } = prediction,
+    correct = accuracy >= MIN_CORRECT_ACCURACY;
   return el(
     "span",
-    { class: known(one.accuracy) ? (right ? "right" : "wrong") : "" },
-    (known(one.accuracy) ? (right ? "✓ " : "✗ ") : "") + (one.answer || "(nothing)"),
-    el("span", { class: "quiet" }, one.accuracy > 0 && one.accuracy < 100 ? ` ${short(one.accuracy)} %` : ""),
+    { class: known(accuracy) ? (correct ? "good" : "bad") : "" },
+    (known(accuracy) ? (correct ? "✓ " : "✗ ") : "") + (answer || "(empty)"),
+    el("span", { class: "quiet" }, accuracy > 0 && accuracy < 100 ? ` ${short(accuracy)} %` : ""),
   );
 }
 
-function example(one, pictures, compared) {
-  const picture = pictures[one.row];
+function exampleCard(example, thumbnails, compared) {
+  const { row, verdict, question, references, after, before } = example;
   return el(
     "article",
-    { class: "card example", "data-verdict": one.verdict },
-    el("div", { class: "picture" }, picture ? el("img", { src: picture, alt: "" }) : "no thumbnail"),
+    { class: "card example", "data-verdict": verdict },
+    el("div", { class: "image" }, thumbnails[row] ? el("img", { src: thumbnails[row], alt: "" }) : "no thumbnail"),
     el(
       "div",
-      { class: "words" },
-      el("h3", {}, one.question || "(caption)"),
+      { class: "text" },
+      el("h3", {}, question || "(caption)"),
       facts([
-        ["People", one.people.map(([text, times]) => (times > 1 ? `${text} ×${times}` : text)).join(", ")],
-        ["Before", compared && answer(one.before)],
-        [compared ? "After" : "Model", answer(one.after)],
-        ["Sure", known(one.after.probability) ? Math.round(100 * one.after.probability) + " %" : null],
+        ["References", references.map(([text, times]) => (times > 1 ? `${text} ×${times}` : text)).join(", ")],
+        ["Before", compared && answer(before)],
+        [compared ? "After" : "Prediction", answer(after)],
+        ["Probability", known(after.probability) ? Math.round(100 * after.probability) + " %" : null],
       ]),
-      el("span", { class: "chip " + one.verdict }, VERDICTS[one.verdict]),
+      el("span", { class: "chip " + verdict }, VERDICTS[verdict]),
     ),
   );
 }
 
-function gallery({ examples, pictures, counts, compared }) {
-  const cards = examples.map((one) => example(one, pictures, compared));
-  const texts = ({ question, after, before, people }) => [
+function gallery({ examples, thumbnails, counts, compared }) {
+  const cards = examples.map((example) => exampleCard(example, thumbnails, compared));
+  const texts = ({ question, after, before, references }) => [
     question,
     after.answer,
     before ? before.answer : "",
-    ...people.map(([text]) => text),
+    ...references.map(([text]) => text),
   ];
-  const words = examples.map((one) => texts(one).join("\n").toLowerCase());
-  const kept = {
+  const searchTexts = examples.map((example) => texts(example).join("\n").toLowerCase());
+  const filters = {
     all: () => true,
-    mistakes: ({ verdict }) => WRONG.has(verdict),
+    mistakes: ({ verdict }) => MISTAKES.has(verdict),
     fixed: ({ verdict }) => verdict === "fixed",
-    broken: ({ verdict }) => verdict === "broken",
+    regressed: ({ verdict }) => verdict === "regressed",
   };
-  const wanted = { verdict: "all", type: "", text: "" };
-  const told = el("p", { class: "quiet", "aria-live": "polite", id: "shown" });
+  const selected = { verdict: "all", type: "", text: "" };
+  const status = el("p", { class: "quiet", "aria-live": "polite", id: "shown" });
   function filter(change) {
-    Object.assign(wanted, change);
-    const isOfType = (one) => !wanted.type || one.type === wanted.type,
-      text = wanted.text.toLowerCase();
-    examples.forEach((one, i) => {
-      cards[i].hidden = !(kept[wanted.verdict](one) && isOfType(one) && words[i].includes(text));
+    Object.assign(selected, change);
+    const isOfType = (example) => !selected.type || example.answer_type === selected.type,
+      text = selected.text.toLowerCase();
+    examples.forEach((example, i) => {
+      cards[i].hidden = !(filters[selected.verdict](example) && isOfType(example) && searchTexts[i].includes(text));
     });
     const shown = cards.filter((card) => !card.hidden).length;
-    told.textContent =
-      `Shown: ${count(shown)} of the ${count(examples.length)} examples in this page. ` +
-      `All ${count(total)} questions: ${summed}.`;
+    status.textContent =
+      `Showing ${count(shown)} of the ${count(examples.length)} examples on this page. ` +
+      `All ${count(total)} questions: ${summary}.`;
   }
-  const both = compared ? " before and after" : "";
-  const sums = { ...VERDICTS, mistake: "wrong" + both, right: "right" + both };
-  const summed = Object.keys(sums)
+  const both = compared ? " before and after LoRA" : "";
+  const labels = { ...VERDICTS, incorrect: "incorrect" + both, correct: "correct" + both };
+  const summary = Object.keys(labels)
     .filter((key) => counts[key])
-    .map((key) => `${count(counts[key])} ${sums[key]}`)
+    .map((key) => `${count(counts[key])} ${labels[key]}`)
     .join(", ");
   const total = Object.values(counts).reduce((a, b) => a + b, 0);
-  const number = (key) => examples.filter(kept[key]).length;
-  const types = [...new Set(examples.map((one) => one.type).filter(Boolean))].sort();
+  const number = (key) => examples.filter(filters[key]).length;
+  const types = [...new Set(examples.map((example) => example.answer_type).filter(Boolean))].sort();
   const verdicts = [
     ["all", "All"],
-    ["mistakes", "Mistakes"],
+    ["mistakes", "Incorrect"],
     ["fixed", "Fixed by LoRA"],
-    ["broken", "Broken by LoRA"],
+    ["regressed", "Regressed with LoRA"],
   ].slice(0, compared ? 4 : 2);
   filter({});
   return [
@@ -99,8 +101,8 @@ function gallery({ examples, pictures, counts, compared }) {
       types.length > 1 &&
         el(
           "select",
-          { "aria-label": "Type of answer", change: (event) => filter({ type: event.target.value }) },
-          el("option", { value: "" }, "every type"),
+          { "aria-label": "Answer type", change: (event) => filter({ type: event.target.value }) },
+          el("option", { value: "" }, "all answer types"),
           types.map((type) => el("option", { value: type }, type)),
         ),
       el("input", {
@@ -110,7 +112,7 @@ function gallery({ examples, pictures, counts, compared }) {
         input: (event) => filter({ text: event.target.value }),
       }),
     ),
-    told,
+    status,
     el("div", { class: "gallery" }, cards),
   ];
 }
@@ -129,7 +131,7 @@ function accuracyScale(after, before) {
         ? between("gain loss", after.accuracy, before.accuracy)
         : between("gain", before.accuracy, after.accuracy)),
     after.accuracy_interval && between("span", ...after.accuracy_interval),
-    before && mark("dot was", before.accuracy),
+    before && mark("dot before", before.accuracy),
     mark("dot", after.accuracy),
     mark("tick", 0, "0"),
     mark("tick", 50, "50"),
@@ -139,19 +141,19 @@ function accuracyScale(after, before) {
 
 function headline(run) {
   const { after, before } = run.evaluation;
-  const single = before && before.method === (after || before).method ? before : null;
+  const baseline = before && before.metric === (after || before).metric ? before : null;
   if (!after || !known(after.accuracy)) {
-    const last = `Training has not ended: the last step logged is ${count(run.last_step)}.`;
-    const unfinished = run.state === "finished" ? "It was not evaluated." : last;
+    const unfinished = `Training is not finished. Last logged step: ${count(run.last_step)}.`;
+    const reason = run.state === "finished" ? "The run was not evaluated." : unfinished;
     return el(
       "div",
       {},
       el("div", { class: "none" }, "No accuracy yet"),
-      el("p", { class: "quiet under" }, after ? `People's answers on ${run.split} are not known.` : unfinished),
+      el("p", { class: "quiet under" }, after ? `The split ${run.split} has no references.` : reason),
     );
   }
-  const gain = single ? after.accuracy - single.accuracy : 0;
-  const points = `${gain < 0 ? "−" : "+"}${Math.abs(gain).toFixed(1)} points by LoRA`;
+  const gain = baseline ? after.accuracy - baseline.accuracy : 0;
+  const points = `${gain < 0 ? "−" : "+"}${Math.abs(gain).toFixed(1)} points with LoRA`;
   return el(
     "div",
     {},
@@ -161,48 +163,47 @@ function headline(run) {
       "div",
       { class: "under" },
       after.accuracy_interval && `95 % interval ${span(after.accuracy_interval)}`,
-      single &&
+      baseline &&
         el(
           "div",
-          { class: gain < 0 ? "wrong" : "right" },
+          { class: gain < 0 ? "bad" : "good" },
           points,
-          el("span", { class: "quiet" }, `, from ${percent(single.accuracy)}`),
+          el("span", { class: "quiet" }, `, from ${percent(baseline.accuracy)}`),
         ),
     ),
-    accuracyScale(after, single),
+    accuracyScale(after, baseline),
   );
 }
 
-function outcome(run) {
+function summary(run) {
   const { after } = run.evaluation,
-    took = run.training,
-    looks = run.validation,
-    best = bestLook(run);
+    { training, validation } = run,
+    best = bestStep(run);
   const soFar = run.state === "finished" ? "" : " so far";
   const beams = after && after.num_beams > 1 ? `${after.num_beams} beams` : "greedy";
-  const rate = took.questions_per_second;
+  const rate = training.questions_per_second;
   return el(
     "div",
-    { class: "card outcome" },
+    { class: "card summary" },
     headline(run),
     facts([
-      ["Data set", run.data],
+      ["Data format", run.data],
       ["Model", run.settings["model.checkpoint"]],
-      ["Evaluated", after && `${count(after.scored)} questions, counted as ${after.method}, ${beams}`],
+      ["Evaluated", after && `${count(after.scored)} questions, metric ${after.metric}, ${beams}`],
       ["LoRA", `rank ${run.settings["lora.r"]} on ${[].concat(run.settings["lora.target_modules"]).join(", ")}`],
       [
         "Trained",
-        known(took.questions)
-          ? `${count(took.questions)} questions, ${count(took.steps)} steps`
+        known(training.questions)
+          ? `${count(training.questions)} questions, ${count(training.steps)} steps`
           : `${count(run.last_step)} steps${soFar}`,
       ],
       [
         "Best validation",
-        known(best) && `${percent(looks.accuracy[looks.step.indexOf(best)])} at step ${count(best)}`,
+        known(best) && `${percent(validation.accuracy[validation.step.indexOf(best)])} at step ${count(best)}`,
       ],
-      ["Training took", duration(took.seconds_training)],
-      ["Speed", known(rate) && `${count(Math.round(rate))} questions a second`],
-      ["Peak memory", mebibytes(took.peak_memory_bytes)],
+      ["Training time", duration(training.seconds_training)],
+      ["Speed", known(rate) && `${count(Math.round(rate))} questions per second`],
+      ["Peak memory", mebibytes(training.peak_memory_bytes)],
     ]),
   );
 }
@@ -214,36 +215,36 @@ const chip = (run) =>
 
 function runPage(run) {
   const { after, before } = run.evaluation;
-  const hints = (place) => run.hints.filter((hint) => hint.place === place).map(note);
-  const drawn = curves([run]);
+  const hints = (section) => run.hints.filter((hint) => hint.section === section).map(note);
+  const charts = curves([run]);
   return [
     el("header", {}, el("h1", {}, run.name, " ", chip(run)), el("div", { class: "quiet" }, run.path)),
-    outcome(run),
-    el("div", { class: "under" }, hints("outcome")),
-    section("Curves", drawn.length && el("div", { class: "grid" }, drawn), hints("curves")),
-    section("LoRA, layer by layer", run.watch && heatMaps(run.watch), hints("watch")),
+    summary(run),
+    el("div", { class: "under" }, hints("summary")),
+    section("Curves", charts.length && el("div", { class: "grid" }, charts), hints("curves")),
+    section("LoRA updates by layer", run.lora_updates && heatMaps(run.lora_updates), hints("lora_updates")),
     after &&
       section(
         "Accuracy by type",
         el(
           "div",
           { class: "grid" },
-          bars("Type of answer", after.per_answer_type, before && before.per_answer_type),
-          bars("Type of question", after.per_question_type, before && before.per_question_type),
+          bars("Answer type", after.per_answer_type, before && before.per_answer_type),
+          bars("Question type", after.per_question_type, before && before.per_question_type),
         ),
       ),
     section("Examples", run.gallery && gallery(run.gallery), hints("gallery")),
     section(
-      "Made with",
+      "Environment and config",
       facts(Object.entries(run.versions)),
-      el("details", {}, el("summary", {}, "config.yaml, with every key"), el("pre", { tabindex: 0 }, run.config)),
+      el("details", {}, el("summary", {}, "config.yaml, all keys"), el("pre", { tabindex: 0 }, run.config)),
     ),
   ];
 }
 
 // Several runs
 
-const FEW = 4; // keys that stand before what came out; of more the table would begin with nothing else
+const MAX_LEADING_KEYS = 4; // if more config keys differ, they follow the results
 const settingOf = (run, key) => (Array.isArray(run.settings[key]) ? run.settings[key].join(", ") : run.settings[key]);
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
@@ -251,34 +252,34 @@ function columns(runs) {
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].filter(
     (key) => key !== "train.output_dir" && runs.some((run) => !same(run.settings[key], runs[0].settings[key])),
   );
-  const counted = (run) => run.evaluation.after && `${run.split}, ${run.evaluation.after.method}`;
+  const evaluatedOn = (run) => run.evaluation.after && `${run.split}, ${run.evaluation.after.metric}`;
   const last = (values) => (values ? values.filter(known).at(-1) : null);
-  const text = (found) => (known(found) ? String(found) : "–");
-  const value = (name, of, show = text, better = null) => ({ name, of, show, better });
+  const text = (value) => (known(value) ? String(value) : "–");
+  const column = (name, of, show = text, better = null) => ({ name, of, show, better });
   const after = (run) => run.evaluation.after || {},
     before = (run) => run.evaluation.before || {};
-  const changed = keys.map((key) => value(key, (run) => settingOf(run, key)));
+  const changed = keys.map((key) => column(key, (run) => settingOf(run, key)));
   return [
-    value("run", (run) => run.name),
-    ...(changed.length > FEW ? [] : changed),
-    value("accuracy", (run) => after(run).accuracy, percent, most),
-    value(
+    column("run", (run) => run.name),
+    ...(changed.length > MAX_LEADING_KEYS ? [] : changed),
+    column("accuracy", (run) => after(run).accuracy, percent, isGreater),
+    column(
       "95 % interval",
       (run) => after(run).accuracy_interval,
-      (found) => span(found) || "–",
+      (interval) => span(interval) || "–",
     ),
-    value("evaluated on", counted),
-    value("before LoRA", (run) => before(run).accuracy, percent),
-    value("best validation", (run) => run.validation.accuracy && Math.max(...run.validation.accuracy), percent, most),
-    value("last loss", (run) => last(run.metrics.loss), short),
-    value("questions/s", (run) => run.training.questions_per_second, short),
-    value(
-      "training",
+    column("evaluated on", evaluatedOn),
+    column("before LoRA", (run) => before(run).accuracy, percent),
+    column("best validation", (run) => run.validation.accuracy && Math.max(...run.validation.accuracy), percent, isGreater),
+    column("final loss", (run) => last(run.metrics.loss), short),
+    column("questions/s", (run) => run.training.questions_per_second, short),
+    column(
+      "training time",
       (run) => run.training.seconds_training,
-      (found) => duration(found) || "–",
+      (seconds) => duration(seconds) || "–",
     ),
-    ...(changed.length > FEW ? changed : []),
-  ].filter(({ of }, place) => place === 0 || runs.some((run) => known(of(run))));
+    ...(changed.length > MAX_LEADING_KEYS ? changed : []),
+  ].filter(({ of }, i) => i === 0 || runs.some((run) => known(of(run))));
 }
 
 function compare(a, b, sign) {
@@ -294,9 +295,9 @@ function compare(a, b, sign) {
 function comparison(runs) {
   const all = columns(runs),
     body = el("tbody");
-  const best = all.map(({ of, better }) => better && runs.map(of)[pick(runs.map(of), better)]);
-  const kind = (value, i) =>
-    known(value) && value === best[i] ? "most" : all[i].show(value).length > 24 ? "wide" : null;
+  const best = all.map(({ of, better }) => better && runs.map(of)[indexOfBest(runs.map(of), better)]);
+  const cellClass = (value, i) =>
+    known(value) && value === best[i] ? "highest" : all[i].show(value).length > 24 ? "wide" : null;
   const row = (run) =>
     el(
       "tr",
@@ -304,7 +305,7 @@ function comparison(runs) {
       all.map(({ of, show }, i) =>
         el(
           "td",
-          { class: kind(of(run), i) },
+          { class: cellClass(of(run), i) },
           i === 0 && el("i", { class: "swatch", style: `background:var(--c${runs.indexOf(run) % 8})` }),
           show(of(run)),
           i === 0 && chip(run),
@@ -317,10 +318,10 @@ function comparison(runs) {
   function sort(i) {
     const { of } = all[i],
       before = heads[i].getAttribute("aria-sort");
-    const falling = before ? before === "ascending" : runs.some((run) => typeof of(run) === "number");
-    const order = [...runs].sort((a, b) => compare(of(a), of(b), falling ? -1 : 1));
+    const descending = before ? before === "ascending" : runs.some((run) => typeof of(run) === "number");
+    const order = [...runs].sort((a, b) => compare(of(a), of(b), descending ? -1 : 1));
     heads.forEach((head) => head.removeAttribute("aria-sort"));
-    heads[i].setAttribute("aria-sort", falling ? "descending" : "ascending");
+    heads[i].setAttribute("aria-sort", descending ? "descending" : "ascending");
     body.replaceChildren(...order.map(row));
   }
   body.append(...runs.map(row));
@@ -338,12 +339,12 @@ function runsPage(runs) {
       el(
         "div",
         { class: "quiet" },
-        "What differs in their configs, and what came out. A click on a column sorts by it.",
+        "Differing config keys and results. Click a column header to sort.",
       ),
     ),
     el("div", { class: "under" }, comparison(runs)),
     section("Curves", el("div", { class: "grid" }, curves(runs))),
-    section("What is missing", runs.flatMap((run) => run.hints.filter((hint) => hint.place === "outcome")).map(note)),
+    section("Missing results", runs.flatMap((run) => run.hints.filter((hint) => hint.section === "summary")).map(note)),
   ];
 }
 

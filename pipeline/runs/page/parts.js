@@ -1,5 +1,5 @@
 "use strict";
-// Everything from a user's data gets into the page as text, never as markup.
+// User data enters the page as text, never as markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -32,17 +32,17 @@ function duration(seconds) {
   const minutes = Math.round(seconds / 60);
   return minutes < 100 ? minutes + " min" : Math.floor(minutes / 60) + " h " + (minutes % 60) + " min";
 }
-const least = (a, b) => a < b,
-  most = (a, b) => a > b;
-// The place of the value that is the `least` or the `most`, -1 if none is known.
-const pick = (values, better) =>
-  values.reduce((place, value, i) => (known(value) && (place < 0 || better(value, values[place])) ? i : place), -1);
+const isLess = (a, b) => a < b,
+  isGreater = (a, b) => a > b;
+// Index of the best known value, where `better` is `isLess` or `isGreater`; -1 if no value is known.
+const indexOfBest = (values, better) =>
+  values.reduce((best, value, i) => (known(value) && (best < 0 || better(value, values[best])) ? i : best), -1);
 
 function section(title, ...content) {
   const shown = content.flat(Infinity).filter(Boolean);
   return shown.length ? el("section", {}, el("h2", {}, title), shown) : null;
 }
-const note = (what) => el("p", { class: "note" }, what.words, " ", what.command && el("code", {}, what.command));
+const note = (hint) => el("p", { class: "note" }, hint.text, " ", hint.command && el("code", {}, hint.command));
 const facts = (pairs) =>
   el(
     "dl",
@@ -63,7 +63,7 @@ function choice(options, chosen, onChoice) {
   return el("div", { class: "choice", role: "group" }, buttons);
 }
 
-// Draws anew for each width, not inside the observer: what is drawn may change a width again.
+// Redraws when the width changes. Not inside the observer, because drawing may change the width again.
 function onWidth(holder, draw) {
   let drawn = 0;
   const redraw = () => {
