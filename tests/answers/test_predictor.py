@@ -16,7 +16,7 @@ import pipeline.answers.predictor
 from cache.reader import FeatureReader
 from pipeline.answers.predictor import ImageEncoder, Predictor
 from pipeline.blip2.checkpoint import ENCODER_PREFIXES, LANGUAGE_MODEL_PREFIXES
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import Config
 from pipeline.encoding.images import ImageError
@@ -28,7 +28,7 @@ QUESTION = "what shape is it?"
 @pytest.fixture(scope="module")
 def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = Run(tmp_path_factory.mktemp("runs") / "first")
-    train(cached, folder)
+    train_run(cached, folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from pipeline.answers.predictor import Prediction, Predictor
 from pipeline.cli import main
 from pipeline.commands.ask import Conversation, ask
 from pipeline.commands.evaluate import evaluate
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
 from pipeline.runs.run import Run
@@ -27,7 +27,7 @@ QUESTION = "what shape is it?"
 @pytest.fixture(scope="module")
 def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = Run(tmp_path_factory.mktemp("runs") / "first")
-    train(cached, folder)
+    train_run(cached, folder)
     return folder
 
 

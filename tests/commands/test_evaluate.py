@@ -18,7 +18,7 @@ from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import PRESETS, Config, load_config
 from pipeline.runs.run import Run, RunLike
@@ -27,7 +27,7 @@ from pipeline.runs.run import Run, RunLike
 @pytest.fixture(scope="module")
 def run(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = Run(tmp_path_factory.mktemp("evaluated") / "run")
-    train(cached, folder)
+    train_run(cached, folder)
     return folder
 
 
@@ -186,7 +186,7 @@ def test_captions_are_all_trained_and_written_in_the_caption_format(data_set: Pa
     precompute(config)
     assert config.answers_trained == "all"
     run = Run(data_set / "run")
-    train(config, run)
+    train_run(config, run)
     summary = evaluate(run, ("evaluate.max_new_tokens=6",))
     rows = json.loads(Path(summary.results).read_text())
     assert [row.keys() for row in rows] == [{"image_id", "caption"}] * 24
@@ -199,7 +199,7 @@ def test_split_without_references_is_answered_and_not_scored(data_set: Path) -> 
     config = load_config(write_config(data_set, data=files))
     precompute(config)
     run = Run(data_set / "run")
-    train(config, run)
+    train_run(config, run)
     summary = evaluate(run, ("evaluate.split=test", "evaluate.metric=official"))
     assert (summary.questions, summary.scored, summary.accuracy) == (1, 0, None)
     assert [row["question_id"] for row in json.loads(Path(summary.results).read_text())] == ["q-3"]

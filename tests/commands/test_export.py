@@ -33,7 +33,7 @@ from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.export import export
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.examples import VQAExample
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     precompute(config)
     run = Run(folder / "runs" / "first")
-    train(config, run)
+    train_run(config, run)
     return run
 
 

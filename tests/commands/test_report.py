@@ -16,7 +16,7 @@ from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.report import MAX_MEASUREMENTS, heat_maps, render_page, report
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.config import Config, load_config
 from pipeline.runs.gallery import VERDICTS, choose_examples, verdict_of
 from pipeline.runs.record import read_record
@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a run with LoRA measurements, evaluated with and without the adapter."""
     found = Run(tmp_path_factory.mktemp("run") / NAME.replace("/", "_"))
-    train(config, found)
+    train_run(config, found)
     write_rows([measurement(step) for step in range(0, 5)], found.watch)
     for with_adapter in True, False:
         evaluate(found, with_adapter=with_adapter)

@@ -21,7 +21,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from pipeline.blip2.encoder import Blip2Encoder, load_encoder
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common import compat
 from pipeline.config import Config
 from pipeline.runs.run import Run
@@ -95,9 +95,9 @@ def test_training_uses_no_deprecated_name(cached: Config, tmp_path: Path, monkey
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(config, Run(tmp_path / "run"))
+        train_run(config, Run(tmp_path / "run"))
         explicit = settings.model_copy(update={"gradient_checkpointing": True})
-        train(config.model_copy(update={"train": explicit}), Run(tmp_path / "other"))
+        train_run(config.model_copy(update={"train": explicit}), Run(tmp_path / "other"))
     messages = [str(one.message) for one in caught]
     deprecated = [line for line in messages if "checkpointing" in line or "cache" in line]
     by_peft = "`is_gradient_checkpointing`"

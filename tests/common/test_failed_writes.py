@@ -25,7 +25,7 @@ from pipeline.commands.evaluate import evaluate
 from pipeline.commands.export import export
 from pipeline.commands.grid import _LoadOnce
 from pipeline.commands.report import report
-from pipeline.commands.train import load_for_training, train
+from pipeline.commands.train import load_for_training, train_run
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import WriteError, append_line, put_in_place, replacing_folder, require_writable, write_text
 from pipeline.config import Config
@@ -153,22 +153,22 @@ def config(cached: Config) -> Config:
 @MOMENTS
 def test_training_survives_a_failed_write(config: Config, tmp_path: Path, samples: int) -> None:
     load, wanted = _LoadOnce(), Run(tmp_path / "whole")
-    for refused in refused_writes(tmp_path, lambda: train(config, wanted, load=load), samples):
+    for refused in refused_writes(tmp_path, lambda: train_run(config, wanted, load=load), samples):
         run = Run(tmp_path / "runs" / str(refused))
         with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as raised:
-            train(config, run, load=load)
+            train_run(config, run, load=load)
         load.forget()
         assert half_written(tmp_path / "runs") == [], f"after write {refused}"
         resume = f"pipe train {run.path} --resume" in str(raised.value)
         assert resume or not run.path.exists(), f"after write {refused}: {raised.value}"
-        train(config, run, resume, load)
+        train_run(config, run, resume, load)
         assert files_of(run.adapter) == files_of(wanted.adapter), f"after write {refused}"
 
 
 @pytest.fixture(scope="module")
 def trained(cached: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("trained") / "run")
-    train(with_train(cached, max_steps=1, lora_monitor_steps=None), run)
+    train_run(with_train(cached, max_steps=1, lora_monitor_steps=None), run)
     evaluate(run)
     return run
 
@@ -276,7 +276,7 @@ def test_stage_checks_its_output_before_loading_a_model(
         "evaluate": lambda: evaluate(trained),
         "report": lambda: report([trained], tmp_path / "page.html"),
         "export": lambda: export(trained, tmp_path / "out", merge=True),
-        "train": lambda: train(config, Run(tmp_path / "run"), load=load_for_training),
+        "train": lambda: train_run(config, Run(tmp_path / "run"), load=load_for_training),
     }
     folder = trained.path if command == "evaluate" else tmp_path
     with refusing(folder, 1), pytest.raises(WriteError):
@@ -315,7 +315,7 @@ def test_full_disk(trained: Run, config: Config, tmp_path: Path) -> None:
 def test_folder_name_that_is_not_utf_8_is_an_error(trained: Run, cached: Config, tmp_path: Path) -> None:
     run = Run(tmp_path / os.fsdecode(b"gr\xfcn"))
     work: list[Callable[[], object]] = [
-        lambda: train(cached, run),
+        lambda: train_run(cached, run),
         lambda: evaluate(run),
         lambda: export(trained, run.path),
     ]

@@ -27,7 +27,7 @@ from pipeline.batches.split import open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
 from pipeline.commands.repair import repair
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.table_name import TableName
 from pipeline.config import Config, SplitFiles, load_config
@@ -584,7 +584,7 @@ def test_tables_and_files_give_the_same_results(tmp_path: Path) -> None:
     assert (in_files.num_images, in_table.num_images) == (24, 72)  # one row per question
     assert list(in_files.images) == list(in_table.images)
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
-    trained = [train(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
+    trained = [train_run(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
     assert trained[0]["train_loss"] == trained[1]["train_loss"]
     scores = [evaluate(Run(tmp_path / f"run-{n}")) for n in range(2)]
     assert scores[1]["questions"] == 18

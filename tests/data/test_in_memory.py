@@ -18,7 +18,7 @@ from pipeline.blip2.embedded.scenes import draw_scene
 from pipeline.commands.cache import verify_cache
 from pipeline.commands.precompute import estimate_precompute, precompute
 from pipeline.commands.repair import repair
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.image_sources import MemoryImage, encode_losslessly
@@ -59,7 +59,7 @@ def test_pil_images_are_trained_like_files(config: Config, data_set: Path) -> No
     row = rows[str(data_set / "images" / "2.png")]
     assert np.array_equal(found.gather(found.text("train").image_row[[4]]), wanted.gather(np.array([row])))
     run = Run(config.train.output_dir / "a")
-    train(config, run)
+    train_run(config, run)
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
 

@@ -13,7 +13,7 @@ from pipeline.answers.scores import score
 from pipeline.batches.split import load_tokenizer, open_split
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config, load_config
 from pipeline.data.examples import VQAExample, is_blank
@@ -237,7 +237,7 @@ def test_all_stages_log_multiline_answers(tmp_path: Path, capsys: pytest.Capture
     assert precompute(config).multiline_answers == {"train": 1, "val": 1}
     assert "train: 1 questions have answers of several lines" in capsys.readouterr().err
     run = Run(tmp_path / "runs" / "a")
-    summary = train(config, run)
+    summary = train_run(config, run)
     assert summary
     assert summary["multiline_answers"] == 1
     assert "only the first non-blank line" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from transformers.image_utils import load_image
 
 from cache.spec import CacheError
 from pipeline.commands.precompute import estimate_precompute, precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.errors import PipelineError
 from pipeline.config import load_config
 from pipeline.encoding.decoding import RULES
@@ -283,7 +283,7 @@ def test_cache_with_other_decoding_rules_raises(data_set: Path, monkeypatch: pyt
         )
         precompute(config)
     before = {path: path.read_bytes() for path in (data_set / "cache").iterdir()}
-    for stage in precompute, lambda config: train(config, Run(data_set / "run")):
+    for stage in precompute, lambda config: train_run(config, Run(data_set / "run")):
         with pytest.raises((CacheError, PipelineError)) as caught:
             stage(config)
         for words in 'exif_orientation: cache has nothing, wanted "upright"', "transparency: ", "more_than_8_bits: ":

@@ -26,7 +26,7 @@ from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import add_lora
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.precompute import precompute
-from pipeline.commands.train import train
+from pipeline.commands.train import train_run
 from pipeline.common.compat import enable_activation_checkpointing
 from pipeline.config import PRESETS, Config, load_config
 from pipeline.data.examples import VQAExample
@@ -123,7 +123,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
 
     monkeypatch.setattr(pipeline.commands.train, "add_lora", remember_weights)
     monkeypatch.setattr(pipeline.commands.train, "open_split", remember_order)
-    train(config, Run(tmp_path / "run"))
+    train_run(config, Run(tmp_path / "run"))
     trained = PeftModel.from_pretrained(load_full(checkpoint, bits), tmp_path / "run" / "adapter", is_trainable=True)
 
     plain = get_peft_model(
@@ -178,7 +178,7 @@ def easy_vqa_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     precompute(config)
     run = Run(folder / "run")
-    train(config, run)
+    train_run(config, run)
     return run
 
 
