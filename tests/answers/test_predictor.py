@@ -86,7 +86,7 @@ def test_models_are_loaded_once_when_first_needed(
         predictor.predict(image, " ")
     with pytest.raises(PipelineError, match="the question is too long: "):
         predictor.predict(image, "why " * 300)
-    with pytest.raises(ImageError, match=rf"{tmp_path}/none\.png: not there"):
+    with pytest.raises(ImageError, match=rf"{tmp_path}/none\.png: not found"):
         predictor.predict(tmp_path / "none.png", QUESTION)
     assert loads == []
     predictor.predict(image, QUESTION)

@@ -25,8 +25,8 @@ from pipeline.blip2.memory import (
 )
 from pipeline.common.errors import PipelineError
 from pipeline.config import Config
-from pipeline.training.estimate import _saved_bytes, _weight_bytes, _without_storage, estimate_training
-from pipeline.training.trainer import max_tokens_that_fit
+from pipeline.training.estimate import _activation_bytes, _model_without_storage, _weight_bytes, estimate_training
+from pipeline.training.micro_batches import max_tokens_that_fit
 
 CPU = torch.device("cpu")
 
@@ -40,13 +40,13 @@ def test_activations_are_counted_once_and_without_weights() -> None:
 
 @pytest.mark.parametrize("free", [10**3, 10**8, 10**9, 1_010_000_000, 10**13])
 def test_micro_batches_use_a_fraction_of_free_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr("pipeline.training.trainer.free_memory_bytes", lambda device: free)
+    monkeypatch.setattr("pipeline.training.micro_batches.free_memory_bytes", lambda device: free)
     nodes = max_tokens_that_fit(3e6, CPU)
     assert nodes == {10**3: 1, 10**8: 20, 10**9: 192, 1_010_000_000: 192, 10**13: 640}[free]
 
 
 def test_ranks_on_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.trainer.free_memory_bytes", lambda device: 10**9)
+    monkeypatch.setattr("pipeline.training.micro_batches.free_memory_bytes", lambda device: 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert max_tokens_that_fit(3e6, CPU) == 48
     assert max_tokens_that_fit(3e6, torch.device("cuda", 1)) == 192, "each has a GPU of its own"
@@ -140,12 +140,12 @@ def _raise(error: Exception) -> None:
 def test_estimate_equals_the_measured_activations(cached: Config, dtype: str) -> None:
     config = cached.model_copy(update={"quantization": cached.quantization.model_copy(update={"compute_dtype": dtype})})
     sequences = open_split(config, "train").for_training(range(30))
-    foretold = _saved_bytes(_without_storage(config, getattr(torch, dtype)), sequences)
+    estimated = _activation_bytes(_model_without_storage(config, getattr(torch, dtype)), sequences)
     model = add_lora(load_base(config), **config.lora.model_dump()).train()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     with autocast, ActivationMemoryCounter(model.parameters()) as saved:
         model(**pack(sequences))
-    assert foretold == pytest.approx(saved.bytes, rel=0.02)
+    assert estimated == pytest.approx(saved.bytes, rel=0.02)
 
 
 def test_estimate_equals_the_size_of_the_weights(cached: Config) -> None:
@@ -156,17 +156,17 @@ def test_estimate_equals_the_size_of_the_weights(cached: Config) -> None:
         for state in (getattr(weight, "quant_state", None) for weight in model.parameters())
         if state is not None
     )
-    layout = _without_storage(cached, torch.float32)
-    foretold = sum(_weight_bytes(name, weight, cached.quantization) for name, weight in layout.named_parameters())
-    assert foretold == pytest.approx(loaded + scales, rel=0.01)
+    layout = _model_without_storage(cached, torch.float32)
+    estimated = sum(_weight_bytes(name, weight, cached.quantization) for name, weight in layout.named_parameters())
+    assert estimated == pytest.approx(loaded + scales, rel=0.01)
 
 
 def test_dry_run_writes_nothing(cached: Config, tmp_path: Path) -> None:
     train = cached.train.model_copy(update={"output_dir": tmp_path / "runs", "batch_size": 20, "micro_batch": 5})
     told = estimate_training(cached.model_copy(update={"train": train}))
-    assert (told["questions"], told["steps"]) == (54, 4)
-    assert told["questions_per_micro_batch"] <= 5
-    assert told["memory_bytes"]["all"] == sum(told["memory_bytes"].values()) / 2
+    assert (told.questions, told.steps) == (54, 4)
+    assert told.questions_per_micro_batch <= 5
+    assert told.memory_bytes["total"] == sum(told.memory_bytes.values()) / 2
     assert not (tmp_path / "runs").exists()
 
 
@@ -177,4 +177,4 @@ def test_estimate_is_within_15_percent() -> None:
     assert done.returncode == 0, done.stderr
     print(done.stdout[-200:])
     told = json.loads(done.stdout[: done.stdout.rindex("}") + 1])
-    assert told["foretold"]["memory_bytes"]["all"] == pytest.approx(told["taken"]["peak_memory_bytes"], rel=0.15)
+    assert told["estimate"]["memory_bytes"]["total"] == pytest.approx(told["measured"]["peak_memory_bytes"], rel=0.15)

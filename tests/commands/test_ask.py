@@ -98,7 +98,7 @@ def test_pipe_gives_one_line_per_line_and_continues_after_errors(run: Run, cache
     assert len(done.stdout.splitlines()) == len(lines)
     assert done.stdout.splitlines()[9] == answer_of(run, Path(second))
     errors = done.stderr.splitlines()
-    assert errors[0] == "nowhere: not there; enter the path of an image first"
+    assert errors[0] == "nowhere: not found; enter the path of an image first"
     assert errors[1].startswith("the question is too long: ")
     assert [line.split(": ")[0] for line in errors[2:]] == [
         f"{tmp_path}/notes", QUESTION, f"{tmp_path}/broken.png", "other.png", "pipe"]  # fmt: skip
@@ -161,7 +161,7 @@ def test_question_of_any_bytes_is_answered(run: Run, image: Path, words: tuple[s
 def test_unreadable_first_image_is_fatal(run: Run, tmp_path: Path) -> None:
     done = pipe("ask", run.path, tmp_path / "none.png", typed=f"{QUESTION}\n{QUESTION}\n")
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == f"pipe: {tmp_path}/none.png: not there\n"
+    assert done.stderr == f"pipe: {tmp_path}/none.png: not found\n"
 
 
 def test_closed_stdout_is_not_reported(run: Run, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_invalid_input_is_a_one_line_error(run: Run, image: Path, tmp_path: Path
     for words, message in (
         ((run.path, image, " "), "the question is empty"),
         ((run.path, image, "why " * 300), "the question is too long: "),
-        ((run.path, "nowhere.png", QUESTION), "nowhere.png: not there"),
+        ((run.path, "nowhere.png", QUESTION), "nowhere.png: not found"),
         ((run.path, tmp_path, QUESTION), f"{tmp_path}: a folder, not a file"),
         ((run.path, run.config, QUESTION), f"{run.config}: not a"),
         ((tmp_path, image, QUESTION), f"{tmp_path}: not a run folder"),
@@ -217,7 +217,7 @@ def test_invalid_input_is_a_one_line_error(run: Run, image: Path, tmp_path: Path
         assert done.stderr.splitlines()[-1].startswith(f"pipe: {message}")
         assert done.stdout == ""
     for words, message in (
-        ((image, "what", "shape"), "a question is one word, in quotes"),
+        ((image, "what", "shape"), "Put the question in quotes"),
         ((image, QUESTION, "evaluate.beams=3"), "unknown key evaluate.beams"),
         ((image, QUESTION, "lora.r=3"), "lora"),
     ):
@@ -227,7 +227,7 @@ def test_invalid_input_is_a_one_line_error(run: Run, image: Path, tmp_path: Path
 
 def test_run_without_an_adapter_is_an_error(cached: Config, image: Path, tmp_path: Path) -> None:
     unfinished = Run(tmp_path / "unfinished")
-    unfinished.start(cached)
+    unfinished.write_config(cached)
     with pytest.raises(PipelineError, match="no adapter yet"):
         ask(unfinished, image, QUESTION)
 

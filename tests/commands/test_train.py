@@ -51,7 +51,7 @@ def test_training_needs_no_image_or_annotation_file(data_set: Path) -> None:
         (data_set / f"{split}.jsonl").unlink()
     run = Run(data_set / "run")
     train_run(config, run)
-    assert evaluate(run)["questions"] == 18
+    assert evaluate(run).questions == 18
 
 
 def test_loss_decreases(cached: Config, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_run_can_be_evaluated_from_any_folder(cached: Config, tmp_path: Path, mo
     run = Run(tmp_path / "run")
     train_run(cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": Path("cache")})}), run)
     monkeypatch.chdir(tmp_path)
-    assert evaluate(Run(Path("run")))["questions"] == 18
+    assert evaluate(Run(Path("run"))).questions == 18
 
 
 def test_existing_folder_is_not_changed(cached: Config, tmp_path: Path) -> None:

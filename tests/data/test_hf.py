@@ -585,10 +585,10 @@ def test_tables_and_files_give_the_same_results(tmp_path: Path) -> None:
     assert list(in_files.images) == list(in_table.images)
     assert (files.cache.dir / PART).read_bytes() == (table.cache.dir / PART).read_bytes()
     trained = [train_run(config, Run(tmp_path / f"run-{n}")) for n, config in enumerate((files, table))]
-    assert trained[0]["train_loss"] == trained[1]["train_loss"]
+    assert trained[0].train_loss == trained[1].train_loss
     scores = [evaluate(Run(tmp_path / f"run-{n}")) for n in range(2)]
-    assert scores[1]["questions"] == 18
-    assert scores[0]["accuracy_interval"] == scores[1]["accuracy_interval"]  # by images, not by rows
+    assert scores[1].questions == 18
+    assert scores[0].accuracy_interval == scores[1].accuracy_interval  # by images, not by rows
 
 
 def test_training_detects_an_edited_table_and_works_without_it(tables: Config) -> None:

@@ -239,9 +239,9 @@ def test_all_stages_log_multiline_answers(tmp_path: Path, capsys: pytest.Capture
     run = Run(tmp_path / "runs" / "a")
     summary = train_run(config, run)
     assert summary
-    assert summary["multiline_answers"] == 1
+    assert summary.multiline_answers == 1
     assert "only the first non-blank line" in capsys.readouterr().err
-    assert evaluate(run)["multiline_references"] == 1
+    assert evaluate(run).multiline_references == 1
     assert "val: 1 references have several lines" in capsys.readouterr().err
 
 
