@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cache.lock
-from cache.lock import ReadLock, not_read
+import cache.portability
+from cache.lock import ReadLock, exclude_readers
 from cache.reader import FeatureReader
 from cache.spec import CacheError
 from pipeline.cli import main
@@ -26,7 +27,7 @@ _FORK = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
 
 
 @pytest.fixture
@@ -81,10 +82,10 @@ def test_cache_read_by_another_process_is_not_repaired(folder: Path, reading: in
 
 def test_read_lock_is_released_on_close_and_taken_again_by_gather(folder: Path) -> None:
     reader = FeatureReader(folder)
-    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), not_read(folder, "remove"):
+    with pytest.raises(CacheError, match=f"process {os.getpid()} on"), exclude_readers(folder, "remove"):
         pass
     reader.close()
-    with not_read(folder, "remove"):
+    with exclude_readers(folder, "remove"):
         with pytest.raises(CacheError, match="is removing or repairing this cache"):
             FeatureReader(folder)
         with pytest.raises(CacheError, match="is removing or repairing this cache"):
@@ -108,7 +109,7 @@ def test_cache_in_use_can_be_extended_and_read_by_others(folder: Path) -> None:
         lock.release()
 
 
-@pytest.mark.parametrize("number", cache.lock._UNSUPPORTED)
+@pytest.mark.parametrize("number", cache.portability._NO_LOCKS)
 def test_cache_works_on_a_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def flock(*_: int) -> None:
         raise OSError(number, os.strerror(number))

@@ -44,7 +44,7 @@ def run_stages(folder: Path, name: str, before: str) -> str:
 
 
 def test_stages_without_posix_give_same_features_and_adapter(tmp_path: Path) -> None:
-    write_data_set(tmp_path, pictures=8)
+    write_data_set(tmp_path, num_images=8)
     write_config(tmp_path, train={"max_steps": 2, "save_steps": 1})
     expected = run_stages(tmp_path, "with", "")
     assert "adapter_model.safetensors" in expected

@@ -27,7 +27,7 @@ import cache.part
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
 from cache.reader import FeatureReader
-from cache.writer import survey
+from cache.estimate import estimate_write
 from pipeline.common.distributed import ENCODING_TIMEOUT, GROUP_TIMEOUT, DistributedContext
 from pipeline.encoding.images import read_image_bytes
 
@@ -232,7 +232,7 @@ def has_open(running: Running, path: Path) -> bool:
 
 
 def set_lock_timeout(seconds: float) -> None:
-    cache.lock.PATIENCE = seconds  # type: ignore[assignment]
+    cache.lock.LOCK_TIMEOUT_SECONDS = seconds  # type: ignore[assignment]
 
 
 def test_second_start_names_the_process_that_holds_the_lock(
@@ -277,7 +277,7 @@ def test_cache_can_be_inspected_while_it_is_written(
     with started(tmp_path, "precompute", config, f"cache.dir={folder}", "cache.part_rows=1") as running:
         began = time.monotonic()
         while running.process.is_alive() and time.monotonic() - began < TIMEOUT:
-            stored.append(survey(folder, reader.spec, digests).stored)
+            stored.append(estimate_write(folder, reader.spec, digests).stored)
             time.sleep(0.002)
         assert running.wait().status == 0
     assert stored == sorted(stored)

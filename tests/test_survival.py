@@ -23,7 +23,8 @@ import cache.part
 import pipeline.commands.precompute
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
-from cache.format import NOT_WRITTEN, PAGE, PART_NAME, inspect_part
+from cache.format import NOT_WRITTEN, PART_NAME, inspect_part
+from cache.hdf5 import PAGE
 from pipeline.encoding.images import read_image_bytes
 
 NUM_IMAGES = 52

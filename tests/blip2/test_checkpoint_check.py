@@ -430,7 +430,7 @@ def test_command_prints_one_error_and_writes_nothing(
 ) -> None:
     name = "vision_model.embeddings.patch_embedding.weight"
     folder = with_tensors(data_set / "checkpoint", lambda tensors: tensors.pop(name))
-    monkeypatch.setattr("pipeline.commands.precompute.scan_dataset", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr("pipeline.encoding.preflight.scan_dataset", lambda *_: pytest.fail("images were read"))
     config = write_config(data_set, model={"checkpoint": str(folder)})
     stage, *words = command.split()
     done = CliRunner().invoke(main, [stage, str(config), *words])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from data_set import write_config
-from pipeline.batches.assemble import load_base, load_tokenizer, open_split
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.blip2.base_model import load_base
 from torch import OutOfMemoryError
 
 import pipeline.answers.generation

@@ -18,9 +18,10 @@ from click.testing import CliRunner, Result
 from data_set import SAVES_LORA_ONLY, write_config, write_data_set
 from peft import PeftModel
 from PIL import Image
-from pipeline.batches.assemble import load_base, load_tokenizer
+from pipeline.batches.split import load_tokenizer
+from pipeline.blip2.base_model import load_base
 from plain_answers import assert_equal_but_for_ties, plain_answers
-from plain_model import examples_of, load_full, load_processor, trainable, wake_lora
+from plain_model import examples_of, load_full, load_processor, trainable, make_lora_nonzero
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
@@ -63,7 +64,7 @@ def untrained(run: Run, bits: int | None, targets: tuple[str, ...], bias: str, f
     other = Run(folder)
     other.start(load_config(run.config, (f"quantization.bits={bits or 'null'}",)))
     model = add_lora(load_base(load_config(other.config)), 4, 8, 0.0, targets, bias)
-    wake_lora(model)
+    make_lora_nonzero(model)
     save_adapter(model, other.adapter)
     return other
 

@@ -20,7 +20,8 @@ from pipeline.commands.train import train_run
 from pipeline.config import Config, load_config
 from pipeline.runs.gallery import VERDICTS, choose_examples, verdict_of
 from pipeline.runs.record import read_record
-from pipeline.runs.run import Run, write_rows
+from pipeline.runs.jsonl import write_jsonl
+from pipeline.runs.run import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAME = "a </script><b> run & \u2028 more"
@@ -53,7 +54,7 @@ def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a run with LoRA measurements, evaluated with and without the adapter."""
     found = Run(tmp_path_factory.mktemp("run") / NAME.replace("/", "_"))
     train_run(config, found)
-    write_rows([measurement(step) for step in range(0, 5)], found.watch)
+    write_jsonl([measurement(step) for step in range(0, 5)], found.watch)
     for with_adapter in True, False:
         evaluate(found, with_adapter=with_adapter)
     return found

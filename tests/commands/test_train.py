@@ -156,7 +156,7 @@ def test_bfloat16_model_trains_and_evaluates(cached: Config, tmp_path: Path) -> 
     assert train_run(config.model_copy(update={"quantization": quantization}), run).train_loss < 10
     weights = load_file(run.adapter / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    assert evaluate(run, ("evaluate.max_new_tokens=2",))["questions"] == 18
+    assert evaluate(run, ("evaluate.max_new_tokens=2",)).questions == 18
 
 
 def test_trained_weights_of_a_float16_model_are_float32(cached: Config, checkpoint: Path) -> None:
@@ -170,7 +170,7 @@ def test_question_too_long_with_another_prompt_is_an_error(cached: Config, tmp_p
     """Stage one checks its own prompt; a prompt that is changed later is checked by stage two."""
     prompt = "what " * 250 + "{question}"
     config = cached.model_copy(update={"data": cached.data.model_copy(update={"prompt": prompt})})
-    with pytest.raises(PipelineError, match=r"question \d+ of train is \d+ tokens long .* takes 256"):
+    with pytest.raises(PipelineError, match=r"question \d+ of train is \d+ tokens long .* has 256"):
         train_run(config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -271,7 +271,7 @@ def test_failed_start_removes_only_the_folders_it_created(cached: Config, tmp_pa
 
 def test_missing_cache_leaves_no_run_folder(cached: Config, tmp_path: Path) -> None:
     config = cached.model_copy(update={"cache": cached.cache.model_copy(update={"dir": tmp_path / "none"})})
-    with pytest.raises(CacheError, match=r"no cache at .*: run `pipe precompute` first"):
+    with pytest.raises(CacheError, match=r"no cache at .*\. Run `pipe precompute` first"):
         train_run(config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -311,26 +311,26 @@ def test_evaluation_writes_the_official_results_format(cached: Config, tmp_path:
     run = Run(tmp_path / "run")
     train_run(cached, run)
     with_adapter, without = evaluate(run), evaluate(run, with_adapter=False)
-    assert with_adapter["results"] != without["results"]
-    rows = json.loads(Path(with_adapter["results"]).read_text())
+    assert with_adapter.results != without.results
+    rows = json.loads(Path(with_adapter.results).read_text())
     assert [set(row) for row in rows] == [{"question_id", "answer"}] * 18
     assert [row["question_id"] for row in rows] == list(range(1, 19))
     right = [json.loads(line)["answer"] for line in (cached.cache.dir.parent / "val.jsonl").read_text().splitlines()]
     hits = sum(row["answer"] == answer for row, answer in zip(rows, right, strict=True))
-    assert with_adapter["accuracy"] == pytest.approx(100 * hits / 18)
-    assert (with_adapter["questions"], with_adapter["scored"], with_adapter["metric"]) == (18, 18, "exact")
+    assert with_adapter.accuracy == pytest.approx(100 * hits / 18)
+    assert (with_adapter.questions, with_adapter.scored, with_adapter.metric) == (18, 18, "exact")
 
 
 def test_beams_and_batch_size_can_be_overridden_at_evaluation(cached: Config, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     train_run(cached, run)
     one = evaluate(run, ("evaluate.batch_size=1",))
-    answers = Path(one["results"]).read_text()
+    answers = Path(one.results).read_text()
     many = evaluate(run, ("evaluate.batch_size=18",))
-    assert Path(many["results"]).read_text() == answers
+    assert Path(many.results).read_text() == answers
     beams = []
     with pytest.MonkeyPatch.context() as patch:
         generate = Blip2LanguageHalf.generate
         patch.setattr(Blip2LanguageHalf, "generate", lambda *a, **k: beams.append(k["num_beams"]) or generate(*a, **k))
-        assert evaluate(run, ("evaluate.num_beams=3",))["questions"] == 18
+        assert evaluate(run, ("evaluate.num_beams=3",)).questions == 18
     assert beams == [3]

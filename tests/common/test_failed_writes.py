@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 import pipeline.training.lora_monitor
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.export import export
-from pipeline.commands.grid import _LoadOnce
+from pipeline.commands.grid import BaseModelCache
 from pipeline.commands.report import report
 from pipeline.commands.train import load_for_training, train_run
 from pipeline.common.errors import PipelineError
@@ -152,12 +152,12 @@ def config(cached: Config) -> Config:
 
 @MOMENTS
 def test_training_survives_a_failed_write(config: Config, tmp_path: Path, samples: int) -> None:
-    load, wanted = _LoadOnce(), Run(tmp_path / "whole")
+    load, wanted = BaseModelCache(), Run(tmp_path / "whole")
     for refused in refused_writes(tmp_path, lambda: train_run(config, wanted, load=load), samples):
         run = Run(tmp_path / "runs" / str(refused))
         with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as raised:
             train_run(config, run, load=load)
-        load.forget()
+        load.clear()
         assert half_written(tmp_path / "runs") == [], f"after write {refused}"
         resume = f"pipe train {run.path} --resume" in str(raised.value)
         assert resume or not run.path.exists(), f"after write {refused}: {raised.value}"

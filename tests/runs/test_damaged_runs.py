@@ -226,7 +226,7 @@ def test_adapter_without_a_tensor_is_an_error(with_biases: Run, tmp_path: Path, 
         del tensors[removed[0]]
 
     run = damaged_adapter(with_biases, tmp_path, remove)
-    with pytest.raises(PipelineError, match=f"lacks {re.escape(removed[0])}"):
+    with pytest.raises(PipelineError, match=f"missing {re.escape(removed[0])}"):
         evaluate(run)
 
 

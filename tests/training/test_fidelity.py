@@ -19,6 +19,7 @@ from rounding import relative_difference
 from transformers import AutoProcessor, get_scheduler
 
 import pipeline.commands.train
+import pipeline.training.data
 from cache.reader import FeatureReader
 from pipeline.batches.sequences import pack
 from pipeline.batches.split import load_tokenizer, open_split
@@ -122,7 +123,7 @@ def test_lora_weights_after_20_steps_equal_the_plain_recipes(
         return builder
 
     monkeypatch.setattr(pipeline.commands.train, "add_lora", remember_weights)
-    monkeypatch.setattr(pipeline.commands.train, "open_split", remember_order)
+    monkeypatch.setattr(pipeline.training.data, "open_split", remember_order)
     train_run(config, Run(tmp_path / "run"))
     trained = PeftModel.from_pretrained(load_full(checkpoint, bits), tmp_path / "run" / "adapter", is_trainable=True)
 

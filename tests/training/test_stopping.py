@@ -68,7 +68,7 @@ def test_signal_saves_a_checkpoint_and_names_the_resume_command(
 
 
 def test_locked_run_is_not_changed(cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     run = Run(tmp_path / "run")
     train_run(with_train(cached, max_steps=4), run)
     logged = run.metrics.read_bytes()
@@ -86,7 +86,7 @@ def test_locked_run_is_not_changed(cached: Config, tmp_path: Path, monkeypatch: 
 def test_run_is_locked_until_the_adapter_is_saved(
     cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache.lock.PATIENCE", 0)
+    monkeypatch.setattr("cache.lock.LOCK_TIMEOUT_SECONDS", 0)
     run, locked = Run(tmp_path / "run"), []
     monkeypatch.setattr("pipeline.commands.train.write_card", lambda run, _: locked.append(run.is_locked))
     train_run(cached, run)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import rounding
 import torch
-from pipeline.batches.assemble import load_base, open_split
+from pipeline.batches.split import open_split
+from pipeline.blip2.base_model import load_base
 from processes import wait_for
 from ranks import FREED, report_group_destruction, run_ranks, running_ranks
 from rounding import relative_difference

@@ -63,7 +63,7 @@ def test_validation_matches_evaluation_and_does_not_change_training(
     assert rows(validated)[-1]["questions"] == 18
     last = validated.last_adapter if validated.last_adapter.exists() else validated.adapter
     assert (last / NAME).read_bytes() == (plain.adapter / NAME).read_bytes()
-    assert rows(validated)[-1]["accuracy"] == pytest.approx(evaluate(plain)["accuracy"], abs=1e-4)
+    assert rows(validated)[-1]["accuracy"] == pytest.approx(evaluate(plain).accuracy, abs=1e-4)
     builder = open_split(cached, "val")
     model = load_adapter(load_base(cached), plain.adapter)
     with torch.no_grad():
