@@ -65,7 +65,7 @@ def test_cache_read_by_another_process_is_not_removed(folder: Path, reading: int
     done = remove(folder)
     assert done.exit_code == 1
     assert f"process {reading} on {socket.gethostname()} is reading this cache" in done.stderr
-    assert "remove it when that has ended. Nothing was changed" in done.stderr
+    assert "Nothing was changed; remove the cache when that process has finished" in done.stderr
     assert sorted(folder.iterdir()) == before
 
 

@@ -26,8 +26,8 @@ import cache.lock
 import cache.part
 import pipeline.encoding.encoding_loop
 from cache.audit import verify
-from cache.reader import FeatureReader
 from cache.estimate import estimate_write
+from cache.reader import FeatureReader
 from pipeline.common.distributed import ENCODING_TIMEOUT, GROUP_TIMEOUT, DistributedContext
 from pipeline.encoding.images import read_image_bytes
 
@@ -123,7 +123,7 @@ def test_ctrl_c_is_printed_once(config: Path, tmp_path: Path) -> None:
         for process in processes:
             os.kill(process.process.pid or 0, signal.SIGINT)
         first, second = [process.wait() for process in processes]
-    assert "interrupted; what is written stays good" in first.error()
+    assert "Interrupted. Completed work is saved" in first.error()
     assert (second.status, second.out, second.err) == (1, "", "")
 
 
@@ -144,7 +144,7 @@ def test_all_ranks_end_when_one_dies_and_the_next_run_resumes(
         wait_for((tmp_path / "cache" / "features-00000.h5").exists, processes[0])
         processes[1].process.kill()
         first, second, third = [process.wait() for process in processes]
-    assert "another of the processes ended before its share was done" in first.error()
+    assert "another rank exited early" in first.error()
     assert (second.status, second.err, third.status, third.err) == (-signal.SIGKILL, "", 1, "")
     assert pipe(tmp_path, *words).status == 0
     assert contents(tmp_path / "cache") == single_rank_files
@@ -243,7 +243,7 @@ def test_second_start_names_the_process_that_holds_the_lock(
         wait_for(lambda: any((tmp_path / "cache").glob("*.partial")), first)
         error = pipe(tmp_path, *words, prepare=partial(set_lock_timeout, 0.5)).error()
         assert f"process {first.process.pid} on {socket.gethostname()}" in error
-        assert "Run the command again when it is done" in error
+        assert "Run the command again when it has finished" in error
         (tmp_path / "go").touch()
         assert first.wait().status == 0
     assert contents(tmp_path / "cache") == single_rank_files

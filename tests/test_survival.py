@@ -132,7 +132,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_resumes(undisturbed: Undisturbe
         wait_for_part(folder, running)
         os.kill(running.process.pid or 0, signal.SIGINT)
         error = running.wait().error()
-    assert "interrupted; what is written stays good. The same command goes on; a training" in error
+    assert "Interrupted. Completed work is saved. Rerun the command" in error
     assert PART_ROWS <= (rows_done(folder) or 0) < NUM_IMAGES
     assert pipe(tmp_path, *words).status == 0
     assert undisturbed.matches(folder)
@@ -153,7 +153,7 @@ def test_signal_to_the_real_command(undisturbed: Undisturbed, tmp_path: Path, nu
             break
     assert (out, "Traceback" in err) == ("", False)
     if number == signal.SIGINT:
-        assert Finished(process.returncode, out, err).error().startswith("pipe: interrupted")
+        assert Finished(process.returncode, out, err).error().startswith("pipe: Interrupted")
     else:
         assert process.returncode == -signal.SIGTERM
     assert rows_done(folder) is not None
@@ -229,7 +229,7 @@ def test_too_small_a_disk_is_an_error_before_the_start(data_set: Path, mounts: M
     mounts.run(f"mount -t tmpfs -o size=128k tmpfs {mounts.place}")
     folder = mounts.folder / "caches" / "mine"
     error = pipe(tmp_path, "precompute", data_set / "config.yaml", f"cache.dir={folder}").error()
-    assert re.search(r"24 pictures .*need \d+\.\d\d MB, the disk has \d+\.\d\d MB free\. Make room, or choose", error)
+    assert re.search(r"24 images .*need \d+\.\d\d MB, but only \d+\.\d\d MB are free\. Free disk", error)
     assert f"pipe: {folder}: " in error
     assert not folder.parent.exists()
 

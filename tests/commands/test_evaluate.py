@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from data_set import write_config
-from pipeline.batches.split import load_tokenizer, open_split
-from pipeline.blip2.base_model import load_base
 from torch import OutOfMemoryError
 
 import pipeline.answers.generation
 from pipeline.answers.generation import answer_questions
 from pipeline.batches.sequences import pack_prompts
+from pipeline.batches.split import load_tokenizer, open_split
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.language_model import Blip2LanguageHalf
 from pipeline.cli import main
 from pipeline.commands.evaluate import evaluate
@@ -86,7 +86,7 @@ def test_probability_is_that_of_the_answer_tokens(cached: Config) -> None:
 def test_questions_on_an_image_share_its_tokens(cached: Config) -> None:
     builder = open_split(cached, "train")
     sequences = builder.for_generation([0, 1, 2, 3, 4, 5])
-    assert [sequence.questions for sequence in sequences] == [3, 3]
+    assert [sequence.num_questions for sequence in sequences] == [3, 3]
     inputs = pack_prompts(sequences)
     unshared = sum(len(builder.text.prompt_ids[number]) - 1 + builder.query_tokens for number in range(6))
     assert len(inputs["position_ids"]) < 0.6 * unshared
@@ -130,7 +130,7 @@ def test_out_of_memory_halves_the_batch(
     assert {number: answer.text for number, answer in found.items()} == {
         number: answer.text for number, answer in expected.items()
     }
-    assert "out of memory with 18 questions at a time: they are computed in two halves" in capsys.readouterr().err
+    assert "out of memory with 18 questions at a time; retrying in two halves" in capsys.readouterr().err
     limit[0] = 0
     with pytest.raises(PipelineError, match=r"out of memory with one question .* fewer evaluate\.num_beams"):
         answer_questions(model, builder, np.arange(18), tokenizer, cached.evaluate)
@@ -144,7 +144,7 @@ def test_training_settings_are_rejected(run: Run, override: str) -> None:
 
 def test_unknown_data_format_fails_before_any_question_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.commands.evaluate.answer_questions", lambda *_: pytest.fail("answered"))
-    with pytest.raises(ConfigError, match=r"no data\.format 'vqa2'; nearest: vqav2"):
+    with pytest.raises(ConfigError, match=r"unknown data\.format 'vqa2'; did you mean vqav2"):
         evaluate(run, ("data.format=vqa2",))
 
 
@@ -185,7 +185,7 @@ def test_captions_are_all_trained_and_written_in_the_caption_format(data_set: Pa
     files = {s: {"annotations": f"{data_set}/{s}.json", "images": f"{data_set}/images"} for s in ("train", "val")}
     config = load_config(write_config(data_set, data={"format": "coco_captions", **files}))
     precompute(config)
-    assert config.answers_trained == "all"
+    assert config.training_answers == "all"
     run = Run(data_set / "run")
     train_run(config, run)
     summary = evaluate(run, ("evaluate.max_new_tokens=6",))

@@ -18,15 +18,15 @@ from click.testing import CliRunner, Result
 from data_set import SAVES_LORA_ONLY, write_config, write_data_set
 from peft import PeftModel
 from PIL import Image
-from pipeline.batches.split import load_tokenizer
-from pipeline.blip2.base_model import load_base
 from plain_answers import assert_equal_but_for_ties, plain_answers
-from plain_model import examples_of, load_full, load_processor, trainable, make_lora_nonzero
+from plain_model import examples_of, load_full, load_processor, make_lora_nonzero, trainable
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 import pipeline.commands.export
 from cache.reader import FeatureReader
+from pipeline.batches.split import load_tokenizer
+from pipeline.blip2.base_model import load_base
 from pipeline.blip2.checkpoint import INDEX, WEIGHTS
 from pipeline.blip2.language_model import Blip2LanguageHalf, add_lora, load_adapter, save_adapter
 from pipeline.blip2.merge import write_merged
@@ -49,7 +49,7 @@ BITS = pytest.mark.parametrize("bits", [4, None], ids=["nf4", "float32"])
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a run trained long enough to give different answers."""
     folder = tmp_path_factory.mktemp("trained")
-    write_data_set(folder, pictures=QUESTIONS // 3 * 4)
+    write_data_set(folder, num_images=QUESTIONS // 3 * 4)
     config = load_config(
         write_config(folder, train={"max_steps": 40, "batch_size": 32, "learning_rate": 3e-3, "save_steps": 100})
     )
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def untrained(run: Run, bits: int | None, targets: tuple[str, ...], bias: str, folder: Path) -> Run:
     """Return a run with a random adapter on other modules, optionally with biases."""
     other = Run(folder)
-    other.start(load_config(run.config, (f"quantization.bits={bits or 'null'}",)))
+    other.write_config(load_config(run.config, (f"quantization.bits={bits or 'null'}",)))
     model = add_lora(load_base(load_config(other.config)), 4, 8, 0.0, targets, bias)
     make_lora_nonzero(model)
     save_adapter(model, other.adapter)
@@ -167,7 +167,7 @@ def test_adapter_on_one_of_two_tied_weights_unties_them(run: Run, tmp_path: Path
 
 def test_large_model_is_written_in_shards(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unsharded = export(run, tmp_path / "one", merge=True)
-    monkeypatch.setattr("pipeline.blip2.merge.SHARD_BYTES", 500_000)
+    monkeypatch.setattr("pipeline.blip2.merge.MAX_SHARD_BYTES", 500_000)
     assert export(run, tmp_path / "merged", merge=True).differences == unsharded.differences
     index = json.loads((tmp_path / "merged" / INDEX).read_text())
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
@@ -256,7 +256,7 @@ def test_failed_export_leaves_no_files(
         if len(written) == 2:
             raise error
 
-    monkeypatch.setattr("pipeline.blip2.merge.SHARD_BYTES", 500_000)
+    monkeypatch.setattr("pipeline.blip2.merge.MAX_SHARD_BYTES", 500_000)
     monkeypatch.setattr("pipeline.blip2.merge.save_file", save_some)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         export(run, tmp_path / "merged", merge=True)
@@ -268,7 +268,7 @@ def test_killed_export_leaves_no_destination(run: Run, tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; import pipeline.blip2.merge;"
         "from pipeline.commands.export import export;"
-        "from pipeline.runs.run import Run; pipeline.blip2.merge.SHARD_BYTES = 500_000;"
+        "from pipeline.runs.run import Run; pipeline.blip2.merge.MAX_SHARD_BYTES = 500_000;"
         "save = pipeline.blip2.merge.save_file;"
         "pipeline.blip2.merge.save_file = lambda t, path, **how: save(t, path, **how) "
         "if '00001' in path.name else os.kill(os.getpid(), 9);"
@@ -284,7 +284,7 @@ def test_killed_export_leaves_no_destination(run: Run, tmp_path: Path) -> None:
 def test_insufficient_disk_space_fails_before_writing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.commands.export, "free_on_disk", lambda folder: 4_000_000)
+    monkeypatch.setattr(pipeline.commands.export, "free_disk_bytes", lambda folder: 4_000_000)
     with pytest.raises(PipelineError, match=r"the merged model needs 21\.\d\d MB, and 4\.00 MB are free"):
         export(run, tmp_path / "merged", merge=True)
     assert list(tmp_path.iterdir()) == []
@@ -295,7 +295,9 @@ def test_value_beyond_float16_is_an_error(run: Run, checkpoint: Path, tmp_path: 
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / WEIGHTS).items()}
     tensors["qformer.layernorm.bias"][3] = 70_000
     save_file(tensors, tmp_path / "checkpoint" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(PipelineError, match=r"qformer\.layernorm\.bias: its largest value is 70144, and float16 ends"):
+    with pytest.raises(
+        PipelineError, match=r"qformer\.layernorm\.bias: its largest value is 70144, but the maximum of"
+    ):
         export(run, tmp_path / "merged", (f"model.checkpoint={tmp_path}/checkpoint",), merge=True)
     assert not (tmp_path / "merged").exists()
 
@@ -307,7 +309,7 @@ def test_missing_tensor_is_an_error(run: Run, checkpoint: Path, tmp_path: Path) 
     save_file(tensors, tmp_path / "checkpoint" / WEIGHTS, metadata={"format": "pt"})
     config = load_config(run.config)
     (tmp_path / "merged").mkdir()
-    with pytest.raises(PipelineError, match=r"it lacks qformer\.layernorm\.bias; get it again"):
+    with pytest.raises(PipelineError, match=r"missing qformer\.layernorm\.bias; download it again"):
         write_merged(tmp_path / "checkpoint", load_adapter(load_base(config), run.adapter), tmp_path / "merged")
 
 
@@ -317,7 +319,7 @@ def test_missing_cache_or_memory_skips_the_comparison(
     done = pipe("export", run.path, tmp_path / "one", "--merge", "cache.dir=/no/such/cache", "--json")
     assert (done.exit_code, json.loads(done.stdout)["differences"]) == (0, None)
     assert "the merged model is not compared with the run: no cache at /no/such/cache" in done.stderr
-    monkeypatch.setattr(pipeline.commands.export, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(pipeline.commands.export, "free_memory_bytes", lambda device: 1_000_000)
     done = pipe("export", run.path, tmp_path / "two", "--merge")
     assert done.exit_code == 0
     assert "is not compared with the run: it needs 8.81 MB of memory, and 1.00 MB are free" in done.stderr
@@ -338,7 +340,7 @@ def test_out_of_memory_in_the_comparison_keeps_the_export(
 
 def test_unfinished_run_is_rejected(run: Run, tmp_path: Path) -> None:
     unfinished = Run(tmp_path / "unfinished")
-    unfinished.start(load_config(run.config))
+    unfinished.write_config(load_config(run.config))
     with pytest.raises(PipelineError, match="no adapter yet"):
         export(unfinished, tmp_path / "dest")
     assert not (tmp_path / "dest").exists()
@@ -364,16 +366,16 @@ def test_push_uploads_the_folder_to_a_private_repository(
 def _failures() -> dict[str, tuple[Exception, str]]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    def response(status: int) -> HfHubHTTPError:
+    def answered(status: int) -> HfHubHTTPError:
         error = HfHubHTTPError.__new__(HfHubHTTPError)
         Exception.__init__(error, f"{status} Client Error\nwith more lines")
         error.response = SimpleNamespace(status_code=status)
         return error
 
     return {
-        "no token": (response(401), "no valid token; `hf auth login`"),
-        "no right": (response(403), "the token has no right to write to me/adapter"),
-        "hub is down": (response(503), "the hub answers 503 (503 Client Error)"),
+        "no token": (answered(401), "no valid token; run `hf auth login`"),
+        "no right": (answered(403), "the token has no write access to me/adapter"),
+        "hub is down": (answered(503), "the hub returned status 503 (503 Client Error)"),
         "no network": (ConnectionError("Connection refused"), "no connection (Connection refused); check the network"),
         "not local": (LocalEntryNotFoundError("nothing"), "no connection (nothing)"),
         "offline": (OfflineModeIsEnabled("offline mode is enabled."), "no connection (offline mode is enabled)"),
@@ -395,8 +397,8 @@ def test_failed_push_is_a_one_line_error_and_keeps_the_folder(
     done = pipe("export", run.path, tmp_path / "dest", "--push", "me/adapter")
     assert done.exit_code == 1
     lines = done.stderr.splitlines()
-    assert lines[-1].startswith(f"pipe: {tmp_path}/dest is whole, but not on the hub: {message}")
-    assert lines[-1].endswith(f"Then: hf upload me/adapter {tmp_path}/dest")
+    assert lines[-1].startswith(f"pipe: {tmp_path}/dest is complete, but was not uploaded: {message}")
+    assert lines[-1].endswith(f"Then run: hf upload me/adapter {tmp_path}/dest")
     assert (tmp_path / "dest" / "adapter_model.safetensors").is_file()
 
 
@@ -410,6 +412,6 @@ def test_push_without_network_is_an_error(run: Run, tmp_path: Path, monkeypatch:
 
 
 def test_invalid_repository_name_is_rejected_first(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--push 'a/b/c' is not the name of a repository"):
+    with pytest.raises(ConfigError, match="--push 'a/b/c' is not a valid repository name"):
         export(run, tmp_path / "dest", push="a/b/c")
     assert list(tmp_path.iterdir()) == []

@@ -19,8 +19,8 @@ from pipeline.commands.report import MAX_MEASUREMENTS, heat_maps, render_page, r
 from pipeline.commands.train import train_run
 from pipeline.config import Config, load_config
 from pipeline.runs.gallery import VERDICTS, choose_examples, verdict_of
-from pipeline.runs.record import read_record
 from pipeline.runs.jsonl import write_jsonl
+from pipeline.runs.record import read_record
 from pipeline.runs.run import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -54,7 +54,7 @@ def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a run with LoRA measurements, evaluated with and without the adapter."""
     found = Run(tmp_path_factory.mktemp("run") / NAME.replace("/", "_"))
     train_run(config, found)
-    write_jsonl([measurement(step) for step in range(0, 5)], found.watch)
+    write_jsonl(found.lora_updates, [measurement(step) for step in range(0, 5)])
     for with_adapter in True, False:
         evaluate(found, with_adapter=with_adapter)
     return found
@@ -182,7 +182,7 @@ def test_page_is_written_without_cache_thumbnails_or_matching_questions(
     moved = config.model_copy(update={"cache": config.cache.model_copy(update={"dir": tmp_path / "cache"})})
     other.config.write_text(moved.to_yaml())
     (missing,) = report([other]).missing
-    assert f"no cache at {tmp_path}/cache: run `pipe precompute` first" in missing
+    assert f"no cache at {tmp_path}/cache. Run `pipe precompute` first" in missing
     precompute(moved.model_copy(update={"precompute": moved.precompute.model_copy(update={"thumbnail_size": 0})}))
     (missing,) = report([other]).missing
     assert re.search(f"no thumbnails.*: pipe precompute {other.config}", missing)
