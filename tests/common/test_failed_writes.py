@@ -137,7 +137,7 @@ def half_written(folder: Path) -> list[Path]:
     found = [path for path in folder.rglob("*") if path.suffix in (".tmp", ".partial")]
     # One that could not get its name back, since the disk takes no rename, is all that there is.
     found += [path for path in folder.rglob("*.old") if path.with_suffix("").exists()]
-    return found + [path for path in folder.rglob("checkpoint-*") if not (path / "whole").exists()]
+    return found + [path for path in folder.rglob("checkpoint-*") if not (path / "complete.json").exists()]
 
 
 MOMENTS = pytest.mark.parametrize("samples", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
@@ -152,7 +152,7 @@ def config(cached: Config) -> Config:
 
 @MOMENTS
 def test_training_survives_a_failed_write(config: Config, tmp_path: Path, samples: int) -> None:
-    load, wanted = BaseModelCache(), Run(tmp_path / "whole")
+    load, wanted = BaseModelCache(), Run(tmp_path / "complete.json")
     for refused in refused_writes(tmp_path, lambda: train_run(config, wanted, load=load), samples):
         run = Run(tmp_path / "runs" / str(refused))
         with refusing(tmp_path, refused), pytest.raises(WriteError, match=rf"^{tmp_path}.*, then ") as raised:
@@ -295,7 +295,7 @@ def test_full_disk(trained: Run, config: Config, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     (tmp_path / "small").mkdir()
-    mounts.do(f"mount -t tmpfs -o size=2m tmpfs {mounts.place / 'small'}")
+    mounts.run(f"mount -t tmpfs -o size=2m tmpfs {mounts.place / 'small'}")
     disk = mounts.folder / "small"
     for room in (0, 40, 150):
         words = ("train", path, f"train.output_dir={disk}/runs", "--name", f"run-{room}")
