@@ -80,7 +80,7 @@ def test_cache_is_the_same_and_only_rank_0_logs(
     finished = run_ranks(tmp_path, size, "precompute", config, f"cache.dir={tmp_path}/cache", "--json")
     assert [one.status for one in finished] == [0] * size, "\n".join(one.err for one in finished)
     assert contents(tmp_path / "cache") == single_rank_files
-    assert not verify(tmp_path / "cache").damages
+    assert not verify(tmp_path / "cache").damage
     summary = json.loads(finished[0].out)
     assert (summary["images"], summary["encoded"], summary["failed"]) == (NUM_IMAGES - 1, NUM_IMAGES - 1, 1)
     assert summary["skipped"] == {REASON: 3}
@@ -179,7 +179,7 @@ def test_process_in_a_group_exits_without_destructors(tmp_path: Path, end: str, 
     script = f"""
 import atexit, sys
 from torch import distributed
-from pipeline.common.distributed import ending_process
+from pipeline.common.distributed import exit_without_group_teardown
 
 class Freed:
     def __del__(self):
@@ -188,7 +188,7 @@ class Freed:
 freed = Freed()
 atexit.register(print, "exit function")
 distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-with ending_process():
+with exit_without_group_teardown():
     print("done")
     {end}
 """

@@ -42,7 +42,7 @@ class Undisturbed:
 
     def matches(self, folder: Path) -> bool:
         """Return whether a cache has the same bytes and no damage."""
-        return contents(folder) == self.files and not verify(folder).damages
+        return contents(folder) == self.files and not verify(folder).damage
 
 
 @pytest.fixture(scope="module")
