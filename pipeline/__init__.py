@@ -81,9 +81,6 @@ _MODULES = {
     "pipeline.runs.run": ("Run",),
 }
 """Names of the API by module."""
-_USE_LANGUAGE_MODEL = {
-    "pipeline.answers.predictor", "pipeline.commands.evaluate", "pipeline.commands.export", "pipeline.commands.train",
-}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -91,10 +88,9 @@ def __getattr__(name: str) -> Any:
     module = next((module for module, names in _MODULES.items() if name in names), None)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if module in _USE_LANGUAGE_MODEL:
-        from pipeline.common.libraries import import_bitsandbytes
+    from pipeline.common.compat import silence_optional_kernel_warning
 
-        import_bitsandbytes()
+    silence_optional_kernel_warning()
     globals()[name] = value = getattr(import_module(module), name)
     return value
 

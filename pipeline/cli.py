@@ -8,7 +8,7 @@ import click
 
 from pipeline.cli_cache import cache
 from pipeline.cli_runner import DEBUG, JSON, PATH, prints_result, run_command
-from pipeline.common.libraries import hide_transformers_progress, import_bitsandbytes
+from pipeline.common.libraries import hide_transformers_progress
 from pipeline.common.result import Result
 from pipeline.common.terminal import expand_home
 
@@ -52,7 +52,7 @@ def quickstart(overrides: tuple[str, ...]) -> Result | None:
     Example:  pipe quickstart
               pipe quickstart train.seed=1
     """
-    _import_model_libraries()
+    _quiet_libraries()
     from pipeline.commands.quickstart import quickstart
 
     return quickstart(overrides)
@@ -103,7 +103,7 @@ def train(config: Path, overrides: tuple[str, ...], name: str | None, resume: bo
               pipe train configs/easy_vqa.yaml lora.r=8,16 train.learning_rate=1e-3,3e-3
               pipe train runs/wide --resume
     """
-    _import_model_libraries()
+    _quiet_libraries()
     from pipeline.config import Config
     from pipeline.overrides import combinations_of
 
@@ -148,7 +148,7 @@ def evaluate(
     Example:  pipe evaluate runs/easy_vqa-1
               pipe evaluate runs/easy_vqa-1 --preset official --adapter none
     """
-    _import_model_libraries()
+    _quiet_libraries()
     from pipeline.commands.evaluate import evaluate
 
     options = {"split": split, "num_beams": num_beams, "metric": metric}
@@ -179,7 +179,7 @@ def ask(run: Path, words: tuple[str, ...], adapter: str, preset: str | None, as_
     output = sys.stdout  # run_command prints everything else on stderr
 
     def answer() -> Result | None:
-        _import_model_libraries()
+        _quiet_libraries()
         from pipeline.commands.ask import ask
 
         return ask(
@@ -231,7 +231,7 @@ def export(run: Path, destination: Path, overrides: tuple[str, ...], merge: bool
     Example:  pipe export runs/easy_vqa-1 adapters/easy_vqa
               pipe export runs/easy_vqa-1 models/easy_vqa --merge --push me/blip2-easy-vqa
     """
-    _import_model_libraries()
+    _quiet_libraries()
     from pipeline.commands.export import export
 
     return export(run, destination, overrides, merge, push)
@@ -261,7 +261,7 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
     Example:  pipe benchmark
               pipe benchmark --size tiny --turns 10 --plot benchmark.svg
     """
-    _import_model_libraries()
+    _quiet_libraries()
     from pipeline.commands.benchmark import benchmark, draw
     from pipeline.common.files import require_writable
 
@@ -276,9 +276,11 @@ def benchmark(size: str, questions: int, turns: int, folder: Path | None, plot: 
 main.add_command(cache)
 
 
-def _import_model_libraries() -> None:
-    """Import the libraries of the language model, quickly and quietly."""
-    import_bitsandbytes()
+def _quiet_libraries() -> None:
+    """Keep the libraries of the language model from printing what no user needs."""
+    from pipeline.common.compat import silence_optional_kernel_warning
+
+    silence_optional_kernel_warning()
     hide_transformers_progress()
 
 

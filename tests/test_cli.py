@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from data_set import write_config
 
 from pipeline.cli import main
-from pipeline.common.libraries import import_bitsandbytes
+from pipeline.common.compat import silence_optional_kernel_warning
 from pipeline.common.terminal import colorize, format_table
 from pipeline.config import Config, load_config
 
@@ -247,7 +247,7 @@ def test_table_has_units_and_separates_names_from_values() -> None:
 
 
 def test_only_the_note_on_an_optional_kernel_of_bitsandbytes_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    import_bitsandbytes()
+    silence_optional_kernel_warning()
     from bitsandbytes.backends.cpu import ops
 
     text = Path(ops.__file__).read_text()

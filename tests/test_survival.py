@@ -20,8 +20,8 @@ from data_set import write_config, write_data_set
 from processes import TIMEOUT, Finished, Mounts, Running, contents, pipe, started
 
 import cache.part
-import pipeline.commands.precompute
 import pipeline.encoding.encoding_loop
+import pipeline.encoding.preflight
 from cache.audit import verify
 from cache.format import NOT_WRITTEN, PART_NAME, inspect_part
 from cache.hdf5 import PAGE
@@ -84,7 +84,7 @@ def slow_images() -> None:
 def no_disk_space_check() -> None:
     """Skip the check of disk space, as if another program had filled the disk after it."""
     commit_always()
-    pipeline.commands.precompute.check_disk_space = lambda *_: None  # type: ignore[assignment]
+    pipeline.encoding.preflight.check_disk_space = lambda *_: None  # type: ignore[assignment]
 
 
 def rows_done(folder: Path) -> int | None:

@@ -216,7 +216,8 @@ addEventListener("load", async () => {
   const images = [...document.images];
   await Promise.all(images.map((image) => image.decode().catch((error) => errors.push(String(error)))));
   const drawn = async () => {
-    const wait = () => new Promise((done) => setTimeout(done, 50));
+    // A chart is drawn when its size is observed, in a frame, and a loaded machine is late with frames.
+    const wait = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)));
     for (let i = 0; i < 100 && document.querySelector(".plot:empty"); i++) await wait();
   };
   const found = {};

@@ -39,7 +39,7 @@ def run_ranks(logs: Path, size: int, *words: object, prepare: Callable[[], objec
 
 
 def report_group_destruction() -> None:
-    """Print `FREED` if the process group is destroyed, which can deadlock: see `ending_process`."""
+    """Print `FREED` if the process group is destroyed, which can deadlock: see `exit_without_group_teardown`."""
 
     def free(*_: object) -> None:
         print(FREED, file=sys.stderr, flush=True)
