@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from pipeline.blip2.checkpoint_files import CONFIG, INDEX, WEIGHTS, read_json, safetensors_header, weight_files
 from pipeline.common.errors import PipelineError
 from pipeline.common.library_errors import explain, one_line
-from pipeline.common.progress import log_info
+from pipeline.common.progress import log_warning
 
 MAX_LISTED = 5
 """Number of problems that an error lists."""
@@ -239,7 +239,7 @@ def _problems(
 @cache  # log once
 def _log_unknown(folder: Path, names: tuple[str, ...]) -> None:
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    log_info(f"{folder}: warning: ignoring tensors that the model does not have: "
+    log_warning(f"{folder}: ignoring tensors that the model does not have: "
         f"{', '.join(names[:MAX_LISTED])}{more}")  # fmt: skip
 
 
