@@ -36,38 +36,39 @@ def main() -> None:
     device = pick_device()
     dtype = pick_dtype(options.dtype, device)
     with TemporaryDirectory(dir=options.folder) as name:
-        pictures = write_jpegs(Path(name) / "images", options.pictures)
+        images = write_jpegs(Path(name) / "images", options.images)
         encoder, preprocess = build(options.size, device, dtype)
         spec = spec_of(encoder, preprocess, dtype)
-        first = [preprocess(read_image_bytes(path)) for path in pictures[: options.batch]]
+        first = [preprocess(read_image_bytes(path)) for path in images[: options.batch]]
         resident = torch.from_numpy(np.stack(first)).to(device)
         bare(encoder, resident, options.batch)  # warms up
         times: dict[str, list[float]] = {"bare": [], "stage one": [], "decoding alone": []}
         for turn in range(options.turns):
-            times["bare"].append(bare(encoder, resident, options.pictures))
+            times["bare"].append(bare(encoder, resident, options.images))
             stage = EncodingLoop(encoder, preprocess, options.batch, options.workers)
-            times["stage one"].append(stage_one(stage, Path(name) / f"cache{turn}", spec, pictures))
-            times["decoding alone"].append(decoding(preprocess, pictures, options.workers))
-    report(options, times, dtype, stage.done)
+            seconds, last = stage_one(stage, Path(name) / f"cache{turn}", spec, images)
+            times["stage one"].append(seconds)
+            times["decoding alone"].append(decoding(preprocess, images, options.workers))
+    report(options, times, dtype, last)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["embedded", "vit-g"], default="embedded")
-    parser.add_argument("--max-examples", type=int, help="default: 1,024, or 8 at real size")
+    parser.add_argument("--images", type=int, help="default: 1,024, or 8 at real size")
     parser.add_argument("--batch", type=int, help="default: 64, or 4 at real size")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--folder", type=Path, help="where the pictures and the cache go for the time being")
+    parser.add_argument("--folder", type=Path, help="where the images and the cache go for the time being")
     options = parser.parse_args()
-    options.pictures = options.pictures or {"embedded": 1024, "vit-g": 8}[options.size]
+    options.images = options.images or {"embedded": 1024, "vit-g": 8}[options.size]
     options.batch = options.batch or {"embedded": 64, "vit-g": 4}[options.size]
     return options
 
 
 def write_jpegs(folder: Path, count: int) -> list[Path]:
-    """Pictures with structure at several scales, so that a file has the tens of KB of a photograph."""
+    """Images with structure at several scales, so that a file has the tens of KB of a photograph."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     paths = [folder / f"{number}.jpg" for number in range(count)]
@@ -105,31 +106,31 @@ def spec_of(encoder: Blip2Encoder, preprocess: Preprocessor, dtype: torch.dtype)
 
 
 @torch.inference_mode()
-def bare(encoder: Blip2Encoder, pixel_values: torch.Tensor, pictures: int) -> float:
+def bare(encoder: Blip2Encoder, pixel_values: torch.Tensor, images: int) -> float:
     """Seconds for the forward pass alone, as often as there are batches."""
     started = time.perf_counter()
-    for start in range(0, pictures, len(pixel_values)):
-        encoder(pixel_values[: pictures - start])
+    for start in range(0, images, len(pixel_values)):
+        encoder(pixel_values[: images - start])
     if pixel_values.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def stage_one(stage: EncodingLoop, folder: Path, spec: CacheSpec, pictures: list[Path]) -> float:
-    """Seconds from an empty cache to sealed parts."""
-    digests = {image_digest(read_image_bytes(path)): path for path in pictures}
+def stage_one(stage: EncodingLoop, folder: Path, spec: CacheSpec, images: list[Path]) -> tuple[float, EncodingReport]:
+    """Return the seconds from an empty cache to sealed parts, and where they went."""
+    digests = {image_digest(read_image_bytes(path)): path for path in images}
     with FeatureWriter(folder, spec, list(digests)) as writer:
         started = time.perf_counter()
         done = stage.fill(writer.parts, digests)
         seconds = time.perf_counter() - started
-    assert done.rows == len(pictures), "every picture was encoded"
-    return seconds
+    assert done.rows == len(images), "every image was encoded"
+    return seconds, done
 
 
-def decoding(preprocess: Preprocessor, pictures: list[Path], workers: int) -> float:
+def decoding(preprocess: Preprocessor, images: list[Path], workers: int) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda path: preprocess(read_image_bytes(path)), pictures):
+        for _ in pool.map(lambda path: preprocess(read_image_bytes(path)), images):
             pass
     return time.perf_counter() - started
 
@@ -137,14 +138,14 @@ def decoding(preprocess: Preprocessor, pictures: list[Path], workers: int) -> fl
 def report(
     options: argparse.Namespace, times: dict[str, list[float]], dtype: torch.dtype, last: EncodingReport
 ) -> None:
-    print(f"{options.size}, {options.pictures} JPEGs of 640 x 480, batches of {options.batch}, {dtype_name(dtype)}")
+    print(f"{options.size}, {options.images} JPEGs of 640 x 480, batches of {options.batch}, {dtype_name(dtype)}")
     print(f"{torch.get_num_threads()} threads for the encoder, {options.workers} to decode; medians of {options.turns}")
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
     for name, seconds in times.items():
-        each = ", ".join(f"{options.pictures / one:.2f}" for one in seconds)
-        print(f"{name:<16}{options.pictures / middle[name]:>10.2f} pictures/s   (each turn: {each})")
+        each = ", ".join(f"{options.images / one:.2f}" for one in seconds)
+        print(f"{name:<16}{options.images / middle[name]:>10.2f} images/s   (each turn: {each})")
     print(f"stage one's last turn: {last.encoding:.2f} s encoding, {last.waiting_for_images:.2f} s waiting for "
-          f"pictures, {last.waiting_for_disk:.2f} s waiting for the disk")  # fmt: skip
+          f"images, {last.waiting_for_disk:.2f} s waiting for the disk")  # fmt: skip
     print(f"ratio, stage one to bare: {middle['bare'] / middle['stage one']:.3f}")
 
 

@@ -23,9 +23,9 @@ from transformers import BlipImageProcessorPil
 from cache.part import PartWriter
 from cache.text import Ragged, TextTable
 from cache.writer import FeatureWriter
+from pipeline.batches.random_questions import make_questions
 from pipeline.blip2.embedded import embedded_checkpoint
 from pipeline.blip2.random_checkpoint import SIZES, config_of, write_random_checkpoint
-from pipeline.commands.benchmark import ask
 from pipeline.data.text import PromptTokenizer
 from pipeline.encoding.encoder_spec import encoder_spec
 
@@ -34,7 +34,7 @@ PROMPT = "Question: {question} Answer:"
 
 def make_cache(folder: Path, checkpoint: Path, size: str, questions: int) -> None:
     """Write a cache of random features with the questions of `pipe benchmark`."""
-    asked = ask(questions, config_of(size))
+    asked = make_questions(questions, config_of(size))
     images = sorted({one.image for one in asked})
     digests = [np.random.default_rng(image).bytes(32) for image in images]
     spec = encoder_spec(checkpoint, "bfloat16", "float16")
@@ -42,7 +42,7 @@ def make_cache(folder: Path, checkpoint: Path, size: str, questions: int) -> Non
         for path in writer.parts:
             with PartWriter(path) as part:
                 features = np.random.default_rng(0).normal(size=(len(images), spec.query_tokens, spec.width))
-                part.write(part.open_rows, features.astype("<f2"))
+                part.write(part.unwritten_rows, features.astype("<f2"))
                 part.seal()
         rows = writer.rows()
         text = TextTable(
@@ -51,7 +51,7 @@ def make_cache(folder: Path, checkpoint: Path, size: str, questions: int) -> Non
             prompt_ids=Ragged.from_rows([one.prompt for one in asked], np.int32),
             target_ids=Ragged.from_rows([one.target for one in asked], np.int32),
             prompt=PROMPT,
-            tokenizer=PromptTokenizer(checkpoint, PROMPT).identity(),
+            tokenizer=PromptTokenizer(checkpoint, PROMPT).fingerprint(),
         )
         writer.finish({"train": text})
 
