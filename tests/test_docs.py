@@ -1,13 +1,20 @@
-"""Every command and Python block that the README and docs/ show is valid."""
+"""Every command and Python block that the README and docs/ show is valid (fast), and runs (slow)."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import pytest
+from data_set import write_config, write_data_set
+from PIL import Image
+from processes import pipe
 
 from pipeline.cli import main
 from pipeline.config import Config
@@ -100,3 +107,44 @@ def test_blocks_have_known_languages_and_reasons() -> None:
     assert {block.language for block in BLOCKS} <= {"bash", "python", "json", "yaml", "text", "csv"}
     assert all(block.reason != "" for block in BLOCKS)
     assert sum(block.reason is None for block in BLOCKS if block.language in ("bash", "python")) >= 20
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache of a small data set in the place of easy-VQA, and a short run, `runs/first`."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    write_data_set(folder / "data")
+    files = {"images": f"{folder}/data/images", "annotations": f"{folder}/data/train.jsonl"}
+    test_files = {**files, "annotations": f"{folder}/data/val.jsonl"}
+    config = write_config(
+        folder,
+        data={"train": files, "val": None, "test": test_files},
+        cache={"dir": "caches/easy_vqa"},
+        train={"max_steps": 4, "output_dir": "runs"},
+        evaluate={"split": "test"},
+    )
+    config.replace(folder / "configs" / "easy_vqa.yaml")
+    Image.open(folder / "data" / "images" / "0.png").save(folder / "cat.jpg")
+    (folder / "questions.txt").write_text("what shape is it?\nwhat color is it?\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert pipe(folder, "precompute", "configs/easy_vqa.yaml").status == 0
+        assert pipe(folder, "train", "configs/easy_vqa.yaml", "--name", "first").status == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_run_in_their_order(page: Path, job: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    shutil.copytree(job, folder)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for block in blocks_of(page):
+        if block.reason is not None or block.language not in ("bash", "python"):
+            continue
+        command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*command, block.code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{block}\n{block.code}\n{done.stdout}\n{done.stderr}"
