@@ -9,15 +9,20 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
+import yaml
 from data_set import write_config, write_data_set
 from PIL import Image
 from processes import pipe
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from pipeline.cli import main
 from pipeline.config import Config
+from pipeline.config_data import SplitFiles
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -107,6 +112,36 @@ def test_blocks_have_known_languages_and_reasons() -> None:
     assert {block.language for block in BLOCKS} <= {"bash", "python", "json", "yaml", "text", "csv"}
     assert all(block.reason != "" for block in BLOCKS)
     assert sum(block.reason is None for block in BLOCKS if block.language in ("bash", "python")) >= 20
+
+
+def documented_defaults() -> dict[str, str]:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| ", (ROOT / "docs" / "configuration.md").read_text(), re.M)
+    return {key: default.strip("`") for key, default in rows}
+
+
+def defaults_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the keys of a section and their defaults as YAML."""
+    for name, field in model.model_fields.items():
+        sections = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        section = next((kind for kind in sections if issubclass(kind, BaseModel)), None)
+        if section is None:
+            default = field.get_default(call_default_factory=True, validated_data={})
+            text = "required" if field.is_required() else yaml.safe_dump(to_jsonable_python(default)).strip()
+            yield prefix + name, text.removesuffix("\n...")
+        elif section is SplitFiles:
+            yield prefix + name, "null"
+            yield from defaults_of(section, f"{prefix}SPLIT.")
+        else:
+            yield from defaults_of(section, f"{prefix}{name}.")
+
+
+def test_configuration_page_lists_every_key_with_its_default() -> None:
+    documented = documented_defaults()
+    expected = dict(defaults_of(Config))
+    assert documented.keys() == expected.keys()
+    assert {k: yaml.safe_load(v) for k, v in documented.items() if k != "data.prompt"} == {
+        k: yaml.safe_load(v) for k, v in expected.items() if k != "data.prompt"
+    }
 
 
 @pytest.fixture(scope="module")
