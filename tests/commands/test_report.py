@@ -218,7 +218,7 @@ addEventListener("load", async () => {
   const drawn = async () => {
     // A chart is drawn when its size is observed, in a frame, and a loaded machine is late with frames.
     const wait = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)));
-    for (let i = 0; i < 100 && document.querySelector(".plot:empty"); i++) await wait();
+    for (let i = 0; i < 1000 && document.querySelector(".plot:empty"); i++) await wait();
   };
   const found = {};
   await drawn();
@@ -251,7 +251,7 @@ def render(path: Path, folder: Path, actions: str) -> dict[int, dict[str, Any]]:
     frames = [f'<iframe src="probed.html" style="{inside};width:{width}px"></iframe>' for width in (1280, 390)]
     (folder / "around.html").write_text(OUTER_PAGE + "".join(frames))
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    flags += "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=10000 "
+    flags += "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=120000 "
     flags += "--window-size=1400,1000 --dump-dom"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", (folder / "around.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
